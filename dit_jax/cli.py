@@ -1,0 +1,50 @@
+"""What the commands share: flags, configs from files, and errors in one line."""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dit_jax.config import UserError, unknown_field
+
+
+def define_config(required):
+    """The flags --config=FILE and --config.a.b=c."""
+    config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.a.b=c sets a field", lock_config=True)
+    if required:
+        flags.register_validator("config", lambda c: c is not None,
+                                 "is missing: name a file, e.g. --config=configs/digits.py")
+
+
+def _parse_flags(argv):
+    for arg in argv[1:]:
+        if arg.startswith("--config="):
+            path = arg.removeprefix("--config=").split(":")[0]
+            if not os.path.isfile(path):
+                raise UserError(f"--config={path}: no such file")
+        elif arg.startswith("--config."):
+            problem = unknown_field(arg.removeprefix("--config.").split("=")[0])
+            if problem:
+                raise UserError(problem)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as e:
+        raise UserError(" ".join(str(e).split())) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
+    config = flags.FLAGS.config if "config" in flags.FLAGS else None
+    if config is not None and not isinstance(config, ConfigDict):
+        raise UserError(f"--config={flags.FLAGS['config'].value}: {getattr(config, '_error', 'cannot be read')}")
+    return rest
+
+
+def run(main):
+    """Parses the flags and calls main(). A UserError is printed as one line; exit status 1."""
+    logging.set_verbosity(logging.ERROR)
+    logging.set_stderrthreshold("error")
+    try:
+        app.run(lambda _: main(), flags_parser=lambda argv: _parse_flags(argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,176 @@
+"""Every field of a config, its default (the paper's recipe) and its check.
+
+A config is plain data: a file of configs/ starts from `paper()` and changes what its run changes. Commands read it
+and hand plain arguments down; nothing below them sees one.
+"""
+
+import difflib
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dit_jax.models.blocks import BLOCKS
+from dit_jax.models.dit import MODELS, REMAT, model_args
+
+
+class UserError(Exception):
+    """Bad input: its text, one line, names the file, field or flag and says what to do."""
+
+
+def paper(model="DiT-XL/2"):
+    """The paper's run of `model` (section 4): 256 px, 400 K steps."""
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 400_000
+    c.batch_size = 256  # global, over all devices and hosts
+
+    c.model = ConfigDict()
+    c.model.name = model  # gives the four fields below that are left unset
+    c.model.patch_size = placeholder(int)
+    c.model.depth = placeholder(int)
+    c.model.hidden_size = placeholder(int)
+    c.model.num_heads = placeholder(int)
+    c.model.block = "adaln_zero"  # or adaln, cross_attention, in_context
+    c.model.input_size = 32  # of the latents (256 px / 8), or of the pictures
+    c.model.in_channels = 4
+    c.model.num_classes = 1000
+    c.model.dtype = "auto"  # compute: bfloat16 on TPU, float32 elsewhere; or say which
+    c.model.scan = True  # False unrolls the blocks
+    c.model.remat = "none"  # or full, dots: what the backward pass recomputes
+
+    c.diffusion = ConfigDict()
+    c.diffusion.timesteps = 1000
+    c.diffusion.label_dropout = 0.1  # 0: no null class, and no guidance
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-4  # constant, no warmup
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.ema_decay = 0.9999  # from the initial weights on
+
+    c.data = ConfigDict()
+    c.data.source = "arrays"  # or digits, mnist, synthetic
+    c.data.path = ""  # of arrays: a folder with images.npy and labels.npy
+    c.data.flip = True  # horizontally, every other time
+
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.log_every = 100
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 10_000
+    c.checkpoint.keep = 3  # newest; 0 keeps all
+    c.checkpoint.keep_every = 50_000  # and, for good, those of such steps; 0: none
+
+    c.sample = ConfigDict()  # the grids drawn during training, with the EMA weights
+    c.sample.every = 50_000  # 0: none
+    c.sample.per_class = 4
+    c.sample.classes = 8  # the first so many
+    c.sample.cfg_scale = 4.0
+    c.sample.cfg_channels = 3  # guided channels of epsilon, as published; 0: all
+    c.sample.sampler = "ddpm"  # or ddim
+    c.sample.steps = "250"
+    c.sample.eta = 0.0  # of ddim
+
+    c.judge = ConfigDict()  # the closing measurement, on the embedded data
+    c.judge.samples = 0  # 0: none
+    return c
+
+
+# What a checkpoint's arrays, or the sameness of a resumed run, hang on. Everything else may change on resume.
+FIXED = ("seed", "batch_size", "model.patch_size", "model.depth", "model.hidden_size", "model.num_heads",
+         "model.block", "model.input_size", "model.in_channels", "model.num_classes", "diffusion.timesteps",
+         "diffusion.label_dropout", "data.source", "data.flip")
+
+
+def _flatten(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, (dict, ConfigDict)):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def unknown_field(field):
+    """None where `field` ("model.depth") exists, else what to say."""
+    known = [name for name, _ in _flatten(paper())]
+    if field in known:
+        return None
+    near = difflib.get_close_matches(field, known, n=3) or [name for name in known if name.endswith("." + field)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "dit_jax/config.py lists them"
+    return f"unknown config field {field!r}: {hint}"
+
+
+def resolve(config):
+    """The config as a plain nested dict with every field set, and checked. Raises UserError naming the field."""
+    config = config.to_dict()
+    for name, _ in _flatten(config):
+        if problem := unknown_field(name):
+            raise UserError(problem)
+    for name, _ in _flatten(paper()):
+        if name not in dict(_flatten(config)):
+            raise UserError(f"config field {name} is missing: start from dit_jax.config.paper()")
+    model = config["model"]
+    if model["name"]:
+        if model["name"] not in MODELS:
+            raise UserError(f"model.name: unknown model {model['name']!r}: one of {', '.join(MODELS)}")
+        for key, value in model_args(model["name"]).items():
+            if model[key] is None:
+                model[key] = value
+
+    def check(field, ok, must):
+        value = dict(_flatten(config))[field]
+        try:
+            good = ok(value)
+        except TypeError:
+            good = False
+        if not good:
+            raise UserError(f"{field}={value!r}: must be {must}")
+
+    for field in ("steps", "batch_size", "log_every", "checkpoint.every", "model.patch_size", "model.depth",
+                  "model.hidden_size", "model.num_heads", "model.input_size", "model.in_channels",
+                  "model.num_classes", "sample.per_class", "sample.classes"):
+        check(field, lambda v: v >= 1, "at least 1")
+    for field in ("seed", "checkpoint.keep", "checkpoint.keep_every", "sample.every", "sample.cfg_channels",
+                  "judge.samples", "optimizer.weight_decay", "sample.eta"):
+        check(field, lambda v: v >= 0, "0 or more")
+    for field in ("optimizer.learning_rate", "optimizer.eps"):
+        check(field, lambda v: v > 0, "positive")
+    for field in ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"):
+        check(field, lambda v: 0 <= v < 1, "in [0, 1)")
+    check("diffusion.timesteps", lambda v: v > 20, "more than 20")
+    check("model.block", BLOCKS.__contains__, f"one of {', '.join(BLOCKS)}")
+    check("model.remat", REMAT.__contains__, f"one of {', '.join(REMAT)}")
+    dtypes = ("auto", "float32", "bfloat16")
+    check("model.dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}")
+    check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
+    if model["input_size"] % model["patch_size"]:
+        raise UserError(f"model.patch_size={model['patch_size']} does not divide "
+                        f"model.input_size={model['input_size']}")
+    if model["hidden_size"] % model["num_heads"]:
+        raise UserError(f"model.num_heads={model['num_heads']} does not divide "
+                        f"model.hidden_size={model['hidden_size']}")
+    if config["sample"]["cfg_scale"] != 1 and not config["diffusion"]["label_dropout"] and (
+            config["sample"]["every"] or config["judge"]["samples"]):
+        raise UserError(f"sample.cfg_scale={config['sample']['cfg_scale']}: guidance needs a null class, which "
+                        "diffusion.label_dropout=0 does not train; set sample.cfg_scale=1")
+    return config
+
+
+def dit_args(config, dtype):
+    """The arguments of models.dit.DiT of a resolved config; dtype is its compute dtype."""
+    fields = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels",
+              "num_classes", "scan", "remat")
+    return dict({field: config["model"][field] for field in fields}, dtype=dtype,
+                null_class=config["diffusion"]["label_dropout"] > 0)
+
+
+def differences(old, new):
+    """(field, old, new) of every field on which two resolved configs differ."""
+    old, new = dict(_flatten(old)), dict(_flatten(new))
+    return [(field, old.get(field), new.get(field)) for field in sorted({*old, *new})
+            if old.get(field) != new.get(field)]

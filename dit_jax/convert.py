@@ -1,0 +1,214 @@
+"""Published weights in, our weights out: python -m dit_jax.convert
+
+    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz     # needs torch (the extra) for .pt
+    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt                 # a run's EMA weights, as published
+
+A weights file is a flat mapping from the published names to float32 arrays: `.pt` as published, `.npz` the same
+names as plain NumPy arrays, for machines without torch.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import re
+import zipfile
+
+import numpy as np
+from absl import flags
+
+from dit_jax.config import UserError
+from dit_jax.models.blocks import MLP_RATIO
+from dit_jax.models.dit import SIZES
+
+# Ours -> published, in the published order. {} is the block's index; ours holds the blocks stacked.
+NAMES = {
+    "pos_embed": "pos_embed",
+    "x_embedder": "x_embedder.proj",
+    "t_embedder/fc1": "t_embedder.mlp.0",
+    "t_embedder/fc2": "t_embedder.mlp.2",
+    "y_embedder/embedding": "y_embedder.embedding_table.weight",
+    "blocks/attn/qkv": "blocks.{}.attn.qkv",
+    "blocks/attn/proj": "blocks.{}.attn.proj",
+    "blocks/mlp/fc1": "blocks.{}.mlp.fc1",
+    "blocks/mlp/fc2": "blocks.{}.mlp.fc2",
+    "blocks/adaLN_modulation": "blocks.{}.adaLN_modulation.1",
+    "final_layer/linear": "final_layer.linear",
+    "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
+}
+HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+
+
+def _pairs(depth):
+    """(our path, block index or None, published name) of every array, in the published order."""
+    for block in [None, *range(depth)]:
+        for ours, theirs in NAMES.items():
+            if ours.startswith("blocks/") != (block is not None) or ours.startswith("final_layer"):
+                continue
+            yield from _leaves(ours, block, theirs.format(block))
+    for ours, theirs in NAMES.items():
+        if ours.startswith("final_layer"):
+            yield from _leaves(ours, None, theirs)
+
+
+def _leaves(ours, block, theirs):
+    if ours in ("pos_embed", "y_embedder/embedding"):
+        yield ours, block, theirs
+    else:
+        yield f"{ours}/kernel", block, f"{theirs}.weight"
+        yield f"{ours}/bias", block, f"{theirs}.bias"
+
+
+def _to_ours(path, a, args):
+    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
+    if path == "pos_embed":
+        return a[0]
+    if path == "x_embedder/kernel":  # a convolution's (D, C, p, p) -> (p*p*C, D)
+        return a.transpose(2, 3, 1, 0).reshape(-1, d)
+    if path == "blocks/attn/qkv/kernel":  # (3D, D), rows q|k|v, heads contiguous -> (D, 3, H, K)
+        return a.T.reshape(d, 3, h, d // h)
+    if path == "blocks/attn/qkv/bias":
+        return a.reshape(3, h, d // h)
+    if path == "blocks/attn/proj/kernel":
+        return a.T.reshape(h, d // h, d)
+    return a.T if path.endswith("kernel") else a
+
+
+def _to_published(path, a, args):
+    d, p = args["hidden_size"], args["patch_size"]
+    if path == "pos_embed":
+        return a[None]
+    if path == "x_embedder/kernel":
+        return a.reshape(p, p, -1, d).transpose(3, 2, 0, 1)
+    if path == "blocks/attn/qkv/kernel":
+        return a.reshape(d, 3 * d).T
+    if path == "blocks/attn/qkv/bias":
+        return a.reshape(3 * d)
+    if path == "blocks/attn/proj/kernel":
+        return a.reshape(d, d).T
+    return a.T if path.endswith("kernel") else a
+
+
+def published_shapes(args):
+    """{published name: shape} of the adaLN-Zero DiT with these arguments (of models.dit.DiT), in order."""
+    d, p, c = args["hidden_size"], args["patch_size"], args["in_channels"]
+    linear = {"x_embedder.proj": (d, c, p, p), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d),
+              "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (MLP_RATIO * d, d), "mlp.fc2": (d, MLP_RATIO * d),
+              "blocks.adaLN_modulation.1": (6 * d, d), "final_layer.linear": (p * p * 2 * c, d),
+              "final_layer.adaLN_modulation.1": (2 * d, d)}
+    shapes = {}
+    for path, block, name in _pairs(args["depth"]):
+        if path == "pos_embed":
+            shapes[name] = (1, (args["input_size"] // p) ** 2, d)
+        elif path == "y_embedder/embedding":
+            shapes[name] = (args["num_classes"] + args.get("null_class", True), d)
+        else:
+            layer, leaf = re.sub(r"^blocks\.\d+\.", "blocks.", name).rsplit(".", 1)
+            shape = linear.get(layer) or linear[layer.removeprefix("blocks.")]
+            shapes[name] = shape if leaf == "weight" else shape[:1]
+    return shapes
+
+
+def from_published(flat, args):
+    """{published name: array} -> our params, nested and float32. args: of models.dit.DiT.
+
+    Raises UserError naming the array that is missing, left over or of another shape.
+    """
+    expected = published_shapes(args)
+    for name in expected:
+        if name not in flat:
+            raise UserError(f"weights: {name} is missing")
+        if tuple(flat[name].shape) != expected[name]:
+            raise UserError(f"weights: {name} has shape {tuple(flat[name].shape)}, the model needs {expected[name]}")
+    if len(flat) > len(expected):
+        raise UserError(f"weights: unknown array {next(name for name in flat if name not in expected)}")
+    stacked = {}
+    for path, block, name in _pairs(args["depth"]):
+        stacked.setdefault(path, []).append(_to_ours(path, np.asarray(flat[name], np.float32), args))
+    params = {}
+    for path, arrays in stacked.items():
+        *parents, leaf = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = np.stack(arrays) if path.startswith("blocks/") else np.ascontiguousarray(arrays[0])
+    return params
+
+
+def to_published(params, args):
+    """Our params -> {published name: float32 array}, in the published order."""
+    if args.get("block", "adaln_zero") != "adaln_zero":
+        raise UserError(f"model.block={args['block']}: the published format knows adaln_zero only")
+    flat = {}
+    for path, block, name in _pairs(args["depth"]):
+        a = params
+        for key in path.split("/"):
+            a = a[key]
+        a = np.asarray(a if block is None else a[block], np.float32)
+        flat[name] = np.ascontiguousarray(_to_published(path, a, args))
+    return flat
+
+
+def infer_args(flat, num_heads=None, num_classes=None):
+    """The model's arguments, read off the shapes of its weights. The number of heads shows in no shape: it is the
+    paper's for the width, or `num_heads`. Whether the label table's last row is the null class shows neither: it
+    is, unless `num_classes` says that there are as many classes as rows."""
+    try:
+        d, c, p, _ = flat["x_embedder.proj.weight"].shape
+        tokens, rows = flat["pos_embed"].shape[1], flat["y_embedder.embedding_table.weight"].shape[0]
+    except (KeyError, ValueError) as e:
+        raise UserError(f"weights: not a DiT of the published format ({e} is missing or of another shape)") from None
+    if num_heads is None and d not in HEADS:
+        raise UserError(f"weights: width {d} is none of the paper's; --num_heads must say how many heads it has")
+    num_classes = num_classes or rows - 1
+    if num_classes not in (rows, rows - 1):
+        raise UserError(f"weights: {rows} rows of labels do not fit {num_classes} classes")
+    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
+    return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
+                num_heads=num_heads or HEADS[d], num_classes=num_classes, null_class=num_classes == rows - 1)
+
+
+def _torch(path):
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: .pt files need PyTorch: pip install 'dit_jax[torch]'") from None
+    return torch
+
+
+def read_weights(path, which="ema"):
+    """A .pt or .npz file -> {published name: array}. Of a training checkpoint {model, ema, opt, args} the entry
+    `which`: "ema" or "raw"."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.endswith(".npz"):
+            with np.load(path) as file:
+                return dict(file)
+        if not path.endswith(".pt"):
+            raise UserError(f"{path}: weights are .pt or .npz files")
+        torch = _torch(path)
+        # The published code's training checkpoints hold their command line: {model, ema, opt, args}.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        raise UserError(f"{path}: cannot be read as weights ({str(e).splitlines()[0]})") from None
+    if "ema" in data and "model" in data:
+        data = data["ema" if which == "ema" else "model"]
+    return {name: a.detach().float().numpy() for name, a in data.items()}
+
+
+def write_weights(path, flat):
+    """Writes aside, then renames: a file under `path` is whole."""
+    aside = f"{path}.part"
+    if path.endswith(".npz"):
+        with open(aside, "wb") as f:
+            np.savez(f, **flat)
+    elif path.endswith(".pt"):
+        torch = _torch(path)
+        # A new file's archive is named after it in torch; ours must not be named after the aside file.
+        with open(aside, "wb") as f:
+            torch.save({name: torch.from_numpy(a) for name, a in flat.items()}, f)
+    else:
+        raise UserError(f"--out={path}: weights are .pt or .npz files")
+    os.replace(aside, path)
