@@ -48,3 +48,16 @@ def run(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+def make_workdir(path, flag="workdir"):
+    """Makes the folder, and makes sure that it can be written."""
+    if not path.strip():
+        raise UserError(f"--{flag} is empty: name a folder")
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".probe-{os.getpid()}")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as e:
+        raise UserError(f"--{flag}={path}: cannot be written ({e.strerror})") from None

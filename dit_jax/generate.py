@@ -1,0 +1,68 @@
+"""Weights, labels and indices -> images, over the mesh. What `train` and `sample` share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax import sharding
+from dit_jax.diffusion import samplers
+from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion.schedule import linear_schedule, respace
+
+
+class Generator:
+    """generator(params, labels, indices) -> images (N, H, W, C) float32 in host memory.
+
+    The noise of an image is a function of (seed, its index) alone, so that the image is the same, up to rounding,
+    in whatever batch and on whatever devices it is made.
+
+    graphdef, args: of models.dit. params_sharding: a tree like params. cfg_scale 1 runs without guidance;
+    cfg_channels None guides all. batch_size: images that go through the network at once (rounded up to what the
+    mesh divides). on_step(step): called on the host after each denoising step.
+    Raises ValueError naming the setting that is out of range.
+    """
+
+    def __init__(self, graphdef, args, mesh, params_sharding, *, timesteps, steps, sampler, eta, cfg_scale, cfg_channels,
+                 seed, batch_size, on_step=None):
+        if cfg_scale != 1 and not args["null_class"]:
+            raise ValueError(f"cfg_scale={cfg_scale}: guidance needs a null class, and this model was trained without "
+                             "label dropout; use cfg_scale=1")
+        self.num_classes = args["num_classes"]
+        self.schedule = respace(linear_schedule(timesteps), steps)
+        shards = sharding.batch_shards(mesh)
+        self.batch_size = -(-batch_size // shards) * shards
+        shape = (args["input_size"], args["input_size"], args["in_channels"])
+
+        def run(params, labels, indices):
+            model = nnx.merge(graphdef, params)
+            keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
+
+            def noise(i):
+                return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
+
+            def model_fn(x, t):
+                if cfg_scale == 1:
+                    return model(x, t, labels)
+                y = jnp.concatenate([labels, jnp.full_like(labels, self.num_classes)])
+                x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+                return forward_with_cfg(model, x, t, y, cfg_scale, cfg_channels)[: len(labels)]
+
+            return samplers.sample(self.schedule, model_fn, noise(len(self.schedule)), noise, sampler, eta, on_step)
+
+        batch = sharding.batch_sharding(mesh)
+        self.batch_sharding = batch
+        self.run = jax.jit(run, in_shardings=(params_sharding, batch, batch), out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params, labels, indices):
+        labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(f"class {labels.max() if labels.min() >= 0 else labels.min()}: this model has classes "
+                             f"0 to {self.num_classes - 1}")
+        images = []
+        for start in range(0, len(labels), self.batch_size):
+            # The last batch is filled up, so that one compiled program serves all.
+            part = [np.resize(a[start: start + self.batch_size], self.batch_size) for a in (labels, indices)]
+            part = [jax.make_array_from_callback(a.shape, self.batch_sharding, a.__getitem__) for a in part]
+            images.append(np.asarray(self.run(params, *part)))
+        return np.concatenate(images)[: len(labels)]

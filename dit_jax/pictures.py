@@ -1,0 +1,64 @@
+"""What a person would rather look at: grids of images and the loss curve."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def write_aside(path, data):
+    """Writes bytes so that a file under `path` is always whole."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(f"{path}.part", "wb") as f:
+        f.write(data)
+    os.replace(f"{path}.part", path)
+
+
+def to_uint8(images):
+    """(N, H, W, C) in [-1, 1] -> (N, H, W, 3) uint8, truncated as published. One channel becomes grey; of latents
+    (four or more) the first three are shown as they are, at a third of their size."""
+    images = np.asarray(images, np.float32)
+    if images.shape[-1] > 3:
+        images = images[..., :3] / 3
+    images = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
+
+
+def png(image):
+    """(H, W, 3) uint8 -> bytes of a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+def grid(images, columns):
+    """(N, H, W, 3) uint8 -> one picture, row by row, small images enlarged to at least 32 pixels."""
+    scale = -(-32 // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, _ = images.shape
+    rows, gap = -(-n // columns), 2
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[top: top + h, left: left + w] = image
+    return canvas
+
+
+def loss_curve(records, path):
+    """records: dicts with step, loss, mse, vb."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [r["step"] for r in records]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, label in (("loss", "loss"), ("mse", "mean-squared error on epsilon"), ("vb", "bound, bits/dim")):
+        axes.plot(steps, [r[name] for r in records], label=label, marker="." if len(steps) < 30 else None)
+    axes.set(xlabel="step", ylabel="mean over the interval", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    write_aside(path, file.getvalue())

@@ -1,0 +1,231 @@
+"""Trains a DiT: python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.a.b=c]
+
+The same command again goes on where the newest checkpoint stands, and ends with the same parameters to the bit.
+"""
+
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dit_jax import cli, config as configs, flops, pictures, sharding
+from dit_jax.checkpoint import Checkpoints
+from dit_jax.config import UserError
+from dit_jax.data import pipeline, sources
+from dit_jax.diffusion.schedule import linear_schedule
+from dit_jax.generate import Generator
+from dit_jax.logging import Metrics, Progress, duration, say
+from dit_jax.models import dit
+from dit_jax.state import init_state, make_optimizer, make_train_step
+
+
+def compute_dtype(name):
+    """The config's model.dtype as a NumPy dtype."""
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "tpu" else "float32"
+    return jnp.dtype(name)
+
+
+def make_programs(config, mesh):
+    """The jitted functions of a resolved config on a mesh.
+
+    Returns (init, step, target): init(key) -> TrainState; step(state, batch) -> (state, metrics), the state donated;
+    target: a TrainState of ShapeDtypeStructs with their shardings.
+    """
+    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
+    optimizer = make_optimizer(**config["optimizer"])
+    step = make_train_step(dit.abstract(**args)[0], linear_schedule(config["diffusion"]["timesteps"]), optimizer,
+                           seed=config["seed"], ema_decay=config["ema_decay"],
+                           label_dropout=config["diffusion"]["label_dropout"], num_classes=args["num_classes"])
+
+    def init(key):
+        return init_state(key, args, optimizer)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_shardings(shapes, mesh)
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    return (jax.jit(init, out_shardings=shardings),
+            jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)),
+                    out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
+            target)
+
+
+def make_generator(config, mesh, target, per_batch):
+    """A Generator with the settings of config.sample, and one image for each of `per_batch` places."""
+    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
+    s = config["sample"]
+    return Generator(dit.abstract(**args)[0], args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
+                     timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
+                     cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
+                     batch_size=per_batch)
+
+
+def check_same_run(config, identity):
+    """A check of a checkpoint's meta against this run's: UserError naming the fields."""
+    def check(meta):
+        changed = configs.differences(meta["config"], config)
+        fixed = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in changed if field in configs.FIXED]
+        if not fixed and meta["data"] != identity:
+            fixed = [f"the data ({meta['data']} there, {identity} here)"]
+        if fixed:
+            raise UserError(f"the checkpoint is of another run: {', '.join(fixed)}; use that value or another --workdir")
+        for field, old, new in changed:
+            say(f"changed since the checkpoint: {field} {old!r} -> {new!r}")
+    return check
+
+
+def draw_grid(generator, ema, config, path):
+    """A picture of config.sample.per_class samples of each of the first classes, a row a class."""
+    s, classes = config["sample"], min(config["sample"]["classes"], config["model"]["num_classes"])
+    labels = np.repeat(np.arange(classes), s["per_class"])
+    images = generator(ema, labels, np.arange(len(labels)))
+    if jax.process_index() == 0:
+        pictures.write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), s["per_class"])))
+
+
+def measure(generator, ema, train, held_out, count, train_seconds, workdir):
+    """The closing measurement: samples of every class in turn, seen by a judge fitted on real pictures."""
+    import json
+
+    from dit_jax.metrics import judge
+
+    labels = np.arange(count) % generator.num_classes
+    # Indices beyond those of the grids: other noise than the pictures one has looked at.
+    samples = generator(ema, labels, 1_000_000 + np.arange(count))
+    if jax.process_index():
+        return
+    result = judge.report((train.x, train.y), (held_out.x, held_out.y), samples, labels)
+    result["train_seconds"] = round(train_seconds, 1)
+    pictures.write_aside(os.path.join(workdir, "report.json"), (json.dumps(result, indent=2) + "\n").encode())
+    say(f"""
+The judge, fitted on the {len(train)} real training pictures, recognises {result['judge_accuracy']:.1%} of the \
+{len(held_out)} held-out ones.
+Of {count} samples it recognises {result['recognised']:.1%} as the class asked for.
+Fréchet distance to the held-out pictures, in the judge's features:
+  samples        {result['frechet']:8.3f}
+  real training  {result['frechet_floor']:8.3f}   (the floor)
+  noise          {result['frechet_noise']:8.3f}
+Trained for {train_seconds:.0f} s. All this is in {os.path.join(workdir, 'report.json')}""")
+
+
+def main():
+    workdir = flags.FLAGS.workdir
+    config = configs.resolve(flags.FLAGS.config)
+    steps, batch_size, model = config["steps"], config["batch_size"], config["model"]
+    # On CPU a collective of one step must not wait behind the next step's: two in flight can lock up.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    cli.make_workdir(workdir)
+
+    # Mesh, data, programs.
+    try:
+        mesh = sharding.make_mesh(**config["mesh"])
+        if batch_size % sharding.batch_shards(mesh):
+            raise ValueError(f"batch_size={batch_size}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
+                             "does not divide it")
+        source, held_out = sources.load(config["data"]["source"], config["data"]["path"], size=model["input_size"],
+                                        channels=model["in_channels"], num_classes=model["num_classes"])
+        if config["data"]["flip"] and not source.can_flip:
+            raise ValueError("data.flip: mirrored latents are not the latents of the mirrored picture; give "
+                             "images_flipped.npy or set data.flip=False")
+        if config["judge"]["samples"] and not held_out:
+            raise ValueError(f"judge.samples: data.source={config['data']['source']!r} has no held-out pictures; set "
+                             "judge.samples=0")
+        init, train_step, target = make_programs(config, mesh)
+        generator = None
+        if config["sample"]["every"] or config["judge"]["samples"]:
+            generator = make_generator(config, mesh, target, max(config["judge"]["samples"], config["sample"]["per_class"]
+                                       * min(config["sample"]["classes"], model["num_classes"])))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    args = configs.dit_args(config, compute_dtype(model["dtype"]))
+    peak, peak_source = flops.peak_flops(args["dtype"])
+    params, _ = flops.num_params(**args)
+    say(f"{model['name'] or 'DiT'}: {params:,d} parameters, {flops.macs(**args) / 1e9:.3g} G multiply-adds an image, "
+        f"{args['dtype'].name}; {len(source):,d} examples of {source.identity}; {len(jax.devices())} "
+        f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; peak {peak / 1e12:.3g} TFLOP/s a device "
+        f"({peak_source})")
+
+    # State: the newest checkpoint's, or a new one.
+    checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
+    restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
+    state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
+    first, trained_before = int(state.step), meta["train_seconds"]
+    if first > steps:
+        raise UserError(f"steps={steps}: the checkpoint in {workdir} is at step {first} already")
+    if restored:
+        say(f"goes on from step {first} of {steps}")
+    metrics = Metrics(workdir, first)
+
+    def save(step):
+        checkpoints.save(step, state, {"config": config, "data": source.identity, "train_seconds": seconds(),
+                                       "versions": {"jax": jax.__version__}})
+
+    def seconds():
+        return trained_before + time.perf_counter() - start
+
+    # The loop. Metrics stay on the device until they are logged; nothing is saved that was not seen to be finite.
+    start = mark = time.perf_counter()
+    mark_step, pending = first, []
+    progress = Progress("train", steps, "steps", done=first)
+    batches = pipeline.batches(source, seed=config["seed"], flip=config["data"]["flip"], first_step=first,
+                               last_step=steps, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
+    try:
+        for step, batch in enumerate(batches, first + 1):
+            state, values = train_step(state, batch)
+            pending.append(values)
+            last, log, keep = step == steps, step % config["log_every"] == 0, step % config["checkpoint"]["every"] == 0
+            picture = config["sample"]["every"] and (step % config["sample"]["every"] == 0 or last)
+
+            if log or keep or last:
+                values = jax.device_get(pending)
+                for i, v in enumerate(values, step - len(values) + 1):
+                    if not all(math.isfinite(x) for x in v.values()):
+                        checkpoints.wait()
+                        raise UserError(
+                            f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}; the last good "
+                            f"checkpoint is step {max(checkpoints.steps(), default='none')} in {workdir}. Lower "
+                            f"optimizer.learning_rate ({config['optimizer']['learning_rate']}) or look at the data")
+                pending = []
+                now = time.perf_counter()
+                rate = (step - mark_step) / (now - mark)
+                record = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+                record |= {"steps_per_second": rate, "images_per_second": rate * batch_size,
+                           "mfu": rate * batch_size * flops.train_flops(**args) / (peak * len(jax.devices()))}
+                metrics.write(step, record)
+                mark, mark_step = now, step
+                progress.update(step, f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} img/s, "
+                                      f"MFU {record['mfu']:.0%}")
+                progress.say(f"step {step}/{steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb "
+                             f"{record['vb']:.4f}  {rate:.3g} steps/s  {record['images_per_second']:.4g} images/s  "
+                             f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left")
+            else:
+                progress.update(step)
+            if keep or last:
+                save(step)
+            if picture:
+                draw_grid(generator, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
+            if (picture or last) and metrics.main:
+                pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
+            if keep or last or picture:
+                mark, mark_step = time.perf_counter(), step
+    except KeyboardInterrupt:
+        checkpoints.wait()
+        raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
+    finally:
+        progress.close()
+        batches.close()
+    train_seconds = seconds() if first < steps else trained_before
+    checkpoints.close()
+    say(f"done: step {steps}. Checkpoints, samples/, loss.png and metrics.jsonl are in {workdir}")
+    if config["judge"]["samples"]:
+        measure(generator, state.ema, source, held_out, config["judge"]["samples"], train_seconds, workdir)
+
+
+if __name__ == "__main__":
+    cli.define_config(required=True)
+    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with", required=True)
+    cli.run(main)
