@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 from absl import flags
@@ -206,9 +207,43 @@ def write_weights(path, flat):
             np.savez(f, **flat)
     elif path.endswith(".pt"):
         torch = _torch(path)
-        # A new file's archive is named after it in torch; ours must not be named after the aside file.
-        with open(aside, "wb") as f:
-            torch.save({name: torch.from_numpy(a) for name, a in flat.items()}, f)
+        torch.save(OrderedDict((name, torch.tensor(a)) for name, a in flat.items()), aside)
     else:
         raise UserError(f"--out={path}: weights are .pt or .npz files")
     os.replace(aside, path)
+
+
+def main():
+    f = flags.FLAGS
+    if (f.workdir is None) == (f.weights is None):
+        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+    if not f.out.endswith((".pt", ".npz")):
+        raise UserError(f"--out={f.out}: weights are .pt or .npz files")
+    if f.weights:
+        flat = read_weights(f.weights, f.which)
+        # Read in and written out again, so that nothing leaves that this package would not take.
+        args = infer_args(flat, f.num_heads)
+        flat = to_published(from_published(flat, args), args)
+    else:
+        import jax
+
+        from dit_jax import sharding
+        from dit_jax.sample import load_run
+        args, _, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
+        flat = to_published(params, args)
+    write_weights(f.out, flat)
+    print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"
+          f" x {args['input_size']} x {args['in_channels']}, patch {args['patch_size']}, {args['depth']} blocks of width "
+          f"{args['hidden_size']}, {args['num_heads']} heads, {args['num_classes']} classes")
+
+
+if __name__ == "__main__":
+    from dit_jax import cli
+
+    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
+    flags.DEFINE_string("workdir", None, "instead: a run's folder")
+    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
+    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's")
+    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
+    cli.run(main)

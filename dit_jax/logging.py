@@ -49,6 +49,7 @@ class Progress:
 
     def say(self, text):
         """A line that stays."""
+        self.last = time.perf_counter()
         if self.bar is not None:
             self.bar.write(text)
         else:

@@ -33,8 +33,8 @@ def png(image):
 
 
 def grid(images, columns):
-    """(N, H, W, 3) uint8 -> one picture, row by row, small images enlarged to at least 32 pixels."""
-    scale = -(-32 // images.shape[1])
+    """(N, H, W, 3) uint8 -> one picture, row by row, small images enlarged to at least 48 pixels."""
+    scale = -(-48 // images.shape[1])
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, _ = images.shape
     rows, gap = -(-n // columns), 2

@@ -54,14 +54,14 @@ def make_programs(config, mesh):
             target)
 
 
-def make_generator(config, mesh, target, per_batch):
-    """A Generator with the settings of config.sample, and one image for each of `per_batch` places."""
+def make_generator(config, mesh, target):
+    """A Generator with the settings of config.sample, a grid's images at a time."""
     args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
     s = config["sample"]
     return Generator(dit.abstract(**args)[0], args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
                      timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
                      cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
-                     batch_size=per_batch)
+                     batch_size=s["per_class"] * min(s["classes"], args["num_classes"]))
 
 
 def check_same_run(config, identity):
@@ -137,8 +137,7 @@ def main():
         init, train_step, target = make_programs(config, mesh)
         generator = None
         if config["sample"]["every"] or config["judge"]["samples"]:
-            generator = make_generator(config, mesh, target, max(config["judge"]["samples"], config["sample"]["per_class"]
-                                       * min(config["sample"]["classes"], model["num_classes"])))
+            generator = make_generator(config, mesh, target)
     except ValueError as e:
         raise UserError(str(e)) from None
     args = configs.dit_args(config, compute_dtype(model["dtype"]))

@@ -1,0 +1,7 @@
+"""The paper's DiT-XL/8: 400 K steps (table 4)."""
+
+from dit_jax.config import paper
+
+
+def get_config():
+    return paper("DiT-XL/8")

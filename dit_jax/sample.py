@@ -1,0 +1,235 @@
+"""Samples from a run, or from weights: python -m dit_jax.sample
+
+    python -m dit_jax.sample --workdir=runs/digits --classes=3,7 --num=16
+    python -m dit_jax.sample --weights=DiT-XL-2-256x256.pt --out=out --num=50000 --cfg_scale=1.5 --classes=random
+
+Writes into --out: samples.npz with `arr_0` (N, H, W, 3) uint8, as the paper's evaluator reads it, grid.png of the
+first images, single pictures with --png, and manifest.json, which says how they were made. The same command again
+goes on where it stopped. Of a model of latents samples.npz holds `latents` (N, H, W, C) float32.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+
+import jax
+import numpy as np
+from absl import flags
+
+from dit_jax import cli, config as configs, convert, pictures, sharding
+from dit_jax.checkpoint import Checkpoints
+from dit_jax.config import UserError
+from dit_jax.generate import Generator
+from dit_jax.logging import Progress, say
+from dit_jax.models import dit
+from dit_jax.train import compute_dtype
+
+GRID_IMAGES = 100
+
+
+def load_run(workdir, step, which, mesh):
+    """The weights of a run -> (arguments of DiT, graphdef, params, their shardings, settings for the manifest)."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    config = checkpoints.latest_meta(step)["config"]
+    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
+    graphdef, shapes = dit.abstract(**args)
+    shardings = sharding.state_shardings(shapes, mesh)
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    step, params = checkpoints.restore_params(step, {"ema": "ema", "raw": "params"}[which], target)
+    return args, graphdef, params, shardings, {"workdir": os.path.abspath(workdir), "step": step, "which": which,
+                                               "timesteps": config["diffusion"]["timesteps"]}
+
+
+def load_weights(path, which, num_heads, mesh):
+    """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
+    flat = convert.read_weights(path, which)
+    args = convert.infer_args(flat, num_heads) | {"dtype": compute_dtype("auto")}
+    params = convert.from_published(flat, args)
+    graphdef, shapes = dit.abstract(**args)
+    shardings = sharding.state_shardings(shapes, mesh)
+    digest = hashlib.sha256()
+    for array in flat.values():
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return args, graphdef, jax.device_put(params, shardings), shardings, {
+        "weights": os.path.basename(path), "sha256": digest.hexdigest(), "which": which, "timesteps": 1000}
+
+
+def choose_labels(classes, num, num_classes, seed):
+    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform)."""
+    if classes == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=num)
+    try:
+        classes = np.arange(num_classes) if classes == "balanced" else np.array([int(c) for c in classes.split(",")])
+    except ValueError:
+        raise UserError(f"--classes={classes}: 'balanced', 'random' or numbers as in 3,7") from None
+    if classes.min() < 0 or classes.max() >= num_classes:
+        raise UserError(f"--classes: {classes[(classes < 0) | (classes >= num_classes)][0]} is no class of this model, "
+                        f"which has 0 to {num_classes - 1}")
+    return classes[np.arange(num) % len(classes)]
+
+
+class Parts:
+    """The images made so far, in OUT/parts/START.npy, each whole, consecutive from 0."""
+
+    def __init__(self, out):
+        self.folder = os.path.join(out, "parts")
+        os.makedirs(self.folder, exist_ok=True)
+        self.files, self.done = [], 0
+        for name in sorted(name for name in os.listdir(self.folder) if name.endswith(".npy")):
+            if name != self._name(self.done):
+                break
+            self._add(name)
+
+    def _name(self, start):
+        return f"{start:09d}.npy"
+
+    def _add(self, name):
+        path = os.path.join(self.folder, name)
+        self.files.append(path)
+        self.done += len(np.load(path, mmap_mode="r"))
+
+    def append(self, images):
+        name = self._name(self.done)
+        aside = os.path.join(self.folder, f"{name}.part")
+        with open(aside, "wb") as f:
+            np.save(f, images)
+        os.replace(aside, os.path.join(self.folder, name))
+        self._add(name)
+
+    def write_npz(self, path, key):
+        """All parts as one array of an .npz, streamed: 50,000 pictures need not fit in memory."""
+        first = np.load(self.files[0], mmap_mode="r")
+        header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
+                  "shape": (self.done, *first.shape[1:])}
+        with zipfile.ZipFile(f"{path}.part", "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, header)
+                for file in self.files:
+                    f.write(np.ascontiguousarray(np.load(file)).tobytes())
+        os.replace(f"{path}.part", path)
+
+    def remove(self):
+        shutil.rmtree(self.folder)
+
+
+def same_manifest(path, manifest):
+    """Whether `path` holds this manifest; UserError naming the settings where it holds another."""
+    if not os.path.exists(path):
+        return False
+    with open(path) as f:
+        there = json.load(f)
+    differ = [f"{key} ({there.get(key)!r} there, {manifest.get(key)!r} here)" for key in {**there, **manifest}
+              if there.get(key) != manifest.get(key)]
+    if differ:
+        raise UserError(f"{path}: these samples were made with other settings: {', '.join(differ)}; use another --out")
+    return True
+
+
+def write_single(out, start, images):
+    for i, image in enumerate(images, start):
+        pictures.write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
+
+
+def write_pictures(out, parts, count, labels, single):
+    """grid.png of the first `count` images, a column a class where there are few, and with `single` each one."""
+    first, start = [], 0
+    for file in parts.files:
+        images = np.load(file)
+        if single:
+            write_single(out, start, images)
+        if start < count:
+            first.append(images)
+        start += len(images)
+    first = np.concatenate(first)[:count]
+    columns = min(len(set(labels.tolist())), 10)
+    pictures.write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
+        first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
+
+
+def main():
+    f = flags.FLAGS
+    if (f.workdir is None) == (f.weights is None):
+        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+    if f.weights and f.step is not None:
+        raise UserError("--step is of a run's checkpoints: it goes with --workdir")
+    out = f.out or (f.workdir and os.path.join(f.workdir, "out"))
+    if not out:
+        raise UserError("--out is missing: name a folder for the samples")
+    for flag in ("num", "batch_size"):
+        if f[flag].value < 1:
+            raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+    try:
+        mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
+        if f.workdir is not None:
+            args, graphdef, params, shardings, source = load_run(f.workdir, f.step, f.which, mesh)
+        else:
+            args, graphdef, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, mesh)
+        latent = args["in_channels"] > 3
+        if latent and f.png:
+            raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): its samples are "
+                            "written as latents, and there is no decoder yet")
+        labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
+        generator = Generator(
+            graphdef, args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
+            eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
+            batch_size=min(f.batch_size, f.num), on_step=lambda step: progress.update(before + int(step)))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+    manifest = source | {"num": f.num, "classes": f.classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
+                         "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
+                         "dtype": args["dtype"].name}
+    cli.make_workdir(out, "out")
+    manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
+    key = "latents" if latent else "arr_0"
+    finished = same_manifest(manifest_path, manifest) and os.path.exists(npz)
+    main_process = jax.process_index() == 0
+    if not finished:
+        if main_process:
+            pictures.write_aside(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
+        parts = Parts(out)
+        if parts.done:
+            say(f"goes on from image {parts.done} of {f.num}")
+        starts = range(parts.done, f.num, generator.batch_size)
+        progress = Progress("sample", len(starts) * len(generator.schedule), "steps")
+        for n, start in enumerate(starts):
+            before = n * len(generator.schedule)
+            part = np.arange(start, min(start + generator.batch_size, f.num))
+            images = generator(params, labels[part], part)
+            if main_process:
+                parts.append(images if latent else pictures.to_uint8(images))
+        progress.close()
+        if main_process:
+            write_pictures(out, parts, GRID_IMAGES, labels, f.png)
+            parts.write_npz(npz, key)
+            parts.remove()
+    elif f.png and main_process:
+        with np.load(npz) as file:
+            write_single(out, 0, file[key])
+    say(f"{f.num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if f.png else ""))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "a run's folder")
+    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
+    flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
+    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's")
+    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
+    flags.DEFINE_integer("num", 16, "how many images")
+    flags.DEFINE_string("classes", "balanced", "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
+    flags.DEFINE_float("cfg_scale", 4.0, "classifier-free guidance; 1 is none")
+    flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
+    flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
+    flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
+    flags.DEFINE_float("eta", 0.0, "of ddim: 0 deterministic, 1 as noisy as ddpm")
+    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
+    flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
+    flags.DEFINE_integer("tensor", 1, "devices that share a layer")
+    flags.DEFINE_bool("png", False, "also single pictures")
+    cli.run(main)
