@@ -4,10 +4,16 @@ workdir/checkpoints/STEP/ holds the items params, ema, optimizer and meta (JSON:
 identity, seconds trained). They are written asynchronously, aside, and renamed when whole.
 """
 
+import glob
+import logging
 import os
+import shutil
+import sys
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from dit_jax.config import UserError
 from dit_jax.logging import say
@@ -15,7 +21,29 @@ from dit_jax.state import TrainState
 
 
 def _first_line(error):
+    while error.__cause__ is not None:
+        error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _quiet_readers():
+    """Orbax reads the arrays in tasks side by side. Where one fails, the others still write their tracebacks to
+    stderr, some at exit; the one error that counts is raised besides."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    hook, unraisable = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, e, tb: str(e) == "Event loop is closed" or hook(kind, e, tb)
+    sys.unraisablehook = lambda u: "_read_" in repr(u.object) or "loop is closed" in str(u.exc_value) or unraisable(u)
+
+
+@jax.jit
+def _fingerprint(tree):
+    """The sum of all words of all arrays modulo 2**32: whatever the mesh, and any flipped bit changes it."""
+    return sum(jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32)) for leaf in jax.tree.leaves(tree))
+
+
+def _items(state):
+    return {"params": state.params, "ema": state.ema,
+            "optimizer": {"step": state.step, "opt_state": state.opt_state}}
 
 
 class Checkpoints:
@@ -24,15 +52,16 @@ class Checkpoints:
 
     def __init__(self, workdir, keep=0, keep_every=0, read_only=False):
         self.directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
-        self.options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, keep_period=keep_every or None, read_only=read_only, create=not read_only,
-            cleanup_tmp_directories=not read_only)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, keep_period=keep_every or None, read_only=read_only, create=not read_only)
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"{workdir}: holds no checkpoints; train there first, or name another --workdir")
-        self._open()
-
-    def _open(self):
-        self.manager = ocp.CheckpointManager(self.directory, options=self.options)
+        _quiet_readers()
+        if not read_only and jax.process_index() == 0:
+            # What a killed run was writing. Orbax would clean up in a thread of its own, which outlives an error here.
+            for path in glob.glob(f"{glob.escape(self.directory)}/*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self):
         return sorted(self.manager.all_steps())
@@ -42,10 +71,11 @@ class Checkpoints:
         if step in self.steps():
             return
         try:
+            items = _items(state)
+            meta = meta | {"fingerprints": {name: int(_fingerprint(item)) for name, item in items.items()}}
             self.manager.save(step, args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params), ema=ocp.args.StandardSave(state.ema),
-                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                meta=ocp.args.JsonSave(meta)))
+                meta=ocp.args.JsonSave(meta),
+                **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
         except Exception as e:
             raise UserError(f"{self.directory}/{step}: the checkpoint cannot be written ({_first_line(e)})") from e
 
@@ -58,6 +88,15 @@ class Checkpoints:
     def meta(self, step):
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
+    def _restore(self, step, targets, meta):
+        items = self.manager.restore(step, args=ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(target) for name, target in targets.items()}))
+        for name in targets:
+            # Orbax notices a file that is cut short, but not a byte that has changed.
+            if int(_fingerprint(items[name])) != meta["fingerprints"][name]:
+                raise ValueError(f"the bytes of {name} are not those that were written")
+        return items
+
     def restore_latest(self, target, check):
         """(state, meta) of the newest checkpoint that can be read, or None where there is none at all.
 
@@ -69,16 +108,16 @@ class Checkpoints:
             try:
                 meta = self.meta(step)
                 check(meta)
-                items = self.manager.restore(step, args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(target.params), ema=ocp.args.StandardRestore(target.ema),
-                    optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": target.opt_state})))
+                items = self._restore(step, _items(target), meta)
                 optimizer = items["optimizer"]
                 return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
             except UserError:
+                self.manager.close()
                 raise
             except Exception as e:
                 self._set_aside(step, e)
         if steps:
+            self.manager.close()  # its threads would complain at exit
             raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or move "
                             "this one away to start over")
         return None
@@ -90,8 +129,7 @@ class Checkpoints:
             raise UserError(f"--step={step}: {self.directory} has {', '.join(map(str, steps)) or 'none'}")
         for s in [step] if step is not None else reversed(steps):
             try:
-                return s, self.manager.restore(s, args=ocp.args.Composite(
-                    **{which: ocp.args.StandardRestore(target)}))[which]
+                return s, self._restore(s, {which: target}, self.meta(s))[which]
             except Exception as e:
                 say(f"checkpoint {self.directory}/{s} cannot be read ({_first_line(e)})")
         raise UserError(f"{self.directory}: no checkpoint can be read")
@@ -109,7 +147,6 @@ class Checkpoints:
         damaged = os.path.join(os.path.dirname(self.directory), "damaged")
         say(f"checkpoint {self.directory}/{step} cannot be read ({_first_line(error)}): moved to {damaged}, falling "
             "back to the one before")
-        self.manager.close()
         if jax.process_index() == 0:
             os.makedirs(damaged, exist_ok=True)
             target, n = os.path.join(damaged, str(step)), 1
@@ -117,8 +154,8 @@ class Checkpoints:
                 target, n = os.path.join(damaged, f"{step}-{n}"), n + 1
             os.rename(os.path.join(self.directory, str(step)), target)
         if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices("set aside a damaged checkpoint")
-        self._open()
+            multihost_utils.sync_global_devices("set aside a damaged checkpoint")
+        self.manager.reload()
 
     def close(self):
         self.wait()

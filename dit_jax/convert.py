@@ -193,7 +193,7 @@ def read_weights(path, which="ema"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        raise UserError(f"{path}: cannot be read as weights ({str(e).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0] or 'cut short'})") from None
     if "ema" in data and "model" in data:
         data = data["ema" if which == "ema" else "model"]
     return {name: a.detach().float().numpy() for name, a in data.items()}

@@ -154,6 +154,7 @@ def main():
     state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
+        checkpoints.close()
         raise UserError(f"steps={steps}: the checkpoint in {workdir} is at step {first} already")
     if restored:
         say(f"goes on from step {first} of {steps}")
@@ -183,7 +184,6 @@ def main():
                 values = jax.device_get(pending)
                 for i, v in enumerate(values, step - len(values) + 1):
                     if not all(math.isfinite(x) for x in v.values()):
-                        checkpoints.wait()
                         raise UserError(
                             f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}; the last good "
                             f"checkpoint is step {max(checkpoints.steps(), default='none')} in {workdir}. Lower "
@@ -207,18 +207,17 @@ def main():
                 save(step)
             if picture:
                 draw_grid(generator, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
-            if (picture or last) and metrics.main:
+            if (keep or picture or last) and metrics.main:
                 pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
             if keep or last or picture:
                 mark, mark_step = time.perf_counter(), step
     except KeyboardInterrupt:
-        checkpoints.wait()
         raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
     finally:
         progress.close()
         batches.close()
+        checkpoints.close()
     train_seconds = seconds() if first < steps else trained_before
-    checkpoints.close()
     say(f"done: step {steps}. Checkpoints, samples/, loss.png and metrics.jsonl are in {workdir}")
     if config["judge"]["samples"]:
         measure(generator, state.ema, source, held_out, config["judge"]["samples"], train_seconds, workdir)

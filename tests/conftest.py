@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Four fake devices (more can hang collectives on two cores), and one step in flight at a time.
@@ -40,3 +42,36 @@ def network(golden):
         return args, dit.abstract(**args)[0], convert.from_published(flat, args), flat
 
     return load
+
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.depth=2", "--config.model.hidden_size=32",
+        "--config.log_every=1", "--config.sample.every=0", "--config.judge.samples=0", "--config.checkpoint.keep=0"]
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """command("train", *flags) runs python -m dit_jax.train as a user does -> (exit status, stdout, stderr).
+    With wait=False: the process, started. devices: how many fake ones."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def run(name, *flags, wait=True, devices=1):
+        env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+                   JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
+        process = subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *map(str, flags)], cwd=ROOT, env=env,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=500)
+        return process.returncode, out, err
+
+    return run
+
+
+def one_error(result, *words):
+    """The command failed with exactly one line on stderr, which holds `words`."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert str(word) in lines[0], lines[0]

