@@ -8,6 +8,8 @@ from dit_jax.config import paper
 
 def get_config(size=""):
     c = paper(model="")
+    if size not in ("", "16", "32"):
+        raise ValueError(f"configs/mnist.py:{size}: the size is 16 or 32")
     size = int(size or (16 if jax.default_backend() == "cpu" else 32))
     c.steps = 6000
     c.batch_size = 64

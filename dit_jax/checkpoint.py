@@ -111,7 +111,7 @@ class Checkpoints:
                 items = self._restore(step, _items(target), meta)
                 optimizer = items["optimizer"]
                 return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
-            except UserError:
+            except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # not the checkpoint's fault
                 self.manager.close()
                 raise
             except Exception as e:

@@ -17,25 +17,32 @@ def define_config(required):
                                  "is missing: name a file, e.g. --config=configs/digits.py")
 
 
+def _last_line(error):
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
 def _parse_flags(argv):
-    for arg in argv[1:]:
-        if arg.startswith("--config="):
-            path = arg.removeprefix("--config=").split(":")[0]
-            if not os.path.isfile(path):
+    path = "FILE"
+    for arg, following in zip(argv[1:], argv[2:] + [""]):
+        if arg == "--config" or arg.startswith("--config="):
+            path = arg.partition("=")[2] or following
+            if not os.path.isfile(path.split(":")[0]):
                 raise UserError(f"--config={path}: no such file")
-        elif arg.startswith("--config."):
-            problem = unknown_field(arg.removeprefix("--config.").split("=")[0])
+        elif arg.startswith(("--config.", "--noconfig.")):
+            problem = unknown_field(arg.partition("config.")[2].partition("=")[0])
             if problem:
                 raise UserError(problem)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:
-        raise UserError(" ".join(str(e).split())) from None
+        raise UserError(_last_line(e)) from None
+    except Exception as e:  # whatever a config file raises while it is read
+        raise UserError(f"--config={path}: cannot be read ({type(e).__name__}: {_last_line(e)})") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
     config = flags.FLAGS.config if "config" in flags.FLAGS else None
     if config is not None and not isinstance(config, ConfigDict):
-        raise UserError(f"--config={flags.FLAGS['config'].value}: {getattr(config, '_error', 'cannot be read')}")
+        raise UserError(f"--config={path}: get_config() must return a ConfigDict")
     return rest
 
 

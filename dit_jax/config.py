@@ -5,6 +5,7 @@ and hand plain arguments down; nothing below them sees one.
 """
 
 import difflib
+import math
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -136,10 +137,14 @@ def resolve(config):
                   "model.num_classes", "sample.per_class", "sample.classes"):
         check(field, lambda v: v >= 1, "at least 1")
     for field in ("seed", "checkpoint.keep", "checkpoint.keep_every", "sample.every", "sample.cfg_channels",
-                  "judge.samples", "optimizer.weight_decay", "sample.eta"):
-        check(field, lambda v: v >= 0, "0 or more")
+                  "optimizer.weight_decay"):
+        check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.learning_rate", "optimizer.eps"):
-        check(field, lambda v: v > 0, "positive")
+        check(field, lambda v: 0 < v < math.inf, "positive")
+    check("seed", lambda v: v < 2**32, "below 2**32")
+    check("judge.samples", lambda v: v == 0 or v >= 2, "0, or at least 2")
+    check("sample.eta", lambda v: 0 <= v <= 1, "between 0 and 1")
+    check("sample.cfg_scale", lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"):
         check(field, lambda v: 0 <= v < 1, "in [0, 1)")
     check("diffusion.timesteps", lambda v: v > 20, "more than 20")

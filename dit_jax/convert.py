@@ -156,17 +156,24 @@ def infer_args(flat, num_heads=None, num_classes=None):
     is, unless `num_classes` says that there are as many classes as rows."""
     try:
         d, c, p, _ = flat["x_embedder.proj.weight"].shape
-        tokens, rows = flat["pos_embed"].shape[1], flat["y_embedder.embedding_table.weight"].shape[0]
-    except (KeyError, ValueError) as e:
-        raise UserError(f"weights: not a DiT of the published format ({e} is missing or of another shape)") from None
+        _, tokens, _ = flat["pos_embed"].shape
+        rows, _ = flat["y_embedder.embedding_table.weight"].shape
+    except KeyError as e:
+        raise UserError(f"weights: not a DiT of the published format: {e} is missing") from None
+    except ValueError:
+        raise UserError("weights: not a DiT of the published format: x_embedder.proj.weight, pos_embed or "
+                        "y_embedder.embedding_table.weight has another shape") from None
     if num_heads is None and d not in HEADS:
         raise UserError(f"weights: width {d} is none of the paper's; --num_heads must say how many heads it has")
+    num_heads = num_heads or HEADS[d]
+    if d % num_heads:
+        raise UserError(f"--num_heads={num_heads} does not divide the weights' width {d}")
     num_classes = num_classes or rows - 1
-    if num_classes not in (rows, rows - 1):
+    if num_classes not in (rows, rows - 1) or num_classes < 1:
         raise UserError(f"weights: {rows} rows of labels do not fit {num_classes} classes")
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
     return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
-                num_heads=num_heads or HEADS[d], num_classes=num_classes, null_class=num_classes == rows - 1)
+                num_heads=num_heads, num_classes=num_classes, null_class=num_classes == rows - 1)
 
 
 def _torch(path):
@@ -184,8 +191,9 @@ def read_weights(path, which="ema"):
         raise UserError(f"{path}: no such file")
     try:
         if path.endswith(".npz"):
-            with np.load(path) as file:
-                return dict(file)
+            with open(path, "rb") as f, zipfile.ZipFile(f):
+                flat = dict(np.load(path))
+            return _check_arrays(path, flat)
         if not path.endswith(".pt"):
             raise UserError(f"{path}: weights are .pt or .npz files")
         torch = _torch(path)
@@ -194,9 +202,19 @@ def read_weights(path, which="ema"):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         raise UserError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0] or 'cut short'})") from None
-    if "ema" in data and "model" in data:
+    if isinstance(data, dict) and "ema" in data and "model" in data:
         data = data["ema" if which == "ema" else "model"]
-    return {name: a.detach().float().numpy() for name, a in data.items()}
+    if not isinstance(data, dict) or not all(isinstance(a, torch.Tensor) for a in data.values()):
+        raise UserError(f"{path}: holds no state dict, a mapping from names to tensors")
+    return _check_arrays(path, {name: (a.float() if a.is_floating_point() else a).detach().numpy()
+                                for name, a in data.items()})
+
+
+def _check_arrays(path, flat):
+    for name, a in flat.items():
+        if a.dtype.kind != "f":
+            raise UserError(f"{path}: {name} is {a.dtype}, not floating point")
+    return flat
 
 
 def write_weights(path, flat):
@@ -219,6 +237,8 @@ def main():
         raise UserError("say --workdir=RUN or --weights=FILE, one of them")
     if not f.out.endswith((".pt", ".npz")):
         raise UserError(f"--out={f.out}: weights are .pt or .npz files")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
+        raise UserError(f"--out={f.out}: there is no such folder")
     if f.weights:
         flat = read_weights(f.weights, f.which)
         # Read in and written out again, so that nothing leaves that this package would not take.
@@ -244,6 +264,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "instead: a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's")
+    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
     flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
     cli.run(main)

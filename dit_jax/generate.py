@@ -28,6 +28,12 @@ class Generator:
         if cfg_scale != 1 and not args["null_class"]:
             raise ValueError(f"cfg_scale={cfg_scale}: guidance needs a null class, and this model was trained without "
                              "label dropout; use cfg_scale=1")
+        if not 0 <= cfg_scale < np.inf:
+            raise ValueError(f"cfg_scale={cfg_scale}: must be 0 or more")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta}: must be between 0 and 1")
+        if cfg_channels is not None and cfg_channels < 1:
+            raise ValueError(f"cfg_channels={cfg_channels}: must be at least 1, or 0 for all")
         self.num_classes = args["num_classes"]
         self.schedule = respace(linear_schedule(timesteps), steps)
         shards = sharding.batch_shards(mesh)

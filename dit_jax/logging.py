@@ -30,7 +30,7 @@ class Progress:
 
     def __init__(self, what, total, unit, done=0, every=10.0):
         self.what, self.total, self.unit, self.first, self.every = what, total, unit, done, every
-        self.start = self.last = time.perf_counter()
+        self.start, self.last = None, time.perf_counter()
         self.bar = None
         if sys.stderr.isatty() and jax.process_index() == 0:
             from tqdm import tqdm
@@ -38,6 +38,8 @@ class Progress:
 
     def update(self, done, text=""):
         now = time.perf_counter()
+        if self.start is None:  # what came before the first step is compilation
+            self.start, self.first = now, done
         if self.bar is not None:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
@@ -96,10 +98,13 @@ def read_records(path):
     if not os.path.exists(path):
         return []
     records = []
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         for line in f:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or "step" not in record:
+                break
+            records.append(record)
     return records

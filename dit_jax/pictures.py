@@ -15,14 +15,20 @@ def write_aside(path, data):
     os.replace(f"{path}.part", path)
 
 
+def is_picture(channels):
+    """Whether images of so many channels are pictures, grey or colour; else they are latents."""
+    return channels in (1, 3)
+
+
 def to_uint8(images):
-    """(N, H, W, C) in [-1, 1] -> (N, H, W, 3) uint8, truncated as published. One channel becomes grey; of latents
-    (four or more) the first three are shown as they are, at a third of their size."""
-    images = np.asarray(images, np.float32)
-    if images.shape[-1] > 3:
-        images = images[..., :3] / 3
+    """(N, H, W, C) in [-1, 1] -> (N, H, W, 3) uint8, truncated as published; NaN is grey. One channel becomes grey; of
+    latents (neither one channel nor three) the first three are shown, at a third of their size."""
+    images = np.nan_to_num(np.asarray(images, np.float32))
+    channels = images.shape[-1]
+    if not is_picture(channels):
+        images = np.pad(images, ((0, 0),) * 3 + ((0, max(0, 3 - channels)),))[..., :3] / 3
     images = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images[..., :3]
+    return np.repeat(images, 3, axis=-1) if channels == 1 else images
 
 
 def png(image):

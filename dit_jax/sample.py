@@ -118,8 +118,12 @@ def same_manifest(path, manifest):
     """Whether `path` holds this manifest; UserError naming the settings where it holds another."""
     if not os.path.exists(path):
         return False
-    with open(path) as f:
-        there = json.load(f)
+    try:
+        with open(path) as f:
+            there = dict(json.load(f))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged, so that nobody can tell how these samples were made; use another "
+                        "--out") from None
     differ = [f"{key} ({there.get(key)!r} there, {manifest.get(key)!r} here)" for key in {**there, **manifest}
               if there.get(key) != manifest.get(key)]
     if differ:
@@ -127,22 +131,31 @@ def same_manifest(path, manifest):
     return True
 
 
+def is_whole(path, key, num):
+    """Whether `path` is an .npz, complete to its end, with `num` images under `key`."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as f:
+            np.lib.format.read_magic(f)
+            return np.lib.format.read_array_header_1_0(f)[0][0] == num
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+
+
 def write_single(out, start, images):
     for i, image in enumerate(images, start):
         pictures.write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
 
 
-def write_pictures(out, parts, count, labels, single):
-    """grid.png of the first `count` images, a column a class where there are few, and with `single` each one."""
+def write_pictures(out, arrays, labels, single):
+    """grid.png of the first images, a column a class where there are few, and with `single` each one."""
     first, start = [], 0
-    for file in parts.files:
-        images = np.load(file)
+    for images in arrays:
         if single:
             write_single(out, start, images)
-        if start < count:
+        if start < GRID_IMAGES:
             first.append(images)
         start += len(images)
-    first = np.concatenate(first)[:count]
+    first = np.concatenate(first)[:GRID_IMAGES]
     columns = min(len(set(labels.tolist())), 10)
     pictures.write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
         first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
@@ -152,6 +165,8 @@ def main():
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
         raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+    if f.workdir is not None and not f.workdir.strip():
+        raise UserError("--workdir is empty: name a run's folder")
     if f.weights and f.step is not None:
         raise UserError("--step is of a run's checkpoints: it goes with --workdir")
     out = f.out or (f.workdir and os.path.join(f.workdir, "out"))
@@ -169,7 +184,7 @@ def main():
         else:
             args, graphdef, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
                                                                       mesh)
-        latent = args["in_channels"] > 3
+        latent = not pictures.is_picture(args["in_channels"])
         if latent and f.png:
             raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): its samples are "
                             "written as latents, and there is no decoder yet")
@@ -187,7 +202,7 @@ def main():
     cli.make_workdir(out, "out")
     manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
     key = "latents" if latent else "arr_0"
-    finished = same_manifest(manifest_path, manifest) and os.path.exists(npz)
+    finished = same_manifest(manifest_path, manifest) and is_whole(npz, key, f.num)
     main_process = jax.process_index() == 0
     if not finished:
         if main_process:
@@ -201,16 +216,19 @@ def main():
             before = n * len(generator.schedule)
             part = np.arange(start, min(start + generator.batch_size, f.num))
             images = generator(params, labels[part], part)
+            if not np.isfinite(images).all():
+                raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
+                                "lower --cfg_scale, or look at the weights")
             if main_process:
                 parts.append(images if latent else pictures.to_uint8(images))
         progress.close()
         if main_process:
-            write_pictures(out, parts, GRID_IMAGES, labels, f.png)
+            write_pictures(out, map(np.load, parts.files), labels, f.png)
             parts.write_npz(npz, key)
             parts.remove()
-    elif f.png and main_process:
+    elif main_process and (f.png or not os.path.exists(os.path.join(out, "grid.png"))):
         with np.load(npz) as file:
-            write_single(out, 0, file[key])
+            write_pictures(out, [file[key]], labels, f.png)
     say(f"{f.num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if f.png else ""))
 
 
@@ -218,8 +236,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
-    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's")
-    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels")
+    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's", lower_bound=1)
+    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
+                         lower_bound=1)
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
     flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_integer("num", 16, "how many images")
@@ -229,7 +248,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
     flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
     flags.DEFINE_float("eta", 0.0, "of ddim: 0 deterministic, 1 as noisy as ddpm")
-    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
     flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
     flags.DEFINE_integer("tensor", 1, "devices that share a layer")

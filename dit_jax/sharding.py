@@ -41,9 +41,9 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ValueError(f"mesh {sizes}: sizes are positive, and one at most is -1")
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         raise ValueError(f"mesh {sizes} does not make {len(devices)} device(s)")
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -41,7 +41,8 @@ def update(state, loss_fn, optimizer, ema_decay):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-    metrics = dict(metrics, grad_norm=optax.tree.norm(grads))
+    # The gradient's norm tells of this step's arithmetic, the parameters' of what would be saved.
+    metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 

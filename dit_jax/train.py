@@ -98,6 +98,8 @@ def measure(generator, ema, train, held_out, count, train_seconds, workdir):
     samples = generator(ema, labels, 1_000_000 + np.arange(count))
     if jax.process_index():
         return
+    if not np.isfinite(samples).all():
+        raise UserError(f"the samples at the end of {workdir} are not finite: lower sample.cfg_scale, or train on")
     result = judge.report((train.x, train.y), (held_out.x, held_out.y), samples, labels)
     result["train_seconds"] = round(train_seconds, 1)
     pictures.write_aside(os.path.join(workdir, "report.json"), (json.dumps(result, indent=2) + "\n").encode())
@@ -114,6 +116,8 @@ Trained for {train_seconds:.0f} s. All this is in {os.path.join(workdir, 'report
 
 def main():
     workdir = flags.FLAGS.workdir
+    if workdir is None:
+        raise UserError("--workdir is missing: name the run's folder")
     config = configs.resolve(flags.FLAGS.config)
     steps, batch_size, model = config["steps"], config["batch_size"], config["model"]
     # On CPU a collective of one step must not wait behind the next step's: two in flight can lock up.
@@ -137,7 +141,10 @@ def main():
         init, train_step, target = make_programs(config, mesh)
         generator = None
         if config["sample"]["every"] or config["judge"]["samples"]:
-            generator = make_generator(config, mesh, target)
+            try:
+                generator = make_generator(config, mesh, target)
+            except ValueError as e:
+                raise ValueError(f"config.sample: {e}") from None
     except ValueError as e:
         raise UserError(str(e)) from None
     args = configs.dit_args(config, compute_dtype(model["dtype"]))
@@ -184,10 +191,14 @@ def main():
                 values = jax.device_get(pending)
                 for i, v in enumerate(values, step - len(values) + 1):
                     if not all(math.isfinite(x) for x in v.values()):
+                        saved = max(checkpoints.steps(), default=None)
                         raise UserError(
-                            f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}; the last good "
-                            f"checkpoint is step {max(checkpoints.steps(), default='none')} in {workdir}. Lower "
-                            f"optimizer.learning_rate ({config['optimizer']['learning_rate']}) or look at the data")
+                            f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}, the parameters' "
+                            f"{v['param_norm']}; "
+                            + ("no checkpoint was written" if saved is None else
+                               f"the last good checkpoint is step {saved} in {workdir}")
+                            + f". Lower optimizer.learning_rate ({config['optimizer']['learning_rate']}) or look at the "
+                            "data")
                 pending = []
                 now = time.perf_counter()
                 rate = (step - mark_step) / (now - mark)
@@ -218,12 +229,12 @@ def main():
         batches.close()
         checkpoints.close()
     train_seconds = seconds() if first < steps else trained_before
-    say(f"done: step {steps}. Checkpoints, samples/, loss.png and metrics.jsonl are in {workdir}")
+    say(f"done: step {steps}. All of the run is in {workdir}")
     if config["judge"]["samples"]:
         measure(generator, state.ema, source, held_out, config["judge"]["samples"], train_seconds, workdir)
 
 
 if __name__ == "__main__":
     cli.define_config(required=True)
-    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with", required=True)
+    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
     cli.run(main)

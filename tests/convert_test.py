@@ -67,6 +67,32 @@ def test_unreadable_weights_get_one_line(tmp_path, name, content):
     assert "\n" not in str(e.value)
 
 
+def test_files_of_something_else_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    flat = {"pos_embed": np.zeros(3, np.complex64)}
+    for name, content in (("list.pt", [1]), ("numbers.pt", {"a": 1}), ("half.pt", {"model": {}, "ema": None})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: holds no state dict"):
+            convert.read_weights(str(tmp_path / name))
+    np.savez(tmp_path / "complex.npz", **flat)
+    with pytest.raises(UserError, match="pos_embed is complex64"):
+        convert.read_weights(str(tmp_path / "complex.npz"))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(UserError, match="array.npz: cannot be read"):
+        convert.read_weights(str(tmp_path / "array.npz"))
+
+
+@pytest.mark.parametrize("change, heads, words", [
+    ({}, 5, "--num_heads=5 does not divide"), ({}, None, "width 32 is none of the paper's"),
+    ({"pos_embed": np.zeros(4)}, 2, "another shape"),
+    ({"y_embedder.embedding_table.weight": np.zeros((1, 32))}, 2, "1 rows of labels"),
+])
+def test_odd_geometry_is_refused(network, change, heads, words):
+    with pytest.raises(UserError, match=words):
+        convert.infer_args({**network("b")[3], **change}, num_heads=heads)
+
+
 def test_missing_weights(command, tmp_path):
     one_error(command("convert", f"--weights={tmp_path}/none.pt", f"--out={tmp_path}/x.npz"), "none.pt: no such file")
-    one_error(command("convert", f"--out={tmp_path}/x.npz"), "--workdir", "--weights")
+    one_error(command("convert", f"--weights={tmp_path}/none.pt", f"--out={tmp_path}/no/x.npz"), "no such folder")

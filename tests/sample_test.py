@@ -135,6 +135,39 @@ def test_guidance_without_a_null_class_is_refused(command, tmp_path):
     assert command("sample", f"--workdir={tmp_path}", "--num=2", "--cfg_scale=1", "--steps=2")[0] == 0
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(eta=5.0), "eta=5.0"), (dict(eta=-1.0), "eta=-1.0"), (dict(cfg_scale=np.nan), "cfg_scale=nan"),
+    (dict(cfg_channels=-1), "cfg_channels=-1"), (dict(steps="0"), "steps='0'")])
+def test_settings_that_make_no_pictures_are_refused(network, change, words):
+    args, graphdef, params, _ = network("a")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    settings = dict(timesteps=1000, steps="4", sampler="ddim", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=0, batch_size=2)
+    with pytest.raises(ValueError, match=words):
+        Generator(graphdef, dict(args, null_class=True), mesh, sharding.state_shardings(params, mesh), **settings | change)
+
+
+def test_a_file_that_is_not_whole_is_made_again(command, run, tmp_path):
+    flags = [f"--workdir={run}", f"--out={tmp_path}", "--num=3", *FAST]
+    assert command("sample", *flags)[0] == 0
+    before = images(tmp_path)
+    (tmp_path / "samples.npz").write_bytes((tmp_path / "samples.npz").read_bytes()[:200])
+    (tmp_path / "grid.png").unlink()
+    assert command("sample", *flags)[0] == 0
+    assert_array_equal(images(tmp_path), before)
+    assert (tmp_path / "grid.png").exists()
+    (tmp_path / "manifest.json").write_text("{")
+    one_error(command("sample", *flags), "manifest.json: is damaged")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_any_number_of_channels_can_be_shown(channels):
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 4, 4, channels)).astype(np.float32)
+    x[0] = np.nan
+    shown = pictures.to_uint8(x)
+    assert shown.shape == (3, 4, 4, 3) and (shown[0] == 128).all() and shown[1].std() > 5
+    assert pictures.grid(shown, 2).shape[2] == 3
+
+
 def test_uint8_is_truncated_as_published():
     x = np.array([-1.2, -1, -0.999, 0, 0.5, 0.9999, 1, 3], np.float32).reshape(-1, 1, 1, 1)
     assert_array_equal(pictures.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1))

@@ -128,6 +128,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
               "optimizer.learning_rate")
     step, arrays = final_state(tmp_path)
     assert step == 4 and all(a.tobytes() == b.tobytes() for a, b in zip(arrays, good[1]))
+    # Finite loss and gradient, but an update that is not: it must not be saved either.
+    fresh = [*TINY, "--config.steps=4", "--config.checkpoint.every=1", f"--workdir={tmp_path}/fresh"]
+    one_error(command("train", *fresh, "--config.optimizer.learning_rate=1e38"), "step 1", "no checkpoint was written")
+    assert command("train", *fresh)[0] == 0
+
+
+def test_damaged_metrics_are_read_up_to_the_damage(tmp_path):
+    from dit_jax.logging import read_records
+    path = tmp_path / "metrics.jsonl"
+    for tail in (b'{"step": 2, "lo', b"3\n", b"\xff\xfe\n", b""):
+        path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + tail)
+        assert read_records(str(path)) == [{"step": 1, "loss": 0.5}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text, words", [
+    ("def get_config(:", "SyntaxError"), ("x = 1", "get_config"), ("def get_config():\n    raise RuntimeError('boom')", "boom"),
+    ("def get_config():\n    return {}", "ConfigDict")], ids=["syntax", "empty", "raises", "dict"])
+def test_broken_config_files_get_one_line(command, tmp_path, text, words):
+    (tmp_path / "c.py").write_text(text)
+    one_error(command("train", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w"), words, "c.py")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -143,6 +164,10 @@ def test_unknown_model_and_empty_workdir(command, tmp_path, flags, words):
     (["--config.model.dept=3"], ["unknown config field 'model.dept'", "model.depth"]),
     (["--config.steps=0"], ["steps=0: must be at least 1"]),
     (["--config.steps=-5"], ["steps=-5"]),
+    (["--config.optimizer.learning_rate=inf"], ["optimizer.learning_rate=inf"]),
+    (["--config.seed=4294967296"], ["seed=4294967296"]),
+    (["--config.sample.every=5", "--config.sample.steps=0"], ["config.sample: steps='0'"]),
+    (["--noconfig.foo"], ["unknown config field 'foo'"]),
     (["--config.model.patch_size=3"], ["model.patch_size=3 does not divide model.input_size=8"]),
     (["--config.model.num_heads=5"], ["model.num_heads=5 does not divide model.hidden_size=32"]),
     (["--config.model.block=mamba"], ["model.block='mamba'", "adaln_zero"]),

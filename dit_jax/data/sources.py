@@ -1,6 +1,6 @@
-"""Where examples come from. A source has a length, source[i] -> {"x": (H, W, C) float32, "y": int32}, `flipped`
-(whether source[i] also gives the mirrored example), `names` of its classes, and an `identity` that goes into
-checkpoints. Pictures lie in [-1, 1].
+"""Where examples come from. A source has a length, example(i, flip) -> {"x": (H, W, C) float32, "y": int32},
+`can_flip` (whether it has the mirrored examples), `names` of its classes, and an `identity` that goes into checkpoints.
+Pictures lie in [-1, 1].
 """
 
 import hashlib
@@ -94,11 +94,18 @@ def arrays(path):
     mirrored = load("images_flipped.npy") if os.path.exists(os.path.join(path, "images_flipped.npy")) else None
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float16, np.float32):
         raise ValueError(f"{path}/images.npy: {x.dtype} {x.shape}: must be uint8, float16 or float32, (N, H, W, C)")
+    if not len(x):
+        raise ValueError(f"{path}/images.npy: holds no images")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
         raise ValueError(f"{path}/labels.npy: {y.dtype} {y.shape}: must be one integer for each of {len(x)} images")
     if mirrored is not None and (mirrored.shape != x.shape or mirrored.dtype != x.dtype):
         raise ValueError(f"{path}/images_flipped.npy: must be of the shape and type of images.npy")
-    digest = hashlib.sha256(np.ascontiguousarray(y).tobytes() + np.ascontiguousarray(x[:16]).tobytes())
+    # All labels and images spread over the whole: a run must not go on with other data unawares.
+    spread = np.linspace(0, len(x) - 1, min(len(x), 64)).astype(int)
+    digest = hashlib.sha256(np.ascontiguousarray(y))
+    for images in (x, mirrored):
+        if images is not None:
+            digest.update(np.ascontiguousarray(images[spread]))
     return Arrays(x, y, f"arrays:{x.dtype}{x.shape}:{digest.hexdigest()[:16]}", mirrored=mirrored,
                   pictures=x.dtype == np.uint8)
 
