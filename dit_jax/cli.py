@@ -9,12 +9,11 @@ from ml_collections import ConfigDict, config_flags
 from dit_jax.config import UserError, unknown_field
 
 
-def define_config(required):
+def define_config():
     """The flags --config=FILE and --config.a.b=c."""
     config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.a.b=c sets a field", lock_config=True)
-    if required:
-        flags.register_validator("config", lambda c: c is not None,
-                                 "is missing: name a file, e.g. --config=configs/digits.py")
+    flags.register_validator("config", lambda c: c is not None,
+                             "is missing: name a file, e.g. --config=configs/digits.py")
 
 
 def _last_line(error):

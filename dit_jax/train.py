@@ -235,6 +235,7 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_config(required=True)
+    cli.define_config()
+    flags.declare_key_flag("config")
     flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
     cli.run(main)
