@@ -13,7 +13,7 @@ def get_config():
     c.ema_decay = 0.99
     c.data.update(source="digits", flip=False)  # a mirrored digit is none
     c.log_every = 100
-    c.checkpoint.update(every=400, keep=2, keep_every=0)
-    c.sample.update(every=400, classes=10, per_class=8, cfg_scale=2.0, cfg_channels=0, sampler="ddim", steps="50")
+    c.checkpoint.update(every=600, keep=2, keep_every=0)
+    c.sample.update(every=600, classes=10, per_class=8, cfg_scale=2.0, cfg_channels=0, sampler="ddim", steps="50")
     c.judge.samples = 500
     return c

@@ -11,7 +11,7 @@ def get_config(size=""):
     if size not in ("", "16", "32"):
         raise ValueError(f"configs/mnist.py:{size}: the size is 16 or 32")
     size = int(size or (16 if jax.default_backend() == "cpu" else 32))
-    c.steps = 4000
+    c.steps = 6000
     c.batch_size = 64
     c.model.update(patch_size=2 if size == 16 else 4, depth=4, hidden_size=96, num_heads=4, input_size=size,
                    in_channels=1, num_classes=10, remat="dots")
