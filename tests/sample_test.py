@@ -94,6 +94,7 @@ def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
     assert_array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_latents_are_written_as_they_are(command, network, tmp_path):
     from dit_jax.convert import write_weights
     write_weights(str(tmp_path / "a.npz"), network("a")[3])
@@ -146,6 +147,7 @@ def test_settings_that_make_no_pictures_are_refused(network, change, words):
         Generator(graphdef, dict(args, null_class=True), mesh, sharding.state_shardings(params, mesh), **settings | change)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_whole_is_made_again(command, run, tmp_path):
     flags = [f"--workdir={run}", f"--out={tmp_path}", "--num=3", *FAST]
     assert command("sample", *flags)[0] == 0
