@@ -1,6 +1,5 @@
 """Where examples come from. A source has a length, example(i, flip) -> {"x": (H, W, C) float32, "y": int32},
-`can_flip` (whether it has the mirrored examples), `names` of its classes, and an `identity` that goes into checkpoints.
-Pictures lie in [-1, 1].
+`can_flip` (whether it has the mirrored examples), and an `identity` that goes into checkpoints. Pictures lie in [-1, 1].
 """
 
 import hashlib
@@ -12,9 +11,8 @@ import numpy as np
 class Arrays:
     """Examples in memory, or in a memory map. mirrored: the mirror images where they are not x[:, ::-1] (latents)."""
 
-    def __init__(self, x, y, identity, names=None, mirrored=None, pictures=True):
-        self.x, self.y, self.identity, self.mirrored, self.pictures = x, y, identity, mirrored, pictures
-        self.names = names or [str(i) for i in range(int(y.max()) + 1)]
+    def __init__(self, x, y, identity, mirrored=None, pictures=True):
+        self.x, self.y, self.identity, self.mirrored = x, y, identity, mirrored
         self.can_flip = pictures or mirrored is not None
 
     def __len__(self):
@@ -31,11 +29,11 @@ class Arrays:
         return {"x": np.asarray(x, np.float32), "y": np.int32(self.y[index])}
 
 
-def _hold_out(x, y, identity, names=None):
+def _hold_out(x, y, identity):
     """80 % to train on, 20 % held out, by a fixed shuffle."""
     order = np.random.default_rng(0).permutation(len(x))
     held_out, train = np.split(order, [len(x) // 5])
-    return Arrays(x[train], y[train], identity, names), Arrays(x[held_out], y[held_out], f"{identity}:held-out", names)
+    return Arrays(x[train], y[train], identity), Arrays(x[held_out], y[held_out], f"{identity}:held-out")
 
 
 def digits():
@@ -63,8 +61,7 @@ def mnist(size):
 def synthetic(size, channels, num_classes):
     """Normal noise with labels, without end: to measure speed and memory where there are no data."""
     class Synthetic:
-        identity, can_flip, pictures = f"synthetic:{size}x{size}x{channels}", True, False
-        names = [str(i) for i in range(num_classes)]
+        identity, can_flip = f"synthetic:{size}x{size}x{channels}", True
 
         def __len__(self):
             return 1 << 20
