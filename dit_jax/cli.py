@@ -1,5 +1,6 @@
 """What the commands share: flags, configs from files, and errors in one line."""
 
+import glob
 import os
 import sys
 
@@ -9,11 +10,12 @@ from ml_collections import ConfigDict, config_flags
 from dit_jax.config import UserError, unknown_field
 
 
-def define_config():
+def define_config(required=True):
     """The flags --config=FILE and --config.a.b=c."""
     config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.a.b=c sets a field", lock_config=True)
-    flags.register_validator("config", lambda c: c is not None,
-                             "is missing: name a file, e.g. --config=configs/digits.py")
+    if required:
+        flags.register_validator("config", lambda c: c is not None,
+                                 "is missing: name a file, e.g. --config=configs/digits.py")
 
 
 def _last_line(error):
@@ -45,8 +47,18 @@ def _parse_flags(argv):
     return rest
 
 
+def _quiet_libtpu():
+    """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
+    at length that it does not know."""
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):
+        for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v3-8"),
+                            ("TPU_WORKER_HOSTNAMES", "localhost")):
+            os.environ.setdefault(name, value)
+
+
 def run(main):
     """Parses the flags and calls main(). A UserError is printed as one line; exit status 1."""
+    _quiet_libtpu()
     logging.set_verbosity(logging.ERROR)
     logging.set_stderrthreshold("error")
     try:

@@ -7,6 +7,7 @@ and hand plain arguments down; nothing below them sees one.
 import difflib
 import math
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -36,8 +37,8 @@ def paper(model="DiT-XL/2"):
     c.model.in_channels = 4
     c.model.num_classes = 1000
     c.model.dtype = "auto"  # compute: bfloat16 on TPU, float32 elsewhere; or say which
-    c.model.scan = True  # False unrolls the blocks
-    c.model.remat = "none"  # or full, dots: what the backward pass recomputes
+    c.model.scan = placeholder(bool)  # the blocks as one loop, or unrolled; unset: dit_jax/layout.py decides
+    c.model.remat = "auto"  # or none, dots, full: what the backward pass recomputes
 
     c.diffusion = ConfigDict()
     c.diffusion.timesteps = 1000
@@ -56,10 +57,10 @@ def paper(model="DiT-XL/2"):
     c.data.path = ""  # of arrays: a folder with images.npy and labels.npy
     c.data.flip = True  # horizontally, every other time
 
-    c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left. Unset: dit_jax/layout.py decides
     c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh.fsdp = placeholder(int)
+    c.mesh.tensor = placeholder(int)
 
     c.log_every = 100
     c.checkpoint = ConfigDict()
@@ -149,7 +150,7 @@ def resolve(config):
         check(field, lambda v: 0 <= v < 1, "in [0, 1)")
     check("diffusion.timesteps", lambda v: v > 20, "more than 20")
     check("model.block", BLOCKS.__contains__, f"one of {', '.join(BLOCKS)}")
-    check("model.remat", REMAT.__contains__, f"one of {', '.join(REMAT)}")
+    check("model.remat", ("auto", *REMAT).__contains__, f"one of auto, {', '.join(REMAT)}")
     dtypes = ("auto", "float32", "bfloat16")
     check("model.dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}")
     check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
@@ -166,11 +167,11 @@ def resolve(config):
     return config
 
 
-def dit_args(config, dtype):
-    """The arguments of models.dit.DiT of a resolved config; dtype is its compute dtype."""
+def dit_args(config):
+    """The arguments of models.dit.DiT of a config that layout.settle has settled."""
     fields = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels",
               "num_classes", "scan", "remat")
-    return dict({field: config["model"][field] for field in fields}, dtype=dtype,
+    return dict({field: config["model"][field] for field in fields}, dtype=jnp.dtype(config["model"]["dtype"]),
                 null_class=config["diffusion"]["label_dropout"] > 0)
 
 

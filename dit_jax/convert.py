@@ -17,6 +17,7 @@ from collections import OrderedDict
 
 import numpy as np
 from absl import flags
+from einops import rearrange
 
 from dit_jax.config import UserError
 from dit_jax.models.blocks import MLP_RATIO
@@ -66,27 +67,19 @@ def _to_ours(path, a, args):
         return a[0]
     if path == "x_embedder/kernel":  # a convolution's (D, C, p, p) -> (p*p*C, D)
         return a.transpose(2, 3, 1, 0).reshape(-1, d)
-    if path == "blocks/attn/qkv/kernel":  # (3D, D), rows q|k|v, heads contiguous -> (D, 3, H, K)
-        return a.T.reshape(d, 3, h, d // h)
-    if path == "blocks/attn/qkv/bias":
-        return a.reshape(3, h, d // h)
-    if path == "blocks/attn/proj/kernel":
-        return a.T.reshape(h, d // h, d)
+    if path.startswith("blocks/attn/qkv/"):  # rows q|k|v, heads contiguous -> columns head by head, q|k|v of each
+        return rearrange(a, "(three h k) ... -> ... (h three k)", three=3, h=h)
     return a.T if path.endswith("kernel") else a
 
 
 def _to_published(path, a, args):
-    d, p = args["hidden_size"], args["patch_size"]
+    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
     if path == "pos_embed":
         return a[None]
     if path == "x_embedder/kernel":
         return a.reshape(p, p, -1, d).transpose(3, 2, 0, 1)
-    if path == "blocks/attn/qkv/kernel":
-        return a.reshape(d, 3 * d).T
-    if path == "blocks/attn/qkv/bias":
-        return a.reshape(3 * d)
-    if path == "blocks/attn/proj/kernel":
-        return a.reshape(d, d).T
+    if path.startswith("blocks/attn/qkv/"):
+        return rearrange(a, "... (h three k) -> (three h k) ...", three=3, h=h)
     return a.T if path.endswith("kernel") else a
 
 
@@ -249,7 +242,7 @@ def main():
 
         from dit_jax import sharding
         from dit_jax.sample import load_run
-        args, _, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
+        args, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
         flat = to_published(params, args)
     write_weights(f.out, flat)
     print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"

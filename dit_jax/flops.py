@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.layout import CHIPS
 from dit_jax.models.blocks import BLOCKS, MLP_RATIO
 from dit_jax.models.dit import FREQUENCY_DIM, MODELS, abstract, model_args
 
@@ -24,11 +25,6 @@ PAPER = {
     "DiT-XL/2 adaln": ("118.56", 600), "DiT-XL/2 adaln_zero": ("118.64", 675),
     "DiT-XL/2 512px": ("524.60", 675),
 }
-
-# Peak FLOP/s of one JAX device in bfloat16, from Google's data sheets (cloud.google.com/tpu/docs). A device of v2
-# and v3 is one of a chip's two cores.
-TPU_PEAK = {"TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-            "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12}
 
 
 def macs(*, input_size, patch_size, in_channels, hidden_size, depth, block="adaln_zero", out_channels=None, **_):
@@ -80,8 +76,8 @@ def peak_flops(dtype):
     """(FLOP/s of one device, where the figure comes from). Off TPU it is measured: a large matrix product in `dtype`,
     the best of a few."""
     kind = jax.devices()[0].device_kind
-    if kind in TPU_PEAK:
-        return TPU_PEAK[kind], f"{kind} data sheet, bfloat16"
+    if kind in CHIPS:
+        return CHIPS[kind].flops / CHIPS[kind].devices, f"{kind} data sheet, bfloat16"
     n = 1536
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)

@@ -9,6 +9,7 @@ from dit_jax import sharding
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
+from dit_jax.models import dit
 
 
 class Generator:
@@ -17,14 +18,14 @@ class Generator:
     The noise of an image is a function of (seed, its index) alone, so that the image is the same, up to rounding,
     in whatever batch and on whatever devices it is made.
 
-    graphdef, args: of models.dit. params_sharding: a tree like params. cfg_scale 1 runs without guidance;
+    args: of models.dit.DiT. params_sharding: a tree like params. cfg_scale 1 runs without guidance;
     cfg_channels None guides all. batch_size: images that go through the network at once (rounded up to what the
     mesh divides). on_step(step): called on the host after each denoising step.
     Raises ValueError naming the setting that is out of range.
     """
 
-    def __init__(self, graphdef, args, mesh, params_sharding, *, timesteps, steps, sampler, eta, cfg_scale, cfg_channels,
-                 seed, batch_size, on_step=None):
+    def __init__(self, args, mesh, params_sharding, *, timesteps, steps, sampler, eta, cfg_scale, cfg_channels, seed,
+                 batch_size, on_step=None):
         if cfg_scale != 1 and not args["null_class"]:
             raise ValueError(f"cfg_scale={cfg_scale}: guidance needs a null class, and this model was trained without "
                              "label dropout; use cfg_scale=1")
@@ -34,6 +35,7 @@ class Generator:
             raise ValueError(f"eta={eta}: must be between 0 and 1")
         if cfg_channels is not None and cfg_channels < 1:
             raise ValueError(f"cfg_channels={cfg_channels}: must be at least 1, or 0 for all")
+        graphdef = dit.abstract(**args | {"place": sharding.Place(mesh, args["num_heads"])})[0]
         self.num_classes = args["num_classes"]
         self.schedule = respace(linear_schedule(timesteps), steps)
         shards = sharding.batch_shards(mesh)

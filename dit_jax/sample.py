@@ -18,41 +18,40 @@ import jax
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, convert, pictures, sharding
+from dit_jax import cli, config as configs, convert, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
 from dit_jax.models import dit
-from dit_jax.train import compute_dtype
 
 GRID_IMAGES = 100
 
 
 def load_run(workdir, step, which, mesh):
-    """The weights of a run -> (arguments of DiT, graphdef, params, their shardings, settings for the manifest)."""
+    """The weights of a run -> (arguments of DiT, params, their shardings, settings for the manifest)."""
     checkpoints = Checkpoints(workdir, read_only=True)
     config = checkpoints.latest_meta(step)["config"]
-    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
-    graphdef, shapes = dit.abstract(**args)
+    args = configs.dit_args(layout.settle(config, jax.devices()))
+    shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     step, params = checkpoints.restore_params(step, {"ema": "ema", "raw": "params"}[which], target)
-    return args, graphdef, params, shardings, {"workdir": os.path.abspath(workdir), "step": step, "which": which,
+    return args, params, shardings, {"workdir": os.path.abspath(workdir), "step": step, "which": which,
                                                "timesteps": config["diffusion"]["timesteps"]}
 
 
 def load_weights(path, which, num_heads, num_classes, mesh):
     """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
     flat = convert.read_weights(path, which)
-    args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": compute_dtype("auto")}
+    args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": layout.compute_dtype(jax.devices())}
     params = convert.from_published(flat, args)
-    graphdef, shapes = dit.abstract(**args)
+    shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
     digest = hashlib.sha256()
     for array in flat.values():
         digest.update(np.ascontiguousarray(array).tobytes())
-    return args, graphdef, jax.device_put(params, shardings), shardings, {
+    return args, jax.device_put(params, shardings), shardings, {
         "weights": os.path.basename(path), "sha256": digest.hexdigest(), "which": which, "timesteps": 1000}
 
 
@@ -180,9 +179,9 @@ def main():
     try:
         mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
         if f.workdir is not None:
-            args, graphdef, params, shardings, source = load_run(f.workdir, f.step, f.which, mesh)
+            args, params, shardings, source = load_run(f.workdir, f.step, f.which, mesh)
         else:
-            args, graphdef, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
+            args, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
                                                                       mesh)
         latent = not pictures.is_picture(args["in_channels"])
         if latent and f.png:
@@ -190,7 +189,7 @@ def main():
                             "written as latents, and there is no decoder yet")
         labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
         generator = Generator(
-            graphdef, args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
+            args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
             eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
             batch_size=min(f.batch_size, f.num), on_step=lambda step: progress.update(before + int(step)))
     except ValueError as e:

@@ -1,29 +1,29 @@
 """The mesh and the rules from a parameter's path to its PartitionSpec.
 
-Axes: `data` (the batch alone), `fsdp` (the batch and the parameters), `tensor` (heads and MLP units). The rules say
-where `tensor` goes; `fsdp` then takes the largest free dimension that it divides, never the stacked blocks' axis.
-Moments and EMA lie as their parameters do.
+Axes: `data` (the batch alone), `fsdp` (the batch and the parameters), `tensor` (heads, MLP units, and tokens between
+the blocks' products). The rules say where `tensor` goes; `fsdp` then takes the first dimension that it divides, never
+the stacked blocks' axis. Moments and EMA lie as their parameters do.
 """
 
 import re
+from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))
 
 # First match wins; a path that nothing matches is an error. None: not split by `tensor`.
 RULES = [
-    (r"blocks/.*(qkv|kv)/kernel$", P(None, None, None, "tensor", None)),  # (L, D, 3 or 2, H, K)
-    (r"blocks/.*(qkv|kv)/bias$", P(None, None, "tensor", None)),
-    (r"blocks/cross_attn/q/kernel$", P(None, None, "tensor", None)),  # (L, D, H, K)
-    (r"blocks/cross_attn/q/bias$", P(None, "tensor", None)),
-    (r"blocks/(attn|cross_attn)/proj/kernel$", P(None, "tensor", None, None)),  # (L, H, K, D)
+    (r"blocks/.*(qkv|kv|q)/kernel$", P(None, None, "tensor")),  # (L, D, 3D, 2D or D), columns head by head
+    (r"blocks/.*(qkv|kv|q)/bias$", P(None, "tensor")),
+    (r"blocks/(attn|cross_attn)/proj/kernel$", P(None, "tensor", None)),  # (L, D, D), rows head by head
     (r"blocks/mlp/fc1/kernel$", P(None, None, "tensor")),  # (L, D, 4D)
     (r"blocks/mlp/fc1/bias$", P(None, "tensor")),
     (r"blocks/mlp/fc2/kernel$", P(None, "tensor", None)),  # (L, 4D, D)
-    (r"blocks/adaLN_modulation/kernel$", None),
+    (r"blocks/adaLN_modulation/kernel$", P(None, None, "tensor")),  # (L, D, 6D)
+    (r"blocks/adaLN_modulation/bias$", P(None, "tensor")),
     (r"blocks/.*(bias|scale)$", None),
     (r"(x_embedder|t_embedder/fc[12]|final_layer/(linear|adaLN_modulation))/(kernel|bias)$", None),
     (r"final_layer/norm/(bias|scale)$", None),
@@ -63,12 +63,67 @@ def spec_of(name, shape, mesh):
     for i, axis in enumerate(spec):
         if axis == "tensor" and shape[i] % tensor:
             raise ValueError(f"mesh.tensor={tensor} does not divide dimension {i} of {name} {tuple(shape)}")
-    if fsdp > 1 and np.prod(shape) >= FSDP_MIN_SIZE:
-        free = [i for i in range(len(shape)) if spec[i] is None and shape[i] % fsdp == 0
-                and not (i == 0 and "blocks/" in name)]
-        if free:
-            spec[max(free, key=lambda i: shape[i])] = "fsdp"
+    stacked = "blocks/" in name
+    if fsdp > 1 and np.prod(shape[stacked:]) >= FSDP_MIN_SIZE:
+        # The first dimension that divides: what is gathered along a later one has to be transposed as well.
+        for i in range(stacked, len(shape)):
+            if shape[i] % (fsdp * (tensor if spec[i] else 1)) == 0:
+                spec[i] = ("tensor", "fsdp") if spec[i] else "fsdp"
+                break
     return P(*spec)
+
+
+# Where the dimensions of activations lie, by the names that the models give them.
+AXES = {
+    "batch": ("data", "fsdp"),
+    "tokens": "tensor",  # between the blocks' products: norms, residuals
+    "heads": "tensor",
+    "units": "tensor",
+    "replica": "data",  # the batch, where "width" takes the fsdp axis
+    "width": "fsdp",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What models.blocks.Here describes, over a mesh."""
+    mesh: Mesh
+    num_heads: int
+
+    def __post_init__(self):
+        if self.num_heads % self.mesh.shape["tensor"]:
+            raise ValueError(f"mesh.tensor={self.mesh.shape['tensor']} does not divide the {self.num_heads} heads")
+
+    def __call__(self, x, *axes):
+        """A dimension that its axes do not divide stays whole."""
+        if self.mesh.size == 1:
+            return x
+        spec = [AXES.get(axis) for axis in axes]
+        for i, (axis, size) in enumerate(zip(spec, x.shape)):
+            if axis and size % np.prod([self.mesh.shape[a] for a in np.atleast_1d(axis)]):
+                spec[i] = None
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+
+    def weights(self, params, dtype):
+        """Kernels are cast, then gathered over fsdp, so that the smaller type travels; their gradients are scattered
+        as soon as they are there. adaLN's kernel stays split: its input has one row an example and travels instead."""
+        if self.mesh.shape["fsdp"] == 1:
+            return params
+
+        def gather(path, leaf):
+            name = path_name(path)
+            if not name.endswith("kernel"):
+                return leaf
+            split = spec_of(f"blocks/{name}", (1, *leaf.shape), self.mesh)[1:]
+            leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(self.mesh, P(*split)))
+            if name.startswith("adaLN_modulation"):
+                return leaf
+            # Without the barrier XLA gathers the slice before it drops the stacked axis of size 1, which a TPU pads.
+            leaf = jax.lax.optimization_barrier(leaf)
+            whole = ["tensor" if "tensor" in np.atleast_1d(axes) else None for axes in split]
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*whole)))
+
+        return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def state_shardings(state, mesh):

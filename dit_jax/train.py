@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, flops, pictures, sharding
+from dit_jax import cli, config as configs, flops, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -23,20 +23,14 @@ from dit_jax.models import dit
 from dit_jax.state import init_state, make_optimizer, make_train_step
 
 
-def compute_dtype(name):
-    """The config's model.dtype as a NumPy dtype."""
-    if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "tpu" else "float32"
-    return jnp.dtype(name)
-
-
 def make_programs(config, mesh):
-    """The jitted functions of a resolved config on a mesh.
+    """The jitted functions of a settled config (layout.settle) on a mesh.
 
     Returns (init, step, target): init(key) -> TrainState; step(state, batch) -> (state, metrics), the state donated;
     target: a TrainState of ShapeDtypeStructs with their shardings.
     """
-    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
+    args = configs.dit_args(config)
+    args["place"] = sharding.Place(mesh, args["num_heads"])
     optimizer = make_optimizer(**config["optimizer"])
     step = make_train_step(dit.abstract(**args)[0], linear_schedule(config["diffusion"]["timesteps"]), optimizer,
                            seed=config["seed"], ema_decay=config["ema_decay"],
@@ -56,9 +50,9 @@ def make_programs(config, mesh):
 
 def make_generator(config, mesh, target):
     """A Generator with the settings of config.sample, a grid's images at a time."""
-    args = configs.dit_args(config, compute_dtype(config["model"]["dtype"]))
+    args = configs.dit_args(config)
     s = config["sample"]
-    return Generator(dit.abstract(**args)[0], args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
+    return Generator(args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
                      timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
                      cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
                      batch_size=s["per_class"] * min(s["classes"], args["num_classes"]))
@@ -126,7 +120,8 @@ def main():
 
     # Mesh, data, programs.
     try:
-        mesh = sharding.make_mesh(**config["mesh"])
+        settled = layout.settle(config, jax.devices())
+        mesh = sharding.make_mesh(**settled["mesh"])
         if batch_size % sharding.batch_shards(mesh):
             raise ValueError(f"batch_size={batch_size}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
                              "does not divide it")
@@ -138,16 +133,16 @@ def main():
         if config["judge"]["samples"] and not held_out:
             raise ValueError(f"judge.samples: data.source={config['data']['source']!r} has no held-out pictures; set "
                              "judge.samples=0")
-        init, train_step, target = make_programs(config, mesh)
+        init, train_step, target = make_programs(settled, mesh)
         generator = None
         if config["sample"]["every"] or config["judge"]["samples"]:
             try:
-                generator = make_generator(config, mesh, target)
+                generator = make_generator(settled, mesh, target)
             except ValueError as e:
                 raise ValueError(f"config.sample: {e}") from None
     except ValueError as e:
         raise UserError(str(e)) from None
-    args = configs.dit_args(config, compute_dtype(model["dtype"]))
+    args = configs.dit_args(settled)
     peak, peak_source = flops.peak_flops(args["dtype"])
     params, _ = flops.num_params(**args)
     say(f"{model['name'] or 'DiT'}: {params:,d} parameters, {flops.macs(**args) / 1e9:.3g} G multiply-adds an image, "

@@ -135,15 +135,20 @@ def test_missing_and_cut_arrays_are_refused(tmp_path):
 
 def test_sharding_rules():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
-    assert sharding.spec_of("blocks/attn/qkv/kernel", (2, 128, 3, 4, 32), mesh) == P(None, "fsdp", None, "tensor", None)
-    assert sharding.spec_of("opt_state/0/mu/blocks/mlp/fc2/kernel", (2, 512, 128), mesh) == P(None, "tensor", "fsdp")
-    # The stacked axis is never split, though it is the only free one that 2 divides.
-    assert sharding.spec_of("blocks/adaLN_modulation/kernel", (2, 129, 129), mesh) == P(None, None, None)
+    assert sharding.spec_of("blocks/attn/qkv/kernel", (2, 128, 384), mesh) == P(None, "fsdp", "tensor")
+    assert sharding.spec_of("opt_state/0/mu/blocks/mlp/fc2/kernel", (2, 512, 128), mesh) == P(None, ("tensor", "fsdp"), None)
+    # Rows that tensor has halved once cannot be halved again: fsdp takes the columns.
+    assert sharding.spec_of("blocks/attn/proj/kernel", (2, 126, 512), mesh) == P(None, "tensor", "fsdp")
+    # The stacked axis is never split, though it is the only one that 2 divides.
+    assert sharding.spec_of("blocks/norm1/scale", (2, 2**14 + 1), mesh) == P(None, None)
+    assert sharding.spec_of("blocks/mlp/fc1/bias", (2, 2**15), mesh) == P(None, ("tensor", "fsdp"))
     assert sharding.spec_of("step", (), mesh) == P()
     with pytest.raises(ValueError, match="no sharding rule matches the parameter 'blocks/attn/gate'"):
         sharding.spec_of("blocks/attn/gate", (2, 2), mesh)
-    with pytest.raises(ValueError, match="mesh.tensor=2 does not divide dimension 3 of blocks/attn/qkv/kernel"):
-        sharding.spec_of("blocks/attn/qkv/kernel", (2, 96, 3, 3, 32), mesh)
+    with pytest.raises(ValueError, match="mesh.tensor=2 does not divide dimension 2 of blocks/attn/qkv/kernel"):
+        sharding.spec_of("blocks/attn/qkv/kernel", (2, 96, 99), mesh)
+    with pytest.raises(ValueError, match="mesh.tensor=2 does not divide the 3 heads"):
+        sharding.Place(mesh, 3)
     for sizes, words in ((dict(data=3), "does not make 4 device"), (dict(data=-1, fsdp=-1), "one at most"),
                          (dict(data=0), "positive")):
         with pytest.raises(ValueError, match=words):

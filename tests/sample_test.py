@@ -32,12 +32,12 @@ def images(out):
 
 def test_pictures_do_not_depend_on_batch_size_or_devices(network):
     """DDPM, guided, 20 steps of a network whose every parameter counts."""
-    args, graphdef, params, _ = network("a")
+    args, _, params, _ = network("a")
     args = dict(args, null_class=True)
     labels, results = np.arange(12) % 10, []
     for batch_size, devices, mesh in ((12, 1, {}), (5, 1, {}), (3, 4, {}), (8, 4, dict(data=1, fsdp=2, tensor=2))):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
-        generator = Generator(graphdef, args, mesh, sharding.state_shardings(params, mesh), timesteps=1000, steps="20",
+        generator = Generator(args, mesh, sharding.state_shardings(params, mesh), timesteps=1000, steps="20",
                               sampler="ddpm", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=7, batch_size=batch_size)
         results.append(generator(params, labels, np.arange(12)))
         # A part of the run alone, as after a restart.
@@ -140,11 +140,11 @@ def test_guidance_without_a_null_class_is_refused(command, tmp_path):
     (dict(eta=5.0), "eta=5.0"), (dict(eta=-1.0), "eta=-1.0"), (dict(cfg_scale=np.nan), "cfg_scale=nan"),
     (dict(cfg_channels=-1), "cfg_channels=-1"), (dict(steps="0"), "steps='0'")])
 def test_settings_that_make_no_pictures_are_refused(network, change, words):
-    args, graphdef, params, _ = network("a")
+    args, _, params, _ = network("a")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     settings = dict(timesteps=1000, steps="4", sampler="ddim", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=0, batch_size=2)
     with pytest.raises(ValueError, match=words):
-        Generator(graphdef, dict(args, null_class=True), mesh, sharding.state_shardings(params, mesh), **settings | change)
+        Generator(dict(args, null_class=True), mesh, sharding.state_shardings(params, mesh), **settings | change)
 
 
 @pytest.mark.slow

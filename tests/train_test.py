@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, one_error
 from numpy.testing import assert_allclose
 
 from dit_jax import config as configs
-from dit_jax import sharding, train
+from dit_jax import layout, sharding, train
 from dit_jax.checkpoint import Checkpoints
 
 sys.path.insert(0, str(ROOT / "configs"))
@@ -23,7 +23,7 @@ def tiny(**changes):
     import digits
     c = digits.get_config()
     c.update_from_flattened_dict({"batch_size": 8, "model.depth": 2, "model.hidden_size": 32, **changes})
-    return configs.resolve(c)
+    return layout.settle(configs.resolve(c), jax.devices()[:1])
 
 
 def final_state(workdir):

@@ -11,15 +11,29 @@ Shapes below: B batch, N tokens, D width, H heads, K = D / H. Matrix products ru
 LayerNorm statistics and the softmax are float32.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 MLP_RATIO = 4
 
+class Here:
+    """The default of `place`: arrays stay where they are. sharding.Place lays them over a mesh.
+
+    place(x, *axes): an activation, each dimension named by what it counts (sharding.AXES) or None.
+    place.weights(params, dtype): one block's parameters, ready for its matrix products in dtype.
+    """
+
+    def __call__(self, x, *axes):
+        return x
+
+    def weights(self, params, dtype):
+        return params
+
+
+HERE = Here()
 xavier = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 
@@ -36,90 +50,107 @@ def modulate(x, shift, scale):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, dim, num_heads, *, dtype, rngs):
-        # Heads are an axis of their own in the kernels, so that a tensor-parallel mesh can split them.
-        linear = partial(nnx.LinearGeneral, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.qkv = linear(dim, (3, num_heads, dim // num_heads))
-        self.proj = linear((num_heads, dim // num_heads), dim, axis=(-2, -1))
+    def __init__(self, dim, num_heads, *, dtype, place, rngs):
+        self.num_heads, self.place = num_heads, place
+        # Columns of qkv: head by head, q, k and v of each, so that a tensor-parallel mesh can split the heads.
+        self.qkv = nnx.Linear(dim, 3 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        qkv = self.qkv(x)  # (B, N, 3, H, K)
-        x = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # (B, N, H, K)
-        return self.proj(x)
+        qkv = rearrange(self.qkv(x), "b n (h three k) -> b n h three k", h=self.num_heads, three=3)
+        qkv = self.place(qkv, "batch", None, "heads", None, None)
+        x = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])  # (B, N, H, K)
+        x = self.place(x, "batch", None, "heads", None)
+        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
 
 
 class CrossAttention(nnx.Module):
-    def __init__(self, dim, num_heads, *, dtype, rngs):
-        linear = partial(nnx.LinearGeneral, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.q = linear(dim, (num_heads, dim // num_heads))
-        self.kv = linear(dim, (2, num_heads, dim // num_heads))
-        self.proj = linear((num_heads, dim // num_heads), dim, axis=(-2, -1))
+    def __init__(self, dim, num_heads, *, dtype, place, rngs):
+        self.num_heads, self.place = num_heads, place
+        self.q = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.kv = nnx.Linear(dim, 2 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)  # columns as in SelfAttention
+        self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, context):
-        kv = self.kv(context)  # (B, 2, 2, H, K)
-        x = jax.nn.dot_product_attention(self.q(x), kv[:, :, 0], kv[:, :, 1])  # (B, N, H, K)
-        return self.proj(x)
+        q = rearrange(self.q(x), "b n (h k) -> b n h k", h=self.num_heads)
+        kv = rearrange(self.kv(context), "b n (h two k) -> b n h two k", h=self.num_heads, two=2)
+        q, kv = self.place(q, "batch", None, "heads", None), self.place(kv, "batch", None, "heads", None, None)
+        x = self.place(jax.nn.dot_product_attention(q, kv[..., 0, :], kv[..., 1, :]), "batch", None, "heads", None)
+        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
 
 
 class Mlp(nnx.Module):
-    def __init__(self, dim, *, dtype, rngs):
+    def __init__(self, dim, *, dtype, place, rngs):
+        self.place = place
         self.fc1 = nnx.Linear(dim, MLP_RATIO * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(MLP_RATIO * dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        x = jax.nn.gelu(self.place(self.fc1(x), "batch", None, "units"), approximate=True)
+        return self.fc2(self.place(x, "batch", None, "units"))
 
 
 class AdaLNBlock(nnx.Module):
     """adaLN-Zero (`gated`) and adaLN. The regression starts at zero in both: a gated block is then the
     identity, an ungated one a transformer block with plain LayerNorm."""
 
-    def __init__(self, dim, num_heads, *, gated, dtype, rngs):
-        self.gated = gated
+    def __init__(self, dim, num_heads, *, gated, dtype, place, rngs):
+        self.gated, self.place = gated, place
         self.norm1 = layer_norm(dim, affine=False, dtype=dtype, rngs=rngs)
-        self.attn = SelfAttention(dim, num_heads, dtype=dtype, rngs=rngs)
+        self.attn = SelfAttention(dim, num_heads, dtype=dtype, place=place, rngs=rngs)
         self.norm2 = layer_norm(dim, affine=False, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, dtype=dtype, place=place, rngs=rngs)
         self.adaLN_modulation = nnx.Linear(dim, (6 if gated else 4) * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, c):
         """x (B, N, D), c (B, D)."""
-        parts = jnp.split(self.adaLN_modulation(jax.nn.silu(c)), 6 if self.gated else 4, axis=-1)
+        c = self.place(self.adaLN_modulation(self.place(jax.nn.silu(c), "replica", "width")), "batch", "units")
+        parts = jnp.split(self.place(c, "batch", None), 6 if self.gated else 4, axis=-1)
         if self.gated:
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
-            x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-            return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        shift1, scale1, shift2, scale2 = parts
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
+        else:
+            shift1, scale1, shift2, scale2 = parts
+        h = self._split(self.attn(self._whole(modulate(self.norm1(x), shift1, scale1))))
+        x = x + (gate1[:, None] * h if self.gated else h)
+        h = self._split(self.mlp(self._whole(modulate(self.norm2(x), shift2, scale2))))
+        return x + (gate2[:, None] * h if self.gated else h)
+
+
+    def _split(self, x):
+        return self.place(x, "batch", "tokens", None)
+
+    def _whole(self, x):
+        return self.place(self._split(x), "batch", None, None)
 
 
 class ViTBlock(nnx.Module):
     """A plain ViT block, and with `cross` the cross-attention design: a further attention, to the condition
     tokens, between self-attention and MLP."""
 
-    def __init__(self, dim, num_heads, *, cross, dtype, rngs):
+    def __init__(self, dim, num_heads, *, cross, dtype, place, rngs):
+        self.place = place
         self.norm1 = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
-        self.attn = SelfAttention(dim, num_heads, dtype=dtype, rngs=rngs)
+        self.attn = SelfAttention(dim, num_heads, dtype=dtype, place=place, rngs=rngs)
         self.norm2 = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, dtype=dtype, place=place, rngs=rngs)
         self.cross = cross
         if cross:
             self.norm_cross = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
-            self.cross_attn = CrossAttention(dim, num_heads, dtype=dtype, rngs=rngs)
+            self.cross_attn = CrossAttention(dim, num_heads, dtype=dtype, place=place, rngs=rngs)
 
     def __call__(self, x, tokens):
         """x (B, N, D), tokens (B, 2, D): the timestep's and the label's embedding."""
-        x = x + self.attn(self.norm1(x))
+        whole, split = ("batch", None, None), ("batch", "tokens", None)
+        x = x + self.place(self.attn(self.place(self.norm1(x), *whole)), *split)
         if self.cross:
-            x = x + self.cross_attn(self.norm_cross(x), tokens)
-        return x + self.mlp(self.norm2(x))
+            x = x + self.place(self.cross_attn(self.place(self.norm_cross(x), *whole), tokens), *split)
+        return x + self.place(self.mlp(self.place(self.norm2(x), *whole)), *split)
 
 
-def make_block(name, dim, num_heads, *, dtype, rngs):
+def make_block(name, dim, num_heads, *, dtype, rngs, place=HERE):
     """One block of the design `name` (see BLOCKS)."""
     if name in ("adaln_zero", "adaln"):
-        return AdaLNBlock(dim, num_heads, gated=name == "adaln_zero", dtype=dtype, rngs=rngs)
+        return AdaLNBlock(dim, num_heads, gated=name == "adaln_zero", dtype=dtype, place=place, rngs=rngs)
     if name in ("cross_attention", "in_context"):
-        return ViTBlock(dim, num_heads, cross=name == "cross_attention", dtype=dtype, rngs=rngs)
+        return ViTBlock(dim, num_heads, cross=name == "cross_attention", dtype=dtype, place=place, rngs=rngs)
     raise ValueError(f"unknown block design {name!r}: one of {', '.join(BLOCKS)}")

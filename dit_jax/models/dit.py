@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from dit_jax.models.blocks import layer_norm, make_block, modulate, xavier, zeros
+from dit_jax.models.blocks import HERE, layer_norm, make_block, modulate, xavier, zeros
 
 # Paper, table 1.
 SIZES = {
@@ -103,11 +103,12 @@ class DiT(nnx.Module):
       dtype: of the matrix products and activations; parameters are float32 always.
       scan: run the stacked blocks as one loop; False unrolls it, with the same parameters and result.
       remat: one of REMAT.
+      place: where activations and gathered weights lie (blocks.Here).
     Raises: ValueError naming the argument, where the geometry is impossible.
     """
 
     def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
-                 null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", rngs):
+                 null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", place=HERE, rngs):
         for field, value in dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth,
                                  hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes).items():
             if value < 1:
@@ -121,6 +122,7 @@ class DiT(nnx.Module):
         if remat not in REMAT:
             raise ValueError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT)}")
         self.patch_size, self.block, self.scan, self.remat, self.dtype = patch_size, block, scan, remat, dtype
+        self.place = place
 
         patch_dim = patch_size * patch_size * in_channels
         self.x_embedder = nnx.Linear(patch_dim, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs)
@@ -129,7 +131,7 @@ class DiT(nnx.Module):
         self.y_embedder = nnx.Embed(num_classes + null_class, hidden_size, embedding_init=normal, rngs=rngs)
         # One Block whose parameters carry a leading axis of size `depth`.
         self.blocks = nnx.vmap(
-            lambda key: make_block(block, hidden_size, num_heads, dtype=dtype, rngs=nnx.Rngs(key))
+            lambda key: make_block(block, hidden_size, num_heads, dtype=dtype, place=place, rngs=nnx.Rngs(key))
         )(jax.random.split(rngs.params(), depth))
         self.final_layer = FinalLayer(hidden_size, 2 * patch_dim, adaptive=block.startswith("adaln"), dtype=dtype,
                                       rngs=rngs)
@@ -155,10 +157,12 @@ class DiT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, params):
-            return nnx.merge(graphdef, params)(x, condition), None
+            params = self.place.weights(nnx.to_pure_dict(params), self.dtype)
+            return self.place(nnx.merge(graphdef, params)(x, condition), "batch", "tokens", None), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        x = self.place(x, "batch", "tokens", None)
         return jax.lax.scan(body, x, stacked, unroll=1 if self.scan else True)[0]
 
 

@@ -1,0 +1,93 @@
+"""How a run lies on its devices where the config does not say: mesh, compute dtype, loop or unrolled blocks, what the
+backward pass recomputes. And the devices' figures, on which this and the bounds of `preflight` rest."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip, as its data sheet has it. devices: JAX devices a chip (v2 and v3 show each of two cores).
+    hbm: bytes that libtpu 0.0.42 leaves to the program of one device. flops: bfloat16 FLOP/s. bandwidth: HBM bytes/s.
+    interconnect: bytes/s into a chip over all its links."""
+    name: str
+    devices: int
+    hbm: float
+    flops: float
+    bandwidth: float
+    interconnect: float
+    source: str
+
+
+DOCS = "docs.cloud.google.com/tpu/docs/"
+# By the device kind that JAX reports. v2's and v3's links: Jouppi et al., A Domain-Specific Supercomputer for Training
+# Deep Neural Networks, CACM 63(7), 2020 (4 links of 496 and 656 Gbit/s); v4's: Jouppi et al., TPU v4, ISCA 2023 (6 links
+# of 50 GB/s). The others' are half the data sheet's bidirectional figure.
+CHIPS = {
+    "TPU v2": Chip("v2", 2, 7.48 * GIB, 45e12, 700e9, 248e9, DOCS + "v2, CACM 63(7)"),
+    "TPU v3": Chip("v3", 2, 15.48 * GIB, 123e12, 900e9, 328e9, DOCS + "v3, CACM 63(7)"),
+    "TPU v4": Chip("v4", 1, 30.75 * GIB, 275e12, 1200e9, 300e9, DOCS + "v4, ISCA 2023"),
+    "TPU v5 lite": Chip("v5e", 1, 15.75 * GIB, 197e12, 819e9, 200e9, DOCS + "v5e"),
+    "TPU v5": Chip("v5p", 1, 95.74 * GIB, 459e12, 2765e9, 600e9, DOCS + "v5p"),
+    "TPU v6 lite": Chip("v6e", 1, 31.25 * GIB, 918e12, 1638e9, 400e9, DOCS + "v6e"),
+}
+CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e": CHIPS["TPU v6 lite"]}
+
+# Bytes that the backward pass keeps of each block: for each token and channel, and for each attention weight. Fitted to
+# what preflight reports of DiT-XL/2 at 256 and 512 px.
+KEPT = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+
+
+def memory(config, devices, remat):
+    """An estimate of the bytes a device that training takes: the state, what is kept of every block, and the arrays of
+    the one block at work."""
+    model, mesh = config["model"], config["mesh"]
+    depth, width, heads = model["depth"], model["hidden_size"], model["num_heads"]
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    rows = config["batch_size"] * tokens / devices
+    channel, weight = KEPT[remat]
+    state = 16 * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
+    return state + rows * ((channel * depth + 60) * width + (weight * depth + 8) * heads * tokens)
+
+
+def _mesh(devices, batch_size, num_heads):
+    """Sizes of (data, fsdp, tensor). With few examples a device the weights are the traffic: `tensor` then shares a
+    layer among as many devices as bring 4 examples together; `fsdp` shares the state among up to 16, whose rows of a
+    kernel still fill whole tiles of a TPU's memory."""
+    tensor = 1
+    while (batch_size * tensor < 4 * devices and devices % (2 * tensor) == 0 and num_heads % (2 * tensor) == 0):
+        tensor *= 2
+    fsdp = 1
+    while fsdp < 16 and (devices // tensor) % (2 * fsdp) == 0:
+        fsdp *= 2
+    return {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+def compute_dtype(devices):
+    return np.dtype(jnp.bfloat16 if devices[0].device_kind in CHIPS else np.float32)
+
+
+def settle(config, devices):
+    """A resolved config -> the same with every "auto" decided for these devices (jax.Device of one kind)."""
+    model, mesh = dict(config["model"]), dict(config["mesh"])
+    chip = CHIPS.get(devices[0].device_kind)
+    if model["dtype"] == "auto":
+        model["dtype"] = compute_dtype(devices).name
+    if mesh["fsdp"] is None and mesh["tensor"] is None and mesh["data"] == -1:
+        mesh = _mesh(len(devices), config["batch_size"], model["num_heads"]) if chip else mesh
+    mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
+    config = config | {"model": model, "mesh": mesh}
+    if model["remat"] == "auto" and chip:
+        fits = (policy for policy in ("none", "dots") if memory(config, len(devices), policy) < 0.9 * chip.hbm)
+        model["remat"] = next(fits, "full")
+    elif model["remat"] == "auto":
+        # On CPU the backward pass's fusions recompute what is kept anyway; recomputing it once halves the step.
+        model["remat"] = "dots" if devices[0].platform == "cpu" else "none"
+    if model["scan"] is None:
+        # Unrolled, a TPU's program takes less memory and moves fewer bytes; elsewhere it is only longer to compile.
+        model["scan"] = not chip
+    return config
