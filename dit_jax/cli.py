@@ -56,9 +56,17 @@ def _quiet_libtpu():
             os.environ.setdefault(name, value)
 
 
+def enough_threads():
+    """On CPU a collective holds a thread until every device has come to it, and devices come to independent ones in
+    any order: with no more threads than cores, several fake devices can wait for each other for ever."""
+    if "device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count())))
+
+
 def run(main):
     """Parses the flags and calls main(). A UserError is printed as one line; exit status 1."""
     _quiet_libtpu()
+    enough_threads()
     logging.set_verbosity(logging.ERROR)
     logging.set_stderrthreshold("error")
     try:

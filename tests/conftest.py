@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Four fake devices (more can hang collectives on two cores), and one step in flight at a time.
+# Four fake devices, and one step in flight at a time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["PJRT_NPROC"] = "16"  # see dit_jax.cli.enough_threads
 
 import jax
 import numpy as np
