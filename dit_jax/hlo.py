@@ -18,6 +18,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 # Ops that only rename memory, or whose bytes are counted in the computations that they call.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "partition-id",
         "replica-id", "after-all", "opt-barrier", "get-dimension-size", "domain"}
+FREE_TARGETS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound")  # of custom calls, likewise
 # One operation an element, as XLA counts it; what is not here moves data, or is counted apart.
 ELEMENTWISE = {"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "compare", "select", "and",
                "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "sign", "floor", "ceil",
@@ -232,15 +233,20 @@ class Program:
         if i.opcode == "fusion":
             fused = self.computations[self._called(i)[0]]
             inner = next((c for c in fused.values() if c.opcode.removesuffix("-start") in COLLECTIVES), None)
-            if inner is not None:  # a reduce-scatter is an all-reduce fused with the slice that follows
+            # TPU v5 and later: a collective's steps among other work, in fusions that hold it each: the first counts it.
+            going_on = inner is not None and "async_collective_fusion" in self._called(i)[0]
+            target = next((c.attributes for c in fused.values() if "AsyncCollective" in c.attributes), "")
+            if "AsyncCollectiveDone" in target:
+                return
+            if inner is not None and not going_on:  # a reduce-scatter is an all-reduce fused with the slice that follows
                 root = next(c for c in fused.values() if c.root)
-                scatters = inner.opcode == "all-reduce" and size(root.shape) < size(inner.shape)
+                scatters = inner.opcode == "all-reduce" and not target and size(root.shape) < size(inner.shape)
                 kind = "reduce-scatter" if scatters else inner.opcode.removesuffix("-start")
-                return self._add_collective(total, kind, inner, fused, root.shape)
+                return self._add_collective(total, kind, inner, fused, inner.shape if target else root.shape)
         flops, matrix = self._flops(i, computation)
         total.flops += flops
         total.matrix_flops += matrix
-        if i.opcode not in FREE:
+        if i.opcode not in FREE and not any(f'"{target}"' in i.attributes for target in FREE_TARGETS):
             moved, hbm = self._moved(i, computation)
             total.bytes += moved
             total.hbm_bytes += hbm
@@ -272,15 +278,17 @@ class Program:
             parts = [i.shape, i.shape]
         elif i.opcode == "dynamic-update-slice":
             parts = [shapes[1], shapes[1]]
-        elif i.opcode == "copy-start":
-            parts = [shapes[0], _split(i.shape[1:])[0] if i.shape.startswith("((") else shapes[0]]
-            near = ["S(1)" in layout for _, _, layout in arrays(i.shape)[:2]]  # from HBM to vector memory, or back
-            return 2 * size(shapes[0]), size(shapes[0]) * (2 - sum(near))
+        elif i.opcode in ("copy-start", "slice-start"):  # (destination, source, ...) and ((source), destination, ...)
+            order = slice(None, 2) if i.opcode == "copy-start" else slice(1, None, -1)
+            layouts = [layout for _, _, layout in arrays(i.shape)[order]]
+            dtype, dims, _ = arrays(i.shape)[order][0]
+            moved = BITS[dtype] * prod(_padded(dims, layouts[0])) // 8  # from HBM to vector memory, or back
+            return 2 * moved, moved * sum("S(1)" not in layout for layout in layouts)
         elif i.opcode == "fusion":
             fused = self.computations[self._called(i)[0]]
             parts = self._written(i, fused)
             for p in fused.values():
-                if p.opcode == "parameter":
+                if p.opcode == "parameter" and not self._passes(fused, p.name):
                     whole = shapes[int(p.operands)]
                     slices = self._slices(fused, p.name)
                     parts += [whole] if slices is None else [
@@ -312,6 +320,12 @@ class Program:
                 return None
         return slices
 
+    @staticmethod
+    def _passes(fused, name):
+        """Whether the value only passes through: a collective under way takes it along."""
+        return all(user.opcode in ("tuple", *COLLECTIVES) for user in fused.values() if user.opcode != "parameter"
+                   and name in user.operands)
+
     def _parameters(self, fusion, operand):
         """The names by which a fusion's computation knows one of its operands."""
         return [p.name for p in self.computations[self._called(fusion)[0]].values()
@@ -327,8 +341,7 @@ class Program:
 
         root = next(c for c in fused.values() if c.root)
         roots = [source(o) for o in root.operands] if root.opcode == "tuple" else [source(root.name)]
-        if not any(r.opcode == "dynamic-update-slice" for r in roots):
-            return [i.shape]
+        roots = [r for r in roots if r.opcode not in ("parameter", *COLLECTIVES)] if len(roots) > 1 else roots
         return [fused[r.operands[1]].shape if r.opcode == "dynamic-update-slice" else r.shape for r in roots]
 
     def _add_collective(self, total, kind, i, computation, result):

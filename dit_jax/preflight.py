@@ -55,8 +55,8 @@ def find_devices(topology):
                         "libtpu installed (pip install -e '.[preflight]')?") from None
 
 
-def _lower(config, mesh, what):
-    """(the lowered program, how many images one run of it takes or makes)."""
+def _program(config, mesh, what):
+    """(the jitted function, the shapes it is called with, how many images one call takes or makes)."""
     from dit_jax import train
 
     model, batch = config["model"], config["batch_size"]
@@ -64,12 +64,12 @@ def _lower(config, mesh, what):
     across = sharding.batch_sharding(mesh)
     if what == "train":
         size = (batch, model["input_size"], model["input_size"], model["in_channels"])
-        return step.lower(target, {"x": jax.ShapeDtypeStruct(size, np.float32, sharding=across),
-                                   "y": jax.ShapeDtypeStruct((batch,), np.int32, sharding=across)}), batch
+        return step, (target, {"x": jax.ShapeDtypeStruct(size, np.float32, sharding=across),
+                               "y": jax.ShapeDtypeStruct((batch,), np.int32, sharding=across)}), batch
     generator = train.make_generator(config, mesh, target)
     n = generator.batch_size
-    return generator.run.lower(target.ema, jax.ShapeDtypeStruct((n,), np.int32, sharding=across),
-                               jax.ShapeDtypeStruct((n,), np.uint32, sharding=across)), n
+    return generator.run, (target.ema, jax.ShapeDtypeStruct((n,), np.int32, sharding=across),
+                           jax.ShapeDtypeStruct((n,), np.uint32, sharding=across)), n
 
 
 def _bytes(text):
@@ -77,7 +77,7 @@ def _bytes(text):
     return float(number) * 1024 ** " KMGT".index(unit or " ")
 
 
-def _state_bytes(tree):
+def _bytes_a_device(tree):
     return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
@@ -128,7 +128,8 @@ def examine(config, topology, what="train"):
                          "interconnect_bytes_per_s_into_a_chip": chip.interconnect, "source": chip.source},
     }
     start = time.perf_counter()
-    lowered, images = _lower(config, mesh, what)
+    function, shapes, images = _program(config, mesh, what)
+    lowered = function.lower(*shapes)
     middle = time.perf_counter()
     report |= {"images_per_step": images, "lower_seconds": round(middle - start, 1)}
     try:
@@ -136,10 +137,10 @@ def examine(config, topology, what="train"):
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        arguments = _state_bytes(lowered.in_avals_with_shardings) if hasattr(lowered, "in_avals_with_shardings") else 0
         total = re.search(r"Used ([\d.]+[KMGT]?) of", str(e))
         temporary = re.search(r"\(([\d.]+[KMGT]?)\) exceeds", str(e))
-        needed = _bytes(total[1]) if total else arguments + _bytes(temporary[1]) if temporary else None
+        needed = (_bytes(total[1]) if total else
+                  _bytes(temporary[1]) + _bytes_a_device(shapes) if temporary else None)
         report |= {"fits": False, "hbm_peak_bytes": needed and int(needed),
                    "compile_seconds": round(time.perf_counter() - middle, 1), "compiler_says": str(e).splitlines()[0]}
     else:
@@ -186,7 +187,8 @@ def _read(report, compiled, mesh, chip, config, args):
         "bounds_s": bounds, "step_time_bound_s": bound, "bound_by": max(bounds, key=bounds.get),
         "images_per_s_bound": report["images_per_step"] / bound,
         # XLA counts an op that it does not know as -1 s, and the body of a loop once; only on v3 is the rest plausible.
-        "xla_estimate_s": estimate - np.floor(estimate) if report["chip"] == "v3" and report["scan"] is False else None,
+        "xla_estimate_s": (estimate - np.floor(estimate) if report["chip"] == "v3" and report["what"] == "train"
+                           and not report["scan"] else None),
     }
     if report["what"] == "train":
         report |= {"days_to_400k_steps_bound": 400_000 * bound / 86400, "days_to_7m_steps_bound": 7e6 * bound / 86400}
@@ -311,5 +313,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("what", "train", ["train", "sample"], "the training step, or the sampler with config.sample")
     flags.DEFINE_string("out", None, "a JSON file for the report")
     flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
-    flags.DEFINE_list("models", "all", "of --table: which models")
+    flags.DEFINE_list("models", ["all"], "of --table: which models")
     cli.run(main)
