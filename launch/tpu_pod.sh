@@ -42,6 +42,7 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MOUNT=/mnt/bucket
+TRIES=6
 # On a host. dit_jax.train ends with 0: done; 1: bad input, which another start would not mend; 75: stopped by SIGTERM
 # after saving, or another host was lost: the same command goes on.
 CODE=$HOME/dit_jax
@@ -52,9 +53,10 @@ LOG=$RUN/log
 say() { [[ -n ${DRY_RUN:-} ]] || printf '%s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# Quotes a word for a shell, if it has to be.
+# Quotes a word for a shell, if it has to be; of --flag=value the value alone.
 quote() {
     case $1 in
+        --[a-z]*=*[!A-Za-z0-9_@%+=:,./-]*) printf '%s=' "${1%%=*}"; quote "${1#*=}" ;;
         '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
         *) printf '%s' "$1" ;;
     esac
@@ -81,7 +83,7 @@ run() {
 query() {
     local assumed=$1 delay=$BACKOFF try out err
     shift
-    for try in 1 2 3 4; do
+    for ((try = 1; try <= TRIES; try++)); do
         if out=$(run gcloud "$@" 2>"$SCRATCH"); then
             echo "${DRY_RUN:+$assumed}$out"
             return
@@ -91,13 +93,13 @@ query() {
             return
         fi
         err=$(sed '/^$/d' "$SCRATCH" | tail -n 1)
-        if [[ $try -lt 4 ]]; then
+        if [[ $try -lt $TRIES ]]; then
             say "gcloud failed ($err); again in $delay s"
             sleep "$delay"
             delay=$((delay * 2))
         fi
     done
-    die "gcloud failed 4 times: $err"
+    die "gcloud failed $TRIES times: $err"
 }
 
 # The state of the queued resource and, where it failed, why.
@@ -110,12 +112,12 @@ node_state() {
     query "$1" compute tpus tpu-vm describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} --format='value(state)'
 }
 
-# persist WHAT COMMAND...: runs it up to 4 times while the connection fails: 255 is ssh's status for that, 1 gcloud's
+# persist WHAT COMMAND...: runs it up to TRIES times while the connection fails: 255 is ssh's status for that, 1 gcloud's
 # (a new host does not answer for a while). Any other status comes from the command on the host and is returned.
 persist() {
     local what=$1 delay=$BACKOFF try status
     shift
-    for try in 1 2 3 4; do
+    for ((try = 1; try <= TRIES; try++)); do
         status=0
         run "$@" || status=$?
         case $status in
@@ -123,13 +125,13 @@ persist() {
             1 | 255) ;;
             *) return "$status" ;;
         esac
-        if [[ $try -lt 4 ]]; then
+        if [[ $try -lt $TRIES ]]; then
             say "$what failed (status $status); again in $delay s"
             sleep "$delay"
             delay=$((delay * 2))
         fi
     done
-    say "$what failed 4 times (status $status)"
+    say "$what failed $TRIES times (status $status)"
     return 255
 }
 
@@ -158,7 +160,7 @@ remote() { printf 'bash dit_jax/launch/tpu_pod.sh %s' "$(quoted "$@")"; }
 await_active() {
     local state since=$SECONDS
     while :; do
-        state=$(slice_state ACTIVE)
+        state=$(slice_state ACTIVE) || exit 1
         case $state in
             ACTIVE*) say "$NAME is ACTIVE"; return ;;
             FAILED*) die "$NAME: the request FAILED: $(explain "$state")" ;;
@@ -180,7 +182,7 @@ create() {
     local state tier=()
     [[ -n $TYPE ]] || die "--type is missing: for example --type=v3-256"
     [[ -z $SPOT ]] || tier=(--spot)
-    state=$(slice_state NONE)
+    state=$(slice_state NONE) || exit 1
     case $state in
         NONE) ;;
         FAILED* | SUSPEND*) die "$NAME is there and ${state%%[[:space:]]*}: 'delete' it, or 'recover'" ;;
@@ -228,10 +230,10 @@ train() {
 
 status() {
     local state node
-    state=$(slice_state ACTIVE)
+    state=$(slice_state ACTIVE) || exit 1
     echo "$NAME: $state"
     [[ $state == ACTIVE* ]] || return 0
-    node=$(node_state READY)
+    node=$(node_state READY) || exit 1
     echo "$NAME: TPU VM $node"
     [[ $node == READY ]] || return 0
     on_hosts all "$STATUS" || unreachable status
@@ -252,7 +254,7 @@ remove() {
 
 delete() {
     local state
-    state=$(slice_state ACTIVE)
+    state=$(slice_state ACTIVE) || exit 1
     if [[ $state == NONE ]]; then
         say "$NAME is not there"
         return
@@ -264,10 +266,10 @@ delete() {
 revive() {
     local state node
     HEALTH=new
-    state=$(slice_state "$1")
+    state=$(slice_state "$1") || exit 1
     case $state in
         ACTIVE*)
-            node=$(node_state READY)
+            node=$(node_state READY) || exit 1
             case $node in
                 READY) HEALTH=up; return ;;
                 PREEMPTED | TERMINATED | STOPPED | NONE) say "$NAME: the TPU VM is $node" ;;
@@ -325,9 +327,9 @@ fetch() {
     [[ -n $DRY_RUN ]] || mkdir -p "$OUT/checkpoints" || die "--out=$OUT: cannot be written"
     if [[ -n $BUCKET && $WORKDIR == "$MOUNT"/* ]]; then
         there=$BUCKET/${WORKDIR#"$MOUNT"/}
-        persist "the copy" gcloud storage rsync "$there" "$OUT" --recursive --exclude='^(checkpoints|damaged)/.*' ||
+        persist "the copy" gcloud storage rsync "$there" "$OUT" --exclude='^(checkpoints|damaged)/.*' --recursive ||
             die "$there cannot be copied: the reason is above"
-        names=$(query "$there/checkpoints/STEP/" storage ls "$there/checkpoints/")
+        names=$(query "$there/checkpoints/STEP/" storage ls "$there/checkpoints/") || exit 1
         step=$(newest "$names")
         [[ -n $step ]] || { say "no checkpoint yet; the rest is in $OUT"; return; }
         persist "the copy" gcloud storage rsync "$there/checkpoints/$step" "$OUT/checkpoints/$step" --recursive ||
