@@ -381,7 +381,7 @@ on_host_install() {
         mv "$ROOT" "$CODE"
     fi
     # The images come with Python 3.10; uv finds a newer one, or brings it.
-    command -v "$HOME/.local/bin/uv" >/dev/null || python3 -m pip install -q --user uv
+    [[ -x $HOME/.local/bin/uv ]] || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv
     "$HOME/.local/bin/uv" venv -q --allow-existing --python '>=3.11' "$VENV"
     "$HOME/.local/bin/uv" pip install -q --python "$VENV/bin/python" -e "${CODE}[tpu]"
     say "$(hostname): installed"

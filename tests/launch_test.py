@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, one_error
 
 SCRIPT = ROOT / "launch/tpu_pod.sh"
@@ -34,9 +36,9 @@ WHERE = ["--project=my-project", "--zone=europe-west4-a"]
 UP = dict(states=["ACTIVE"], nodes=["READY"])
 
 # Records its calls in calls.jsonl, refuses what the reference does not list, and plays plan.json: "lives", one for each
-# create, each with the states of the queued resource and of the TPU VM, look after look (the last one stays), or with the
-# service's refusal; "broken", the exit statuses of the first calls of ssh and scp. Those that work are done: a command
-# runs in the home directory of its host, hosts/N, and scp copies from and to there.
+# create, each with the states of the queued resource and of the TPU VM, look after look (the last one stays), or with
+# the service's refusal; "broken", the exit statuses of the first calls of ssh and scp. Those that work are done: a
+# command runs in the home directory of its host, hosts/N, and scp copies from and to there.
 GCLOUD = r'''
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
@@ -210,8 +212,9 @@ class Cloud:
 def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
-    cloud.plan(life=UP)
-    cloud.run("delete")  # ends what runs on the hosts
+    if list(tmp_path.glob("hosts/*/dit_jax-run/pid")):
+        cloud.plan(life=UP)
+        cloud.run("delete")  # ends what runs on the hosts
 
 
 def printed(text):
@@ -271,6 +274,7 @@ def test_types(cloud, type_, accelerator, runtime):
     assert "--runtime-version=my-own" in create and "--spot" in create
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud here")
 def test_gcloud_parses_what_is_printed(cloud, tmp_path):
     """The real gcloud's own parser, which asks no service: with an empty configuration, so that no account is used."""
@@ -383,6 +387,7 @@ def test_watch_comes_back_after_preemptions_until_the_run_is_done(cloud):
     assert "running" not in cloud.host(1, "dit_jax-run/status")
 
 
+@pytest.mark.slow
 def test_watch_ends_where_the_run_cannot_go_on(cloud):
     flags = [*WHERE, "--type=v4-16", "--workdir=/nfs/run", "--config=configs/b2.py"]
     cloud.plan(life=UP)
@@ -416,6 +421,7 @@ def test_recover_once(cloud):
                              "ssh all"]
 
 
+@pytest.mark.slow
 def test_broken_connections(cloud):
     cloud.plan(life=UP, broken=[255, 1, 0, 255])
     status, _, err = cloud.run("install")
@@ -524,3 +530,91 @@ def test_supervisor_ends_while_it_waits(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
     assert (tmp_path / "dit_jax-run/status").read_text() == "stopped, status 75\n"
+
+
+# ---- The GKE manifest
+
+
+@pytest.fixture(scope="module")
+def jobset():
+    return yaml.safe_load((ROOT / "launch/gke_jobset.yaml").read_text())
+
+
+def test_manifest_asks_for_the_whole_slice(jobset):
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job, = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod, container = spec["template"]["spec"], spec["template"]["spec"]["containers"][0]
+    selectors = pod["nodeSelector"]
+    chips = int(np.prod([int(n) for n in selectors["cloud.google.com/gke-tpu-topology"].split("x")]))
+    per_host = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"]["google.com/tpu"] == per_host
+    assert job["replicas"] == 1 and spec["parallelism"] == spec["completions"] == chips // per_host > 1
+    # The table that says what to change, and the row that is in force.
+    text = (ROOT / "launch/gke_jobset.yaml").read_text()
+    rows = re.findall(r"^#   (tpu-\S+) +(\d+) +(\S+): (\d+) hosts$", text, re.M)
+    assert len(rows) == 5
+    for _, per, topology, hosts in rows:
+        assert np.prod([int(n) for n in topology.split("x")]) == int(per) * int(hosts)
+    assert (selectors["cloud.google.com/gke-tpu-accelerator"], str(per_host),
+            selectors["cloud.google.com/gke-tpu-topology"], str(spec["parallelism"])) in rows
+    # A pod that is never started anew by itself, that has time to save, and whose bucket all hosts share.
+    assert pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
+    assert pod["terminationGracePeriodSeconds"] >= 300
+    assert spec["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    volume, mount = pod["volumes"][0], container["volumeMounts"][0]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and mount["name"] == volume["name"]
+    assert any(arg.startswith(f"--workdir={mount['mountPath']}/") for arg in container["command"])
+
+
+@pytest.mark.parametrize("end, action", [
+    (1, "FailJobSet"),
+    (75, "RestartJobSetAndIgnoreMaxRestarts"), ("DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+    (2, "RestartJobSet"), (134, "RestartJobSet"), (137, "RestartJobSet")])
+def test_manifest_restarts_what_may_succeed(jobset, end, action):
+    """The rules, played: the Job controller's (whose messages these are) and JobSet's, first match first. Fields and
+    names: https://github.com/kubernetes-sigs/jobset config/components/crd/bases, keps/262-ConfigurableFailurePolicy."""
+    spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(spec["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        codes = rule.get("onExitCodes", {"values": []})
+        if end in codes["values"]:
+            assert codes["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
+            message = f"Container train for pod default/dit-slice-0-0-x failed with exit code {end} matching"
+        elif [c for c in rule.get("onPodConditions", []) if (c["type"], c["status"]) == (end, "True")]:
+            message = f"Pod default/dit-slice-0-0-x has condition {end} matching"
+        else:
+            continue
+        reason, message = "PodFailurePolicy", f"{message} FailJob rule at index {index}"
+        break
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] >= 3
+    taken = "RestartJobSet"  # where no rule matches
+    for rule in policy["rules"]:
+        assert set(rule) <= {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns"}
+        assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+        if reason in rule["onJobFailureReasons"] and any(
+                re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", [""])):
+            taken = rule["action"]
+            break
+    assert taken == action
+
+
+def test_manifest_runs_a_command_that_the_image_holds(jobset, tmp_path):
+    """With the files that the Dockerfile copies, and no others: all its flags are taken, and the data is not there."""
+    for line in (ROOT / "launch/Dockerfile").read_text().splitlines():
+        if line.startswith("COPY "):
+            *sources, to = line.split()[1:]
+            for source in sources:
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, tmp_path / to)
+                else:
+                    shutil.copy(ROOT / source, tmp_path / to)
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    bucket = container["volumeMounts"][0]["mountPath"]
+    python, *args = [arg.replace(bucket, str(tmp_path / "bucket")) for arg in container["command"]]
+    assert python == "python"
+    env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH="")
+    done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    one_error((done.returncode, done.stdout, done.stderr), f"{tmp_path}/bucket/imagenet-latents")
