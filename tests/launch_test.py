@@ -1,5 +1,7 @@
 """launch/: the pod script against a stand-in gcloud and stand-in hosts, its linter; the GKE manifest; the notebook."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -10,10 +12,15 @@ import subprocess
 import sys
 import time
 
+import nbclient
+import nbformat
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
-from conftest import ROOT, one_error
+from conftest import ROOT, TINY, one_error
+
+from dit_jax.convert import published_shapes
 
 SCRIPT = ROOT / "launch/tpu_pod.sh"
 
@@ -532,6 +539,33 @@ def test_supervisor_ends_while_it_waits(tmp_path):
     assert (tmp_path / "dit_jax-run/status").read_text() == "stopped, status 75\n"
 
 
+@pytest.mark.slow
+def test_supervisor_of_real_training(tmp_path):
+    """What a host runs, with this Python in place of its own: bad input, a run to its end, and nothing left to do."""
+    (tmp_path / "dit_jax").symlink_to(ROOT)
+    (tmp_path / "dit_jax-venv/bin").mkdir(parents=True)
+    python = tmp_path / "dit_jax-venv/bin/python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+    python.chmod(0o755)
+    env = dict(os.environ, HOME=str(tmp_path), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+
+    def host(command, *args):
+        return subprocess.run(["bash", SCRIPT, f"on-host-{command}", *args], env=env, capture_output=True, text=True,
+                              timeout=60).stdout.partition(": ")[2].strip()
+
+    def train(*args):
+        host("start", *TINY, "--config.steps=3", f"--workdir={tmp_path}/run", *args)
+        deadline = time.monotonic() + 120
+        while host("status").startswith("running") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return host("status")
+
+    assert train("--config.batch_size=0").startswith("failed, status 1: error: batch_size=0")
+    assert train() == "done"
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+    assert train() == "done" and "goes on from step 3 of 3" in (tmp_path / "dit_jax-run/log").read_text()
+
+
 # ---- The GKE manifest
 
 
@@ -618,3 +652,86 @@ def test_manifest_runs_a_command_that_the_image_holds(jobset, tmp_path):
     env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH="")
     done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     one_error((done.returncode, done.stdout, done.stderr), f"{tmp_path}/bucket/imagenet-latents")
+
+
+# ---- The notebook
+
+
+def pictures_of(cell):
+    """The sizes of the pictures that a cell shows."""
+    return [PIL.Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).size
+            for output in cell["outputs"] if output["output_type"] == "display_data"]
+
+
+def text_of(cell):
+    return "".join(output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """notebook(**environment) runs launch/colab.ipynb as it is, in a copy of the checkout and without a network
+    -> {title: cell}."""
+    for name in ("launch", "dit_jax", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+
+    def run(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, str(value))
+        book = nbformat.read(tmp_path / "launch/colab.ipynb", as_version=4)
+        nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path / "launch")}}).execute()
+        cells = [cell for cell in book.cells if cell.cell_type == "code"]
+        return {re.match("#@title ([^{\n]*)", cell.source)[1].strip(): cell for cell in cells}
+
+    return run
+
+
+def test_notebook_is_clean():
+    """No outputs, counts or machine's metadata in it, and a form over every cell with code."""
+    book = nbformat.read(ROOT / "launch/colab.ipynb", as_version=4)
+    nbformat.validate(book)
+    assert book.metadata.accelerator == "TPU" and set(book.metadata) == {"accelerator", "colab", "kernelspec"}
+    for cell in book.cells:
+        assert not cell.metadata and cell.cell_type in ("code", "markdown")
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None and cell.source.startswith("#@title ")
+    sliders = re.findall(r"^(\w+) = ([\d.]+)  #@param {type:\"slider\", min:([\d.]+), max:([\d.]+), step:[\d.]+}$",
+                         "\n".join(cell.source for cell in book.cells), re.M)
+    assert len(sliders) == 9 and all(float(low) <= float(value) <= float(high) for _, value, low, high in sliders)
+
+
+@pytest.mark.slow
+def test_notebook_trains_the_small_model_and_samples(notebook, tmp_path):
+    small = [*TINY, "--config.steps=4", "--config.sample.every=4", "--config.sample.per_class=2",
+             "--config.sample.steps=5", "--config.judge.samples=20"]
+    cells = notebook(DIT_JAX_COLAB_FLAGS=shlex.join(small[1:]), DIT_JAX_COLAB_WEIGHTS="")
+    assert "cannot be had (<urlopen error" in text_of(cells["Published weights, where they can be had"])
+    run = tmp_path / "runs/colab"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    assert json.loads((run / "report.json").read_text())["samples"] == 20
+    assert "done: step 4" in text_of(cells["Else: train the small model"])
+    loss, grid = pictures_of(cells["Its loss, and samples on the way"])
+    assert loss[0] > 400 and grid == (2 * 50 + 2, 10 * 50 + 2)  # two of each digit, six times enlarged
+    out, = (run / "out").iterdir()
+    with np.load(out / "samples.npz") as file:
+        assert file["arr_0"].shape == (16, 8, 8, 3) and file["arr_0"].std() > 0
+    assert json.loads((out / "manifest.json").read_text())["classes"] == "3"
+    assert pictures_of(cells["Digits"]) == [PIL.Image.open(out / "grid.png").size]
+    assert "nothing to draw" in text_of(cells["ImageNet, with the published DiT-XL/2"])
+
+
+@pytest.mark.slow
+def test_notebook_takes_published_weights(notebook, tmp_path):
+    """Weights of the published format and DiT-S's width, which tells the number of heads."""
+    args = dict(patch_size=2, depth=1, hidden_size=384, num_heads=6, input_size=8, in_channels=4, num_classes=1000)
+    rng = np.random.default_rng(0)
+    flat = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in published_shapes(args).items()}
+    np.savez(tmp_path / "weights.npz", **flat)
+    cells = notebook(DIT_JAX_COLAB_WEIGHTS=tmp_path / "weights.npz")
+    assert not (tmp_path / "runs/colab").exists()
+    out, = (tmp_path / "runs/xl2").iterdir()
+    with np.load(out / "samples.npz") as file:
+        assert file["latents"].shape == (1, 8, 8, 4) and file["latents"].std() > 0
+    cell = cells["ImageNet, with the published DiT-XL/2"]
+    assert "Latents, not pictures" in text_of(cell) and pictures_of(cell) == [(52, 52)]
