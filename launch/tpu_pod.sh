@@ -32,8 +32,8 @@
 #   --poll=SECONDS           between two looks at the slice (30)
 #   --dry-run                print the commands, run none
 #
-# Every command that leaves this machine is printed before it runs, so that it can be pasted. Nothing is changed by
-# doing a step twice.
+# Every command that leaves this machine is printed before it runs, so that it can be pasted. A step that is done twice
+# does no harm. For more than one host gcloud wants its key in the ssh agent: ssh-add ~/.ssh/google_compute_engine
 #
 # Flags and states are those of https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources and
 # .../compute/tpus/tpu-vm, and of https://cloud.google.com/tpu/docs/queued-resources and .../tpu/docs/runtimes
@@ -55,9 +55,10 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # Quotes a word for a shell, if it has to be; of --flag=value the value alone.
 quote() {
+    local q="'" escaped="'\\''"
     case $1 in
         --[a-z]*=*[!A-Za-z0-9_@%+=:,./-]*) printf '%s=' "${1%%=*}"; quote "${1#*=}" ;;
-        '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
+        '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "'%s'" "${1//$q/$escaped}" ;;
         *) printf '%s' "$1" ;;
     esac
 }
@@ -79,7 +80,7 @@ run() {
 }
 
 # query ASSUMED ARGS...: what gcloud says, NONE where there is no such thing, ASSUMED in a dry run. Other failures
-# (the network, the service) are tried again.
+# are tried again, as far as that may help (the network, the service).
 query() {
     local assumed=$1 delay=$BACKOFF try out err
     shift
@@ -92,7 +93,10 @@ query() {
             echo NONE
             return
         fi
-        err=$(sed '/^$/d' "$SCRATCH" | tail -n 1)
+        err=$(grep -m 1 ERROR "$SCRATCH" || tail -n 1 "$SCRATCH")
+        if grep -q -e PERMISSION_DENIED -e UNAUTHENTICATED -e INVALID_ARGUMENT -e 'active account' "$SCRATCH"; then
+            die "$err"
+        fi
         if [[ $try -lt $TRIES ]]; then
             say "gcloud failed ($err); again in $delay s"
             sleep "$delay"
@@ -112,8 +116,8 @@ node_state() {
     query "$1" compute tpus tpu-vm describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} --format='value(state)'
 }
 
-# persist WHAT COMMAND...: runs it up to TRIES times while the connection fails: 255 is ssh's status for that, 1 gcloud's
-# (a new host does not answer for a while). Any other status comes from the command on the host and is returned.
+# persist WHAT COMMAND...: runs it up to TRIES times while the connection fails, which has status 255 from ssh and 1 from
+# gcloud (a new host does not answer for a while). Any other status comes from the command on the host and is returned.
 persist() {
     local what=$1 delay=$BACKOFF try status
     shift

@@ -92,6 +92,8 @@ elif command.endswith("describe"):
     state = look("nodes" if "tpu-vm" in command else "states")
     if state == "unavailable":
         fail("UNAVAILABLE: The service is currently unavailable.")
+    if state == "denied":
+        fail("PERMISSION_DENIED: Permission 'tpu.queuedResources.get' denied.\\nSee https://cloud.google.com/iam/docs")
     print(state)
 elif command.endswith("delete"):
     if not plan["life"]:
@@ -445,6 +447,10 @@ def test_broken_connections(cloud):
     # The service itself: for a while, and for good. Nothing is created or deleted on a guess.
     cloud.plan(life=dict(states=["unavailable"] * 5 + ["ACTIVE"], nodes=["CREATING"]))
     assert cloud.run("status")[1].splitlines()[-1] == "dit: TPU VM CREATING"
+    cloud.calls()
+    cloud.plan(life=dict(states=["denied"], nodes=["READY"]))
+    one_error(cloud.run("status"), "PERMISSION_DENIED")
+    assert cloud.verbs() == ["describe"]
     cloud.plan(life=dict(states=["unavailable"], nodes=["READY"]))
     for command in ("status", "create", "recover", "watch", "delete"):
         cloud.calls()
