@@ -85,7 +85,7 @@ query() {
     local assumed=$1 delay=$BACKOFF try out err
     shift
     for ((try = 1; try <= TRIES; try++)); do
-        if out=$(run gcloud "$@" 2>"$SCRATCH"); then
+        if out=$(run gcloud "$@" --quiet 2>"$SCRATCH"); then
             echo "${DRY_RUN:+$assumed}$out"
             return
         fi
@@ -161,6 +161,7 @@ unreachable() { die "$1 of $NAME did not succeed on every host: the reason is ab
 # A command of this script for the hosts, where a connection starts in the home directory.
 remote() { printf 'bash dit_jax/launch/tpu_pod.sh %s' "$(quoted "$@")"; }
 
+# HEALTH: new, or waiting where the slice was lost before it was there.
 await_active() {
     local state since=$SECONDS
     while :; do
@@ -168,7 +169,7 @@ await_active() {
         case $state in
             ACTIVE*) say "$NAME is ACTIVE"; return ;;
             FAILED*) die "$NAME: the request FAILED: $(explain "$state")" ;;
-            SUSPEND*) die "$NAME is ${state%%[[:space:]]*}: preempted, or out of quota; 'recover' asks again" ;;
+            SUSPEND*) HEALTH=waiting; say "$NAME: $state"; return ;;
             NONE) die "$NAME: the queued resource has gone" ;;
         esac
         say "$NAME: $state, after $((SECONDS - since)) s"
@@ -183,7 +184,13 @@ explain() {
 }
 
 create() {
+    ask
+    [[ $HEALTH == new ]] || die "$NAME was suspended before it was there (preempted); 'recover' asks again"
+}
+
+ask() {
     local state tier=()
+    HEALTH=new
     [[ -n $TYPE ]] || die "--type is missing: for example --type=v3-256"
     [[ -z $SPOT ]] || tier=(--spot)
     state=$(slice_state NONE) || exit 1
@@ -269,7 +276,6 @@ delete() {
 # Asks for the slice again where it is lost. Sets HEALTH: up, new, or waiting while the service is at work.
 revive() {
     local state node
-    HEALTH=new
     state=$(slice_state "$1") || exit 1
     case $state in
         ACTIVE*)
@@ -282,10 +288,10 @@ revive() {
             ;;
         SUSPENDED* | FAILED*) say "$NAME: $state" ;;
         SUSPENDING* | DELETING*) HEALTH=waiting; say "$NAME: $state"; return ;;
-        *) create; return ;;  # none yet, or still in the queue
+        *) ask; return ;;  # none yet, or still in the queue
     esac
     remove
-    create
+    ask
 }
 
 recover() {
@@ -328,7 +334,7 @@ watch() {
 fetch() {
     local there step names name from=()
     [[ -n $WORKDIR ]] || die "--workdir or --bucket is missing: where is the run?"
-    [[ -n $DRY_RUN ]] || mkdir -p "$OUT/checkpoints" || die "--out=$OUT: cannot be written"
+    [[ -n $DRY_RUN ]] || mkdir -p "$OUT/checkpoints" 2>/dev/null || die "--out=$OUT: cannot be written"
     if [[ -n $BUCKET && $WORKDIR == "$MOUNT"/* ]]; then
         there=$BUCKET/${WORKDIR#"$MOUNT"/}
         persist "the copy" gcloud storage rsync "$there" "$OUT" --exclude='^(checkpoints|damaged)/.*' --recursive ||

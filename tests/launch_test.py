@@ -374,6 +374,10 @@ def test_quota(cloud):
     cloud.calls()
     one_error(cloud.run("create", "--type=v3-256"), "dit", "FAILED", "'delete'", "'recover'")
     assert cloud.verbs() == ["describe"]
+    cloud.plan(lives=[dict(states=["PROVISIONING", "SUSPENDED"])])
+    status, _, err = cloud.run("create", "--type=v3-256", "--poll=0")
+    assert status == 1 and err.splitlines()[-1].startswith("error: dit was suspended before it was there")
+    cloud.calls()
     # watch asks again for what had failed, and does not go on when that is refused too.
     cloud.plan(lives=[dict(refused=refusal)], life=dict(states=["FAILED\told"], nodes=["NONE"]))
     status, _, err = cloud.run("watch", "--type=v3-256", "--bucket=gs://my-bucket")
@@ -381,7 +385,8 @@ def test_quota(cloud):
 
 
 def test_watch_comes_back_after_preemptions_until_the_run_is_done(cloud):
-    cloud.plan(lives=[dict(states=["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]),
+    cloud.plan(lives=[dict(states=["PROVISIONING", "SUSPENDED"]),
+                      dict(states=["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]),
                       dict(states=["ACTIVE"], nodes=["READY", "unavailable", "READY", "REPAIRING", "PREEMPTED"]),
                       UP])
     for host in (0, 1):
@@ -392,7 +397,7 @@ def test_watch_comes_back_after_preemptions_until_the_run_is_done(cloud):
     assert "dit: SUSPENDED" in err and "the TPU VM is REPAIRING" in err and "the TPU VM is PREEMPTED" in err
     deeds = [verb for verb in cloud.verbs() if not verb.startswith("describe") and verb != "ssh 0"]
     up = ["create", "scp all", "ssh all", "ssh all"]
-    assert deeds == [*up, "delete", *up, "delete", *up]
+    assert deeds == ["create", "delete", *up, "delete", *up, "delete", *up]
     assert "running" not in cloud.host(1, "dit_jax-run/status")
 
 
