@@ -116,7 +116,7 @@ node_state() {
     query "$1" compute tpus tpu-vm describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} --format='value(state)'
 }
 
-# persist WHAT COMMAND...: runs it up to TRIES times while the connection fails, which has status 255 from ssh and 1 from
+# persist WHAT COMMAND...: runs it up to TRIES times while the connection fails, with status 255 from ssh or 1 from
 # gcloud (a new host does not answer for a while). Any other status comes from the command on the host and is returned.
 persist() {
     local what=$1 delay=$BACKOFF try status
