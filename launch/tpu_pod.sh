@@ -433,20 +433,35 @@ on_host_start() {
     say "$(hostname): started; the log is $LOG"
 }
 
+# Passes SIGTERM on to a process that has not had it. When a host goes down, the system itself tells every process;
+# training takes a second SIGTERM for an order to end at once, and has no handler any more after the first (bit 14 of
+# SigCgt, see proc(5)). One that has no handler yet gets it when it has.
+pass_on() {
+    local caught
+    sleep 1
+    while caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) && [[ -n $caught ]]; do
+        if (((16#$caught >> 14) & 1)); then
+            kill -TERM "$1" 2>/dev/null || :
+            return
+        fi
+        sleep 0.5
+    done
+}
+
 # Runs a command again while another start may help: at most MAX_RESTARTS times in a row, waiting longer each time; a
 # run that lasted HEALTHY seconds begins the count anew. SIGTERM is passed on and ends the loop.
 on_host_supervise() {
     local child='' stopping='' interrupted status began restarts=0 delay
     local max=${MAX_RESTARTS:-10} healthy=${HEALTHY:-600}
     mkdir -p "$RUN"
-    trap 'stopping=1; interrupted=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || :' TERM INT
+    trap 'interrupted=1; [[ -n $stopping ]] || { stopping=1; [[ -z $child ]] || pass_on "$child" & }' TERM INT
     while :; do
         note "running, start $((restarts + 1))"
         say "--- $(date -u '+%Y-%m-%d %H:%M:%S') start $((restarts + 1)): $(quoted "$@")"
         began=$SECONDS
         "$@" &
         child=$!
-        [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || :
+        [[ -z $stopping ]] || pass_on "$child" &
         while :; do  # a signal ends wait, not the child
             interrupted='' status=0
             wait "$child" || status=$?

@@ -527,14 +527,27 @@ def test_supervisor_counts_anew_after_a_run_that_lasted(tmp_path):
     assert process.wait(timeout=20) == 0 and (tmp_path / "n").read_text() == "7\n"
 
 
-def test_supervisor_passes_sigterm_on_and_ends(tmp_path):
-    """Also where training takes its time to save, and is told twice."""
-    save = f"trap 'sleep 0.5; echo $n >>{tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up"
-    process = supervise(tmp_path, f"[[ $n -gt 1 ]] || exit 75; {save}; while :; do sleep 0.05; done")
-    wait_for((tmp_path / "up").exists, "the second start is at work")
+# Training that saves at the first SIGTERM and would die of a second one.
+SAVES = """trap 'trap - TERM; touch {0}/told; sleep 1.5; echo $n >>{0}/saved; exit 75' TERM; touch {0}/up
+while :; do sleep 0.05; done"""
+
+
+@pytest.mark.parametrize("told", [
+    "the supervisor", "both", pytest.param("the supervisor twice", marks=pytest.mark.slow),
+    pytest.param("before there is a handler", marks=pytest.mark.slow)])
+def test_supervisor_passes_sigterm_on_once_and_ends(tmp_path, told):
+    """The system, when a host goes down, tells both; a person tells the supervisor."""
+    late = "touch {0}/late; sleep 2; " if told.startswith("before") else ""
+    process = supervise(tmp_path, "[[ $n -gt 1 ]] || exit 75; " + (late + SAVES).format(tmp_path))
+    wait_for((tmp_path / ("late" if late else "up")).exists, "the second start is at work")
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+        child = int(f.read())
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    if told == "both":
+        os.kill(child, signal.SIGTERM)
+    if told == "the supervisor twice":
+        wait_for((tmp_path / "told").exists, "the first is passed on")
+        process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
     assert (tmp_path / "saved").read_text() == "2\n"
     assert (tmp_path / "dit_jax-run/status").read_text() == "stopped, status 75\n"
