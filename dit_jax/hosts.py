@@ -121,7 +121,6 @@ def join():
         jax.distributed.initialize(**arguments, initialization_timeout=int(5 * _timeout),
                                    heartbeat_timeout_seconds=int(_timeout), shutdown_timeout_seconds=int(5 * _timeout))
     except Exception as e:
-        _index, _count = index, count
         why = "" if "bad_cast" in str(e) else f" ({type(e).__name__}: {_first_line(e)})"
         _exit(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s{why}; look whether each "
                      f"runs and reaches {arguments.get('coordinator_address', 'the first')}, then run the same command "

@@ -73,6 +73,15 @@ def check_same_run(config, identity):
     return check
 
 
+def check_same_on_all(config, identity):
+    """UserError where this host was started with another config, or has other data, than the first."""
+    theirs, data = hosts.share((config, identity))[0]
+    differ = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in configs.differences(theirs, config)
+              if field != "data.path"] + [f"the data ({data} there, {identity} here)"] * (data != identity)
+    if differ:
+        raise UserError(f"not the run of the first host: {', '.join(differ)}")
+
+
 def draw_grid(generator, ema, config, path):
     """A picture of config.sample.per_class samples of each of the first classes, a row a class."""
     s, classes = config["sample"], min(config["sample"]["classes"], config["model"]["num_classes"])
@@ -140,6 +149,7 @@ def main():
         if config["judge"]["samples"] and not held_out:
             raise ValueError(f"judge.samples: data.source={config['data']['source']!r} has no held-out pictures; set "
                              "judge.samples=0")
+        check_same_on_all(config, source.identity)
         init, train_step, target = make_programs(settled, mesh)
         generator = None
         if config["sample"]["every"] or config["judge"]["samples"]:
