@@ -72,10 +72,9 @@ def tpu_slice():
     return len((names or "").split(",")) * int(slices or 1), method
 
 
-def _from_flags(f):
-    """The arguments of jax.distributed.initialize, or None where this process runs alone."""
-    given = {name: f[name].value for name in ("coordinator", "process_count", "process_id")}
-    count, index = given["process_count"], given["process_id"]
+def _arguments(coordinator, count, index):
+    """The arguments of jax.distributed.initialize that three flags ask for, or None where this process runs alone."""
+    given = {"coordinator": coordinator, "process_count": count, "process_id": index}
     if all(value is None for value in given.values()):
         count, method = tpu_slice()
         return {"cluster_detection_method": method} if count > 1 else None
@@ -87,9 +86,9 @@ def _from_flags(f):
                         "and --process_id=I on each")
     if count < 1 or not 0 <= index < count:
         raise UserError(f"--process_id={index} --process_count={count}: of N processes the ids are 0 to N-1")
-    host, _, port = given["coordinator"].rpartition(":")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(f"--coordinator={given['coordinator']}: HOST:PORT, the address of process 0 and a free port there")
+        raise UserError(f"--coordinator={coordinator}: HOST:PORT, the address of process 0 and a free port there")
     if count == 1:
         return None
     if index == 0:
@@ -98,19 +97,19 @@ def _from_flags(f):
             try:
                 probe.bind(("", int(port)))
             except OSError as e:
-                raise UserError(f"--coordinator={given['coordinator']}: the port cannot be had here ({e.strerror}); name "
-                                "another") from None
-    return {"coordinator_address": given["coordinator"], "num_processes": count, "process_id": index,
+                raise UserError(f"--coordinator={coordinator}: the port cannot be had here ({e.strerror}); name another") from None
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index,
             "cluster_detection_method": "deactivate"}  # a SLURM or MPI job is what the flags say, and no more
 
 
 def join():
     """Joins the other hosts, by flags or on a TPU slice. Before anything else of JAX."""
     global _client, _index, _count, _timeout
-    arguments = _from_flags(flags.FLAGS)
+    f = flags.FLAGS
+    arguments = _arguments(f.coordinator, f.process_count, f.process_id)
     if arguments is None:
         return
-    _timeout = flags.FLAGS.host_timeout
+    _timeout = f.host_timeout
     if "coordinator_address" in arguments:
         _silence_stdout()
     _end_our_way()
