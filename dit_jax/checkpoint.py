@@ -13,8 +13,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from dit_jax import hosts
 from dit_jax.config import UserError
 from dit_jax.logging import say
 from dit_jax.state import TrainState
@@ -61,7 +61,14 @@ class Checkpoints:
             # What a killed run was writing. Orbax would clean up in a thread of its own, which outlives an error here.
             for path in glob.glob(f"{glob.escape(self.directory)}/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        hosts.share(None)  # when that is done
+        self.manager = self.reader = ocp.CheckpointManager(self.directory, options=options)
+        if jax.process_count() > 1:
+            # Each host reads for itself. Orbax's own reader would wait for all, for good where one host cannot read.
+            me = jax.process_index()
+            self.reader = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+                read_only=True, multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}")))
 
     def steps(self):
         return sorted(self.manager.all_steps())
@@ -86,16 +93,26 @@ class Checkpoints:
             raise UserError(f"{self.directory}: the last checkpoint could not be written ({_first_line(e)})") from e
 
     def meta(self, step):
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self.reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def _restore(self, step, targets, meta):
-        items = self.manager.restore(step, args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(target) for name, target in targets.items()}))
-        for name in targets:
+    def _restore(self, step, targets, check=lambda meta: None):
+        """(items, meta, None), or, where any host cannot read them, (None, None, why)."""
+        items = meta = why = None
+        try:
+            meta = self.meta(step)
+            check(meta)
+            items = self.reader.restore(step, args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(target) for name, target in targets.items()}))
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # not the checkpoint's fault
+            raise
+        except Exception as e:
+            why = _first_line(e)
+        why = next((w for w in hosts.share(why) if w), None)
+        for name in [] if why else targets:
             # Orbax notices a file that is cut short, but not a byte that has changed.
             if int(_fingerprint(items[name])) != meta["fingerprints"][name]:
-                raise ValueError(f"the bytes of {name} are not those that were written")
-        return items
+                why = f"the bytes of {name} are not those that were written"
+        return (None, None, why) if why else (items, meta, None)
 
     def restore_latest(self, target, check):
         """(state, meta) of the newest checkpoint that can be read, or None where there is none at all.
@@ -103,39 +120,39 @@ class Checkpoints:
         target: a TrainState of ShapeDtypeStructs with shardings. check(meta) raises UserError where the checkpoint
         is of another run. A damaged checkpoint is moved to workdir/damaged, and said.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                meta = self.meta(step)
-                check(meta)
-                items = self._restore(step, _items(target), meta)
-                optimizer = items["optimizer"]
-                return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
-            except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # not the checkpoint's fault
-                self.manager.close()
-                raise
-            except Exception as e:
-                self._set_aside(step, e)
-        if steps:
+        steps = hosts.share(self.steps())[0]
+        try:
+            for step in reversed(steps):
+                items, meta, why = self._restore(step, _items(target), check)
+                if not why:
+                    optimizer = items["optimizer"]
+                    return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
+                self._set_aside(step, why)
+            if steps:
+                raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or move "
+                                "this one away to start over")
+        except BaseException:
             self.manager.close()  # its threads would complain at exit
-            raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or move "
-                            "this one away to start over")
+            raise
         return None
 
     def restore_params(self, step, which, target):
         """The item "ema" or "params" alone, of `step` or, where it is None, of the newest that can be read."""
-        steps = self.steps()
+        steps = hosts.share(self.steps())[0]
         if step is not None and step not in steps:
             raise UserError(f"--step={step}: {self.directory} has {', '.join(map(str, steps)) or 'none'}")
         for s in [step] if step is not None else reversed(steps):
-            try:
-                return s, self._restore(s, {which: target}, self.meta(s))[which]
-            except Exception as e:
-                say(f"checkpoint {self.directory}/{s} cannot be read ({_first_line(e)})")
+            items, _, why = self._restore(s, {which: target})
+            if not why:
+                return s, items[which]
+            say(f"checkpoint {self.directory}/{s} cannot be read ({why})")
         raise UserError(f"{self.directory}: no checkpoint can be read")
 
     def latest_meta(self, step=None):
-        """The meta item of `step`, or of the newest checkpoint whose meta can be read."""
+        """The meta item of `step`, or of the newest checkpoint whose meta the first host can read."""
+        return hosts.share(None if jax.process_index() else self._latest_meta(step))[0]
+
+    def _latest_meta(self, step):
         for s in [step] if step is not None and step in self.steps() else reversed(self.steps()):
             try:
                 return self.meta(s)
@@ -143,9 +160,9 @@ class Checkpoints:
                 say(f"checkpoint {self.directory}/{s} cannot be read ({_first_line(e)})")
         raise UserError(f"{self.directory}: no checkpoint can be read")
 
-    def _set_aside(self, step, error):
+    def _set_aside(self, step, why):
         damaged = os.path.join(os.path.dirname(self.directory), "damaged")
-        say(f"checkpoint {self.directory}/{step} cannot be read ({_first_line(error)}): moved to {damaged}, falling "
+        say(f"checkpoint {self.directory}/{step} cannot be read ({why}): moved to {damaged}, falling "
             "back to the one before")
         if jax.process_index() == 0:
             os.makedirs(damaged, exist_ok=True)
@@ -153,8 +170,7 @@ class Checkpoints:
             while os.path.exists(target):
                 target, n = os.path.join(damaged, f"{step}-{n}"), n + 1
             os.rename(os.path.join(self.directory, str(step)), target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set aside a damaged checkpoint")
+        hosts.share(None)  # when that is done
         self.manager.reload()
 
     def close(self):

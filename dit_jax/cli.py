@@ -1,12 +1,13 @@
 """What the commands share: flags, configs from files, and errors in one line."""
 
-import glob
 import os
 import sys
+import uuid
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from dit_jax import hosts
 from dit_jax.config import UserError, unknown_field
 
 
@@ -50,7 +51,7 @@ def _parse_flags(argv):
 def _quiet_libtpu():
     """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
     at length that it does not know."""
-    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/*"):
+    if not hosts.tpu_attached():
         for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v3-8"),
                             ("TPU_WORKER_HOSTNAMES", "localhost")):
             os.environ.setdefault(name, value)
@@ -58,19 +59,33 @@ def _quiet_libtpu():
 
 def enough_threads():
     """On CPU a collective holds a thread until every device has come to it, and devices come to independent ones in
-    any order: with no more threads than cores, several fake devices can wait for each other for ever."""
-    if "device_count" in os.environ.get("XLA_FLAGS", ""):
+    any order: with no more threads than cores, several fake devices, or processes, can wait for each other for ever."""
+    if "device_count" in os.environ.get("XLA_FLAGS", "") or any(a.startswith("--coordinator") for a in sys.argv):
         os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count())))
 
 
+def _on_hosts(main):
+    """main(), where other hosts may take part: they are told of its errors, or it is told of theirs."""
+    if "coordinator" not in flags.FLAGS:
+        return main()
+    hosts.join()
+    try:
+        status = main()
+        hosts.finish()
+        return status
+    except (Exception, KeyboardInterrupt) as e:
+        hosts.report(e)
+        raise
+
+
 def run(main):
-    """Parses the flags and calls main(). A UserError is printed as one line; exit status 1."""
+    """Parses the flags and calls main(), whose value is the exit status. A UserError is printed as one line; status 1."""
     _quiet_libtpu()
     enough_threads()
     logging.set_verbosity(logging.ERROR)
     logging.set_stderrthreshold("error")
     try:
-        app.run(lambda _: main(), flags_parser=lambda argv: _parse_flags(argv))
+        app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: _parse_flags(argv))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
@@ -82,7 +97,7 @@ def make_workdir(path, flag="workdir"):
         raise UserError(f"--{flag} is empty: name a folder")
     try:
         os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f".probe-{os.getpid()}")
+        probe = os.path.join(path, f".probe-{uuid.uuid4().hex}")
         open(probe, "w").close()
         os.remove(probe)
     except OSError as e:

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import zipfile
 
 import jax
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, convert, layout, pictures, sharding
+from dit_jax import cli, config as configs, convert, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.generate import Generator
@@ -175,6 +176,8 @@ def main():
         if f[flag].value < 1:
             raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; the same command goes on from "
+                                                        "what was saved last"))
 
     try:
         mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
@@ -201,15 +204,18 @@ def main():
     cli.make_workdir(out, "out")
     manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
     key = "latents" if latent else "arr_0"
-    finished = same_manifest(manifest_path, manifest) and is_whole(npz, key, f.num)
+    # The first process alone writes, and looks where to go on; all make the same images.
     main_process = jax.process_index() == 0
-    if not finished:
-        if main_process:
-            pictures.write_aside(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
+    finished = main_process and same_manifest(manifest_path, manifest) and is_whole(npz, key, f.num)
+    parts = None
+    if main_process and not finished:
+        pictures.write_aside(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
         parts = Parts(out)
-        if parts.done:
-            say(f"goes on from image {parts.done} of {f.num}")
-        starts = range(parts.done, f.num, generator.batch_size)
+    finished, done = hosts.share((finished, parts.done if parts else 0))[0]
+    if not finished:
+        if done:
+            say(f"goes on from image {done} of {f.num}")
+        starts = range(done, f.num, generator.batch_size)
         progress = Progress("sample", len(starts) * len(generator.schedule), "steps")
         for n, start in enumerate(starts):
             before = n * len(generator.schedule)
@@ -252,4 +258,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
     flags.DEFINE_integer("tensor", 1, "devices that share a layer")
     flags.DEFINE_bool("png", False, "also single pictures")
+    hosts.define_flags()
     cli.run(main)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, flops, layout, pictures, sharding
+from dit_jax import cli, config as configs, flops, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -20,6 +20,7 @@ from dit_jax.diffusion.schedule import linear_schedule
 from dit_jax.generate import Generator
 from dit_jax.logging import Metrics, Progress, duration, say
 from dit_jax.models import dit
+from dit_jax.profiling import Trace, keep_compiled
 from dit_jax.state import init_state, make_optimizer, make_train_step
 
 
@@ -72,6 +73,15 @@ def check_same_run(config, identity):
     return check
 
 
+def check_same_on_all(config, identity):
+    """UserError where this host was started with another config, or has other data, than the first."""
+    theirs, data = hosts.share((config, identity))[0]
+    differ = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in configs.differences(theirs, config)
+              if field != "data.path"] + [f"the data ({data} there, {identity} here)"] * (data != identity)
+    if differ:
+        raise UserError(f"not the run of the first host: {', '.join(differ)}")
+
+
 def draw_grid(generator, ema, config, path):
     """A picture of config.sample.per_class samples of each of the first classes, a row a class."""
     s, classes = config["sample"], min(config["sample"]["classes"], config["model"]["num_classes"])
@@ -117,6 +127,12 @@ def main():
     # On CPU a collective of one step must not wait behind the next step's: two in flight can lock up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     cli.make_workdir(workdir)
+    preemption = hosts.Preemption()
+    keep_compiled(os.path.join(workdir, "compiled"))
+    if flags.FLAGS.debug_nans:
+        if jax.process_count() > 1:
+            raise UserError("--debug_nans: runs the step that failed again, operation by operation, on one host only")
+        jax.config.update("jax_debug_nans", True)
 
     # Mesh, data, programs.
     try:
@@ -133,6 +149,7 @@ def main():
         if config["judge"]["samples"] and not held_out:
             raise ValueError(f"judge.samples: data.source={config['data']['source']!r} has no held-out pictures; set "
                              "judge.samples=0")
+        check_same_on_all(config, source.identity)
         init, train_step, target = make_programs(settled, mesh)
         generator = None
         if config["sample"]["every"] or config["judge"]["samples"]:
@@ -160,6 +177,7 @@ def main():
         raise UserError(f"steps={steps}: the checkpoint in {workdir} is at step {first} already")
     if restored:
         say(f"goes on from step {first} of {steps}")
+    trace = Trace(flags.FLAGS.profile, os.path.join(workdir, "profile"), first + 1, steps)
     metrics = Metrics(workdir, first)
 
     def save(step):
@@ -177,15 +195,19 @@ def main():
                                last_step=steps, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
     try:
         for step, batch in enumerate(batches, first + 1):
-            state, values = train_step(state, batch)
+            with trace.step(step):
+                state, values = train_step(state, batch)
+            trace.after(step, values)
             pending.append(values)
-            last, log, keep = step == steps, step % config["log_every"] == 0, step % config["checkpoint"]["every"] == 0
+            stop, last = preemption.reached(step), step == steps
+            log, keep = step % config["log_every"] == 0, step % config["checkpoint"]["every"] == 0 or last or stop
             picture = config["sample"]["every"] and (step % config["sample"]["every"] == 0 or last)
 
-            if log or keep or last:
+            if log or keep:
                 values = jax.device_get(pending)
                 for i, v in enumerate(values, step - len(values) + 1):
                     if not all(math.isfinite(x) for x in v.values()):
+                        checkpoints.wait()
                         saved = max(checkpoints.steps(), default=None)
                         raise UserError(
                             f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}, the parameters' "
@@ -209,20 +231,29 @@ def main():
                              f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left")
             else:
                 progress.update(step)
-            if keep or last:
+            if keep:
                 save(step)
             if picture:
                 draw_grid(generator, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
-            if (keep or picture or last) and metrics.main:
+            if (keep or picture) and metrics.main:
                 pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
-            if keep or last or picture:
+            if keep or picture:
                 mark, mark_step = time.perf_counter(), step
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
+            if stop:
+                break
+    except BaseException as e:
+        hosts.report(e)  # several hosts end here: the checkpoint that is being written needs all of them
+        if isinstance(e, KeyboardInterrupt):
+            raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
+        raise
     finally:
         progress.close()
+        trace.close()
         batches.close()
         checkpoints.close()
+    if first < steps and stop:
+        say(f"preempted: step {step} of {steps} is saved in {workdir}, and the same command goes on from there")
+        return hosts.AGAIN
     train_seconds = seconds() if first < steps else trained_before
     say(f"done: step {steps}. All of the run is in {workdir}")
     if config["judge"]["samples"]:
@@ -233,4 +264,7 @@ if __name__ == "__main__":
     cli.define_config()
     flags.declare_key_flag("config")
     flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
+    flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
+    flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
+    hosts.define_flags()
     cli.run(main)

@@ -51,14 +51,18 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """The environment in which commands that run one after the other keep what they compile."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+
+
+@pytest.fixture(scope="session")
+def command(compiled):
     """command("train", *flags) runs python -m dit_jax.train as a user does -> (exit status, stdout, stderr).
     With wait=False: the process, started. devices: how many fake ones."""
-    cache = tmp_path_factory.mktemp("compiled")
-
     def run(name, *flags, wait=True, devices=1):
-        env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-                   JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
+        env = os.environ | compiled | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         process = subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *map(str, flags)], cwd=ROOT, env=env,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if not wait:
@@ -67,6 +71,21 @@ def command(tmp_path_factory):
         return process.returncode, out, err
 
     return run
+
+
+def losses(workdir):
+    with open(workdir / "metrics.jsonl") as f:
+        return {r["step"]: r["loss"] for r in map(json.loads, f)}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(command, tmp_path_factory):
+    """The workdir of a run of 24 steps, of one process on one device."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    status, out, err = command("train", *TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={workdir}")
+    assert status == 0, err
+    assert sorted(losses(workdir)) == list(range(1, 25))
+    return workdir
 
 
 def one_error(result, *words):

@@ -1,6 +1,5 @@
 """The train command as a user runs it: resume, kills, meshes, bad input."""
 
-import json
 import os
 import signal
 import sys
@@ -9,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, one_error
+from conftest import ROOT, TINY, losses, one_error
 from numpy.testing import assert_allclose
 
 from dit_jax import config as configs
@@ -37,20 +36,6 @@ def final_state(workdir):
 def same_bits(a, b):
     (step_a, a), (step_b, b) = final_state(a), final_state(b)
     return step_a == step_b and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
-
-
-def losses(workdir):
-    with open(workdir / "metrics.jsonl") as f:
-        return {r["step"]: r["loss"] for r in map(json.loads, f)}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(command, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    status, out, err = command("train", *TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={workdir}")
-    assert status == 0, err
-    assert sorted(losses(workdir)) == list(range(1, 25))
-    return workdir
 
 
 def wait_for(condition, process):

@@ -1,0 +1,278 @@
+"""Several hosts: how their processes join, agree, notice that one is lost, and stop after the same step.
+
+One process runs on each host, all with the same command. They speak through the key-value store of jax.distributed,
+which the coordinator (process 0) holds, and where a thread of each process looks twice a second. With one process all
+of this does nothing. Exit status 75 (EX_TEMPFAIL) says that the same command, run again, goes on.
+"""
+
+import ctypes
+import functools
+import glob
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+
+import jax
+from absl import flags
+
+from dit_jax.config import UserError
+
+AGAIN = 75
+POLL = 0.5  # seconds between looks at the store
+GOES_ON = "the same command on every host goes on from what was saved last"
+FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a lost host ends the wait sooner
+
+_client, _index, _count, _timeout = None, 0, 1, None  # jax.distributed's client where there are several hosts
+_turn, _ending, _steps = itertools.count(), threading.Lock(), None
+
+
+def define_flags():
+    flags.DEFINE_string("coordinator", None, "several hosts that are no TPU slice: HOST:PORT of process 0")
+    flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
+    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
+    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1)
+
+
+def tpu_attached():
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _metadata(key):
+    """An attribute of this machine, from Google Cloud's metadata server, or None."""
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(f"http://{host}/computeMetadata/v1/instance/attributes/{key}",
+                                     headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return None
+
+
+def tpu_slice():
+    """(how many hosts share this TPU slice, or these slices; under which name jax.distributed knows the environment).
+    GKE sets environment variables; a TPU VM has a metadata server. Without a TPU nobody is asked."""
+    if not tpu_attached():
+        return 1, None
+    names, slices = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES")), None
+    method = "gketpu"
+    if names is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        names, method = _metadata("worker-network-endpoints"), "gcetpu"
+        for line in (_metadata("tpu-env") or "").splitlines():
+            key, _, value = line.partition(":")
+            slices = value.strip(" '\"") if key.strip() == "MEGASCALE_NUM_SLICES" else slices
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", slices)
+    return len((names or "").split(",")) * int(slices or 1), method
+
+
+def _arguments(coordinator, count, index):
+    """The arguments of jax.distributed.initialize that three flags ask for, or None where this process runs alone."""
+    given = {"coordinator": coordinator, "process_count": count, "process_id": index}
+    if all(value is None for value in given.values()):
+        count, method = tpu_slice()
+        return {"cluster_detection_method": method} if count > 1 else None
+    if given == {"coordinator": None, "process_count": 1, "process_id": None}:
+        return None
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: several hosts take --coordinator=HOST:PORT, --process_count=N "
+                        "and --process_id=I on each")
+    if count < 1 or not 0 <= index < count:
+        raise UserError(f"--process_id={index} --process_count={count}: of N processes the ids are 0 to N-1")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator}: HOST:PORT, the address of process 0 and a free port there")
+    if count == 1:
+        return None
+    if index == 0:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+            except OSError as e:
+                raise UserError(f"--coordinator={coordinator}: the port cannot be had here ({e.strerror}); name another") from None
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index,
+            "cluster_detection_method": "deactivate"}  # a SLURM or MPI job is what the flags say, and no more
+
+
+def join():
+    """Joins the other hosts, by flags or on a TPU slice. Before anything else of JAX."""
+    global _client, _index, _count, _timeout
+    f = flags.FLAGS
+    arguments = _arguments(f.coordinator, f.process_count, f.process_id)
+    if arguments is None:
+        return
+    _timeout = f.host_timeout
+    if "coordinator_address" in arguments:
+        _silence_stdout()
+    _end_our_way()
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: see Preemption
+    _index, _count = arguments.get("process_id", 0), arguments.get("num_processes", 1)
+    start = time.monotonic()
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=int(5 * _timeout),
+                                   heartbeat_timeout_seconds=int(_timeout), shutdown_timeout_seconds=int(5 * _timeout))
+    except Exception as e:
+        why = "" if "bad_cast" in str(e) else f" ({type(e).__name__}: {_first_line(e)})"
+        _exit(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s{why}; look whether each "
+                     f"runs and reaches {arguments.get('coordinator_address', 'the first')}, then run the same command "
+                     "again")
+    state = jax._src.distributed.global_state
+    _client, _index, _count = state.client, state.process_id, state.num_processes
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _silence_stdout():
+    """The CPU's collectives (gloo) greet on stdout, from C++, in every process."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _end_our_way():
+    """Where a host is lost, jaxlib aborts the process with a stack trace, unless it gets a callback; but to call one
+    from Python it must convert an absl::Status, which it cannot (0.10.2), and ends in std::terminate. So both lead to
+    one line and an exit status. Without them (another jaxlib, no libstdc++) the abort stays."""
+    def lost(*_):
+        _exit(AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); {GOES_ON}")
+    try:
+        from jax._src import distributed
+        distributed._jax.get_distributed_runtime_client = functools.partial(
+            distributed._jax.get_distributed_runtime_client, missed_heartbeat_callback=lost)
+        _end_our_way.handler = ctypes.CFUNCTYPE(None)(lost)  # kept alive
+        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_end_our_way.handler)
+    except (AttributeError, OSError):
+        pass
+
+
+def _name():
+    return f"host {_index}: " if _count > 1 else ""
+
+
+def _first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+
+
+def _exit(status, line):
+    """One line on stderr, and the end, from whatever thread. Nothing is waited for: the other hosts may be gone."""
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()  # another thread is at it
+    print(f"error: {_name()}{line}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _watch():
+    """Ends this process where another says that it ends, and begins the agreement on a last step."""
+    while True:
+        time.sleep(POLL)
+        try:
+            said = dict(_client.key_value_dir_get("dit_jax/said"))
+            for key, value in said.items():
+                if key.endswith("/end"):
+                    host, status, line = json.loads(value)
+                    _exit(status, f"host {host} stopped: {line}")
+            if _steps is not None and (_steps.noticed or any(key.endswith("/sigterm") for key in said)):
+                _steps.agree()
+        except Exception:
+            continue  # the coordinator is gone: jaxlib notices as well
+
+
+def share(value):
+    """[the JSON value of each host]. Every host calls this, and in the same order."""
+    if _client is None:
+        return [value]
+    turn = f"dit_jax/share/{next(_turn)}"
+    _client.key_value_set(f"{turn}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(_client.blocking_key_value_get(f"{turn}/{i}", FOREVER)) for i in range(_count)]
+
+
+def stop(status, line):
+    """The other hosts are told, then the process ends."""
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()
+    print(f"error: {_name()}{line}", file=sys.stderr, flush=True)
+    if _client is not None:
+        try:
+            _client.key_value_set(f"dit_jax/said/{_index}/end", json.dumps([_index, status, line]))
+            time.sleep(4 * POLL)  # they read it while the coordinator is still there
+        except Exception:
+            pass
+    os._exit(status)
+
+
+def report(error):
+    """What an exception of this process means to all. Returns only where there is one process: with several, to unwind
+    could be to wait for others that wait for us."""
+    if _client is None:
+        return
+    chain, e = [], error
+    while e is not None:
+        chain.append(e)
+        e = e.__cause__ or e.__context__
+    text = " ".join(map(str, chain))
+    if isinstance(error, KeyboardInterrupt):
+        stop(1, "interrupted; the same command goes on from what was saved last")
+    if "Gloo" in text:  # on a CPU the loss of a host breaks a connection, before jaxlib misses its heartbeat
+        time.sleep(4 * POLL)  # perhaps that host has said why
+        _exit(AGAIN, f"another host was lost (its connection is closed); {GOES_ON}")
+    if any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain) and not any(
+            own in text for own in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
+        time.sleep(_timeout + 5)  # perhaps another host is lost, and jaxlib will know
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    stop(1, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}")
+
+
+def finish():
+    """The others wait until process 0, which writes and measures, is done: jax.distributed waits for minutes only."""
+    if _client is not None:
+        if _index == 0:
+            _client.key_value_set("dit_jax/done", "")
+        while _index:
+            try:
+                _client.blocking_key_value_get("dit_jax/done", 1000)
+                break
+            except jax.errors.JaxRuntimeError:
+                pass
+
+
+class Preemption:
+    """SIGTERM on any host: all stop after the same step. A second one ends the process.
+
+    A host that has asked reached(n) may have begun step n + 1, in which the others must take part. So from the notice on
+    none passes another step until each has said how far it is; the last step is then one more than the furthest.
+    """
+
+    def __init__(self):
+        global _steps
+        self.noticed, self.step, self.last, self.lock = False, 0, None, threading.Lock()
+        _steps = self
+        signal.signal(signal.SIGTERM, self._notice)
+
+    def _notice(self, *_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.noticed = True
+
+    def agree(self):
+        """Called by the watching thread."""
+        if self.last is not None:
+            return
+        with self.lock:
+            _client.key_value_set(f"dit_jax/said/{_index}/sigterm", "")
+            _client.key_value_set(f"dit_jax/steps/{_index}", str(self.step))
+            self.last = 1 + max(int(_client.blocking_key_value_get(f"dit_jax/steps/{i}", FOREVER)) for i in range(_count))
+
+    def reached(self, step):
+        """Whether `step`, which was begun, is the last. To be asked at each step."""
+        if _client is None:
+            return self.noticed
+        with self.lock:
+            self.step = step
+            return self.last is not None and step >= self.last

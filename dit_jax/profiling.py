@@ -1,0 +1,66 @@
+"""Where the time goes: traces of some steps, and programs that need not be compiled twice."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+
+import jax
+
+from dit_jax.config import UserError
+from dit_jax.logging import say
+
+
+def keep_compiled(shared):
+    """What XLA compiles is kept for the next start: in ~/.cache/dit_jax, or, for several hosts, of which the first
+    writes, in the folder `shared`. JAX's own JAX_COMPILATION_CACHE_DIR goes first."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    kind = jax.default_backend()
+    if kind == "cpu":  # a program for one CPU may not run on another, and JAX does not tell them apart
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+            features = re.search(r"^(flags|Features)\s*:.*$", f.read(), re.MULTILINE)
+            kind += "-" + hashlib.sha256(f"{platform.machine()} {features and features[0]}".encode()).hexdigest()[:12]
+    folder = os.path.join(shared if jax.process_count() > 1 else os.path.join(home, "dit_jax"), kind)
+    with contextlib.suppress(OSError):  # a home that cannot be written: no cache
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", folder)
+
+
+class Trace:
+    """--profile=START:STOP: a trace of the steps START to STOP, on every host, in `folder`. With no text, none.
+    first, last: the steps that the run will make."""
+
+    def __init__(self, text, folder, first, last):
+        self.start, self.stop, self.folder, self.running = None, None, folder, False
+        if text is None:
+            return
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if not match:
+            raise UserError(f"--profile={text}: START:STOP, two steps, as in --profile=20:25")
+        self.start, self.stop = map(int, match.groups())
+        if self.start > self.stop or not first <= self.start <= self.stop <= last:
+            raise UserError(f"--profile={text}: START must not be after STOP, and this run makes the steps {first} to {last}")
+
+    @contextlib.contextmanager
+    def step(self, step):
+        if step == self.start:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def after(self, step, values):
+        if step == self.stop:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self):
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+            say(f"the trace of the steps from {self.start} is in {self.folder}: pip install xprof, then "
+                f"xprof --logdir={self.folder}")

@@ -1,0 +1,252 @@
+"""Several processes on this machine, as on several hosts: same run as one, whatever happens to one of them."""
+
+import http.server
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, losses
+from numpy.testing import assert_allclose
+
+from dit_jax import hosts
+from dit_jax.data import pipeline, sources
+
+RUN = [*TINY, "--config.steps=24", "--config.checkpoint.every=4"]
+# The command, with every row that is read noted, and with `fault` done first.
+WRAPPED = """
+import os, runpy, sys
+from dit_jax.data import sources
+name, rows, fault = sys.argv[1:4]
+example = sources.Arrays.example
+def noted(self, index, mirror=False):
+    with open(rows, "a") as f:
+        f.write(f"{index}\\n")
+    return example(self, index, mirror)
+sources.Arrays.example = noted
+exec(fault)
+sys.argv[:] = [name, *sys.argv[4:]]
+runpy.run_module(f"dit_jax.{name}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def start(compiled):
+    """start(count, *flags) -> the running processes. which: not all of them. faults: {index: code run first}."""
+    started = []
+
+    def run(count, *flags, name="train", which=None, faults={}, timeout=10, rows=os.devnull):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        env = os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        processes = []
+        for i in range(count) if which is None else which:
+            among = [f"--coordinator=localhost:{port}", f"--process_count={count}", f"--process_id={i}",
+                     f"--host_timeout={timeout}"] if count > 1 else []
+            processes.append(subprocess.Popen(
+                [sys.executable, "-c", WRAPPED, name, f"{rows}{i}" if rows != os.devnull else rows, faults.get(i, ""),
+                 *map(str, flags), *among], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.extend(processes)
+        return processes
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def ends(processes, timeout=120):
+    """[(exit status, stdout, stderr)], after at most `timeout` seconds."""
+    deadline = time.time() + timeout
+    return [(p.returncode, out, err) for p in processes for out, err in [p.communicate(timeout=deadline - time.time())]]
+
+
+def wait_for(condition, processes):
+    deadline = time.time() + 120
+    while not condition():
+        assert all(p.poll() is None for p in processes), ends(processes)
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def step_reached(workdir, step):
+    path = workdir / "metrics.jsonl"
+    return lambda: path.exists() and path.read_text().count("\n") >= step
+
+
+def one_line(err, *words):
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: host "), err
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def alone(uninterrupted):
+    return losses(uninterrupted)
+
+
+def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, alone, tmp_path):
+    """SIGTERM to one of two processes: both save the same step. Each read its half of every batch and no more."""
+    processes = start(2, *RUN, f"--workdir={tmp_path}", rows=tmp_path / "rows")
+    wait_for(step_reached(tmp_path, 6), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, out, err), (second, out_1, err_1) = ends(processes)
+    assert (first, second) == (hosts.AGAIN, hosts.AGAIN) and not err + err_1 + out_1, err + err_1 + out_1
+    step = max(map(int, os.listdir(tmp_path / "checkpoints")))
+    assert f"preempted: step {step} of 24 is saved" in out
+    assert sorted(losses(tmp_path)) == list(range(1, step + 1)) and step < 24
+
+    order = pipeline.order(len(sources.digits()[0]), 0, False)
+    for i in range(2):
+        read = np.loadtxt(tmp_path / f"rows{i}", dtype=int)[2: 2 + 4 * step]  # the first two: to learn the shape
+        mine = [order[s * 8 + r][0] for s in range(step) for r in range(4 * i, 4 * i + 4)]
+        assert read.tolist() == mine
+
+    [(status, out, err)] = ends(start(1, *RUN, f"--workdir={tmp_path}"))
+    assert status == 0 and f"goes on from step {step} of 24" in out, err
+    ours = losses(tmp_path)
+    assert_allclose([ours[s] for s in alone], list(alone.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
+    """2 processes, then 4 on another mesh, then 2 again: killed, killed at the coordinator, and frozen; then one."""
+    for count, mesh, victim, how, at in ((2, [], 1, signal.SIGKILL, 6), (4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 11),
+                                         (2, ["--config.mesh.fsdp=2"], 1, signal.SIGSTOP, 16)):
+        before = max(map(int, os.listdir(tmp_path / "checkpoints")), default=0) if at > 6 else 0
+        processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh)
+        wait_for(step_reached(tmp_path, at), processes)
+        processes[victim].send_signal(how)
+        others = [p for p in processes if p is not processes[victim]]
+        for status, out, err in ends(others, timeout=10 + 15):
+            assert status == hosts.AGAIN, (status, err)
+            one_line(err, "another host was lost", "goes on")
+        processes[victim].kill()
+        steps = [int(name) for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()]
+        assert max(steps) >= max(before, at - 6)
+    [(status, out, err)] = ends(start(1, *RUN, f"--workdir={tmp_path}"))
+    assert status == 0 and "goes on from step" in out, err
+    ours = losses(tmp_path)
+    assert_allclose([ours[s] for s in alone], list(alone.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_errors_of_one_host_end_all(start, tmp_path):
+    flags = [*RUN, f"--workdir={tmp_path}/w"]
+    broken = "sources.digits = lambda: (_ for _ in ()).throw(ValueError('no such data here'))"
+    at_step = "def noted(self, index, mirror=False, seen=[]):\n    seen.append(index)\n    assert len(seen) < 40, 'disk'\n" \
+              "    return example(self, index, mirror)\nsources.Arrays.example = noted"
+    for victim, fault, word in ((0, broken, "no such data here"), (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
+                                (1, at_step, "AssertionError: disk")):
+        results = ends(start(2, *flags, faults={victim: fault}), timeout=60)
+        (status, _, err), (other, _, other_err) = results[victim], results[1 - victim]
+        assert (status, other) == (1, 1), results
+        assert f"error: host {victim}: " in err and word in err, err
+        one_line(other_err, f"host {1 - victim}: host {victim} stopped: ", word)
+
+
+@pytest.mark.slow
+def test_a_host_that_never_comes(start, tmp_path):
+    runs = [start(2, *RUN, f"--workdir={tmp_path}", which=[there], timeout=1)[0] for there in (0, 1)]
+    for there, (status, _, err) in enumerate(ends(runs, timeout=60)):
+        assert status == hosts.AGAIN
+        one_line(err, f"host {there}", "did not all come together within")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_host_cannot_read(start, alone, tmp_path):
+    """All fall back to the one before."""
+    flags = [*RUN, "--config.steps=8", f"--workdir={tmp_path}"]
+    assert [status for status, _, _ in ends(start(2, *flags))] == [0, 0]
+    fault = """
+from dit_jax import checkpoint
+meta = checkpoint.Checkpoints.meta
+def unreadable(self, step):
+    if step == 8:
+        raise OSError("input/output error")
+    return meta(self, step)
+checkpoint.Checkpoints.meta = unreadable
+"""
+    results = ends(start(2, *flags, faults={1: fault}))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert "checkpoints/8 cannot be read (input/output error)" in results[0][1] and "goes on from step 4" in results[0][1]
+    assert os.listdir(tmp_path / "damaged") == ["8"]
+    ours = losses(tmp_path)
+    assert_allclose([ours[s] for s in range(1, 9)], [alone[s] for s in range(1, 9)], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sampling_on_two_hosts_makes_the_same_bytes(start, tmp_path):
+    [(status, _, err)] = ends(start(1, *RUN, "--config.steps=4", f"--workdir={tmp_path}/run"))
+    assert status == 0, err
+    flags = ["--num=20", "--batch_size=4", "--sampler=ddim", "--steps=4", "--cfg_scale=2", f"--workdir={tmp_path}/run"]
+    for count, out in ((1, "one"), (2, "two")):
+        assert {s for s, _, _ in ends(start(count, *flags, f"--out={tmp_path}/{out}", name="sample"))} == {0}
+    # Once more, and host 1 is gone after two of the five parts.
+    killed = "from dit_jax.generate import Generator\ncall, calls = Generator.__call__, []\n" \
+             "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
+    processes = start(2, *flags, f"--out={tmp_path}/again", name="sample", faults={1: killed})
+    (status, _, err), _ = ends(processes)
+    assert status == hosts.AGAIN
+    one_line(err, "another host was lost")
+    results = ends(start(2, *flags, f"--out={tmp_path}/again", name="sample"))
+    assert [status for status, _, _ in results] == [0, 0] and "goes on from image 8 of 20" in results[0][1], results
+    for name in ("samples.npz", "grid.png"):
+        expected = (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "two" / name).read_bytes() == expected == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("flags, word", [
+    ({"count": 2}, "--coordinator and --process_id missing"),
+    ({"coordinator": "h:1", "count": 2, "index": 2}, "--process_id=2 --process_count=2"),
+    ({"coordinator": "host", "count": 2, "index": 1}, "HOST:PORT"),
+], ids=["missing", "out of range", "no port"])
+def test_flags_that_do_not_fit_together(flags, word):
+    with pytest.raises(hosts.UserError, match=word):
+        hosts._arguments(**{"coordinator": None, "count": None, "index": None} | flags)
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.socket(socket.AF_INET6) as s:
+        s.bind(("::", 0))
+        s.listen()
+        with pytest.raises(hosts.UserError, match="Address already in use"):
+            hosts._arguments(f"localhost:{s.getsockname()[1]}", 2, 0)
+
+
+def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):
+    """A machine without a TPU asks nobody; GKE says it in variables, a TPU VM's metadata server says it."""
+    attributes = {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2", "tpu-env": "X: '1'\nMEGASCALE_NUM_SLICES: '2'\n"}
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            value = attributes.get(self.path.rpartition("/")[2])
+            self.send_response(200 if value else 404)
+            self.end_headers()
+            self.wfile.write((value or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+    assert hosts.tpu_slice() == (1, None)
+    monkeypatch.setattr(hosts, "tpu_attached", lambda: True)
+    assert hosts.tpu_slice() == (4, "gcetpu")
+    attributes.clear()
+    assert hosts.tpu_slice()[0] == 1
+    server.shutdown()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    assert hosts._arguments(None, None, None) is None
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t-0,t-1,t-2")
+    assert hosts._arguments(None, None, None) == {"cluster_detection_method": "gketpu"}
+    assert hosts._arguments(None, 1, None) is None
