@@ -4,6 +4,7 @@ import os
 import sys
 import uuid
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -68,6 +69,9 @@ def _on_hosts(main):
     """main(), where other hosts may take part: they are told of its errors, or it is told of theirs."""
     if "coordinator" not in flags.FLAGS:
         return main()
+    accelerators = hosts.tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    if not accelerators and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # else JAX loads a libtpu, whose tracer may crash without a TPU
     hosts.join()
     try:
         status = main()
