@@ -178,7 +178,7 @@ def _watch():
                 if key.endswith("/end"):
                     host, status, line = json.loads(value)
                     _exit(status, f"host {host} stopped: {line}")
-            if _steps is not None and (_steps.noticed or any(key.endswith("/sigterm") for key in said)):
+            if _steps is not None and (_steps.noticed is not None or any(key.endswith("/sigterm") for key in said)):
                 _steps.agree()
         except Exception:
             continue  # the coordinator is gone: jaxlib notices as well
@@ -244,7 +244,7 @@ def finish():
 
 
 class Preemption:
-    """SIGTERM on any host: all stop after the same step. A second one ends the process.
+    """SIGTERM on any host: all stop after the same step. One more, 10 s later or more, ends the process.
 
     A host that has asked reached(n) may have begun step n + 1, in which the others must take part. So from the notice on
     none passes another step until each has said how far it is; the last step is then one more than the furthest.
@@ -252,13 +252,17 @@ class Preemption:
 
     def __init__(self):
         global _steps
-        self.noticed, self.step, self.last, self.lock = False, 0, None, threading.Lock()
+        self.noticed, self.step, self.last, self.lock = None, 0, None, threading.Lock()
         _steps = self
         signal.signal(signal.SIGTERM, self._notice)
 
     def _notice(self, *_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.noticed = True
+        # A shutdown may signal this process and what started it, which passes the signal on: that is one notice.
+        now = time.monotonic()
+        if self.noticed is not None and now - self.noticed > 10:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.noticed = self.noticed or now
 
     def agree(self):
         """Called by the watching thread."""
@@ -272,7 +276,7 @@ class Preemption:
     def reached(self, step):
         """Whether `step`, which was begun, is the last. To be asked at each step."""
         if _client is None:
-            return self.noticed
+            return self.noticed is not None
         with self.lock:
             self.step = step
             return self.last is not None and step >= self.last
