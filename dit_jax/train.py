@@ -131,7 +131,8 @@ def main():
     keep_compiled(os.path.join(workdir, "compiled"))
     debug_nans = flags.FLAGS.debug_nans
     if debug_nans and jax.process_count() > 1:
-        raise UserError("--debug_nans: the step that failed is run again, operation by operation, which one host alone can")
+        raise UserError("--debug_nans: the step that failed is run again, operation by operation, which one host alone "
+                        "can")
 
     # Mesh, data, programs.
     try:
@@ -243,7 +244,8 @@ def main():
     except BaseException as e:
         hosts.report(e)  # several hosts end here: the checkpoint that is being written needs all of them
         if isinstance(e, KeyboardInterrupt):
-            raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
+            step = max(checkpoints.steps(), default=0)
+            raise UserError(f"interrupted; the same command goes on from step {step}") from None
         raise
     finally:
         progress.close()
