@@ -129,8 +129,8 @@ class Checkpoints:
                     return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
                 self._set_aside(step, why)
             if steps:
-                raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or move "
-                                "this one away to start over")
+                raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or "
+                                "move this one away to start over")
         except BaseException:
             self.manager.close()  # its threads would complain at exit
             raise

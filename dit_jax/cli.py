@@ -83,7 +83,7 @@ def _on_hosts(main):
 
 
 def run(main):
-    """Parses the flags and calls main(), whose value is the exit status. A UserError is printed as one line; status 1."""
+    """Parses the flags and calls main(), whose value is the exit status. A UserError is one line, and status 1."""
     _quiet_libtpu()
     enough_threads()
     logging.set_verbosity(logging.ERROR)

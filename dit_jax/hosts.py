@@ -82,8 +82,8 @@ def _arguments(coordinator, count, index):
         return None
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} missing: several hosts take --coordinator=HOST:PORT, --process_count=N "
-                        "and --process_id=I on each")
+        raise UserError(f"{' and '.join(missing)} missing: several hosts take --coordinator=HOST:PORT, "
+                        "--process_count=N and --process_id=I on each")
     if count < 1 or not 0 <= index < count:
         raise UserError(f"--process_id={index} --process_count={count}: of N processes the ids are 0 to N-1")
     host, _, port = coordinator.rpartition(":")
@@ -97,7 +97,8 @@ def _arguments(coordinator, count, index):
             try:
                 probe.bind(("", int(port)))
             except OSError as e:
-                raise UserError(f"--coordinator={coordinator}: the port cannot be had here ({e.strerror}); name another") from None
+                raise UserError(f"--coordinator={coordinator}: the port cannot be had here ({e.strerror}); name "
+                                "another") from None
     return {"coordinator_address": coordinator, "num_processes": count, "process_id": index,
             "cluster_detection_method": "deactivate"}  # a SLURM or MPI job is what the flags say, and no more
 
@@ -121,8 +122,8 @@ def join():
                                    heartbeat_timeout_seconds=int(_timeout), shutdown_timeout_seconds=int(5 * _timeout))
     except Exception as e:
         why = "" if "bad_cast" in str(e) else f" ({type(e).__name__}: {_first_line(e)})"
-        _exit(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s{why}; look whether each "
-                     f"runs and reaches {arguments.get('coordinator_address', 'the first')}, then run the same command "
+        _exit(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s{why}; look whether "
+                     f"each runs and reaches {arguments.get('coordinator_address', 'the first')}, then run the same command "
                      "again")
     state = jax._src.distributed.global_state
     _client, _index, _count = state.client, state.process_id, state.num_processes
@@ -141,7 +142,8 @@ def _end_our_way():
     from Python it must convert an absl::Status, which it cannot (0.10.2), and ends in std::terminate. So both lead to
     one line and an exit status. Without them (another jaxlib, no libstdc++) the abort stays."""
     def lost(*_):
-        _exit(AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); {GOES_ON}")
+        _exit(AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); "
+                     f"{GOES_ON}")
     try:
         from jax._src import distributed
         distributed._jax.get_distributed_runtime_client = functools.partial(
@@ -246,8 +248,8 @@ def finish():
 class Preemption:
     """SIGTERM on any host: all stop after the same step. One more, 10 s later or more, ends the process.
 
-    A host that has asked reached(n) may have begun step n + 1, in which the others must take part. So from the notice on
-    none passes another step until each has said how far it is; the last step is then one more than the furthest.
+    A host that has asked reached(n) may have begun step n + 1, in which the others must take part. So from the notice
+    on none passes another step until each has said how far it is; the last step is then one more than the furthest.
     """
 
     def __init__(self):
@@ -271,7 +273,8 @@ class Preemption:
         with self.lock:
             _client.key_value_set(f"dit_jax/said/{_index}/sigterm", "")
             _client.key_value_set(f"dit_jax/steps/{_index}", str(self.step))
-            self.last = 1 + max(int(_client.blocking_key_value_get(f"dit_jax/steps/{i}", FOREVER)) for i in range(_count))
+            steps = [int(_client.blocking_key_value_get(f"dit_jax/steps/{i}", FOREVER)) for i in range(_count)]
+            self.last = max(steps) + 1
 
     def reached(self, step):
         """Whether `step`, which was begun, is the last. To be asked at each step."""

@@ -43,7 +43,8 @@ class Trace:
             raise UserError(f"--profile={text}: START:STOP, two steps, as in --profile=20:25")
         self.start, self.stop = map(int, match.groups())
         if self.start > self.stop or not first <= self.start <= self.stop <= last:
-            raise UserError(f"--profile={text}: START must not be after STOP, and this run makes the steps {first} to {last}")
+            raise UserError(f"--profile={text}: START must not be after STOP, and this run makes the steps {first} "
+                            f"to {last}")
 
     @contextlib.contextmanager
     def step(self, step):

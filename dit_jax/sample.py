@@ -176,8 +176,7 @@ def main():
         if f[flag].value < 1:
             raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; the same command goes on from "
-                                                        "what was saved last"))
+    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
 
     try:
         mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)

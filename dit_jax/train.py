@@ -129,10 +129,10 @@ def main():
     cli.make_workdir(workdir)
     preemption = hosts.Preemption()
     keep_compiled(os.path.join(workdir, "compiled"))
-    if flags.FLAGS.debug_nans:
-        if jax.process_count() > 1:
-            raise UserError("--debug_nans: runs the step that failed again, operation by operation, on one host only")
-        jax.config.update("jax_debug_nans", True)
+    debug_nans = flags.FLAGS.debug_nans
+    if debug_nans and jax.process_count() > 1:
+        raise UserError("--debug_nans: the step that failed is run again, operation by operation, which one host alone "
+                        "can")
 
     # Mesh, data, programs.
     try:
@@ -195,7 +195,7 @@ def main():
                                last_step=steps, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
     try:
         for step, batch in enumerate(batches, first + 1):
-            with trace.step(step):
+            with trace.step(step), jax.debug_nans(debug_nans):
                 state, values = train_step(state, batch)
             trace.after(step, values)
             pending.append(values)
@@ -244,7 +244,8 @@ def main():
     except BaseException as e:
         hosts.report(e)  # several hosts end here: the checkpoint that is being written needs all of them
         if isinstance(e, KeyboardInterrupt):
-            raise UserError(f"interrupted; the same command goes on from step {max(checkpoints.steps(), default=0)}") from None
+            step = max(checkpoints.steps(), default=0)
+            raise UserError(f"interrupted; the same command goes on from step {step}") from None
         raise
     finally:
         progress.close()

@@ -44,7 +44,8 @@ def start(compiled):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        env = os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env = os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                                       "TF_CPP_MIN_LOG_LEVEL": "3"}
         processes = []
         for i in range(count) if which is None else which:
             among = [f"--coordinator=localhost:{port}", f"--process_count={count}", f"--process_id={i}",
@@ -117,8 +118,9 @@ def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, alone, tmp_path):
 @pytest.mark.slow
 def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
     """2 processes, then 4 on another mesh, then 2 again: killed, killed at the coordinator, and frozen; then one."""
-    for count, mesh, victim, how, at in ((2, [], 1, signal.SIGKILL, 6), (4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 11),
-                                         (2, ["--config.mesh.fsdp=2"], 1, signal.SIGSTOP, 16)):
+    split = ["--config.mesh.fsdp=2"]
+    for count, mesh, victim, how, at in ((2, [], 1, signal.SIGKILL, 6), (4, split, 0, signal.SIGKILL, 11),
+                                         (2, split, 1, signal.SIGSTOP, 16)):
         before = max(map(int, os.listdir(tmp_path / "checkpoints")), default=0) if at > 6 else 0
         processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh)
         wait_for(step_reached(tmp_path, at), processes)
@@ -140,9 +142,10 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
 def test_errors_of_one_host_end_all(start, tmp_path):
     flags = [*RUN, f"--workdir={tmp_path}/w"]
     broken = "sources.digits = lambda: (_ for _ in ()).throw(ValueError('no such data here'))"
-    at_step = "def noted(self, index, mirror=False, seen=[]):\n    seen.append(index)\n    assert len(seen) < 40, 'disk'\n" \
-              "    return example(self, index, mirror)\nsources.Arrays.example = noted"
-    for victim, fault, word in ((0, broken, "no such data here"), (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
+    at_step = "def noted(self, index, mirror=False, seen=[]):\n    seen.append(index)\n" \
+              "    assert len(seen) < 40, 'disk'\n    return example(self, index, mirror)\nsources.Arrays.example = noted"
+    for victim, fault, word in ((0, broken, "no such data here"),
+                                (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
                                 (1, at_step, "AssertionError: disk")):
         results = ends(start(2, *flags, faults={victim: fault}), timeout=60)
         (status, _, err), (other, _, other_err) = results[victim], results[1 - victim]
