@@ -2,7 +2,7 @@
 # Trains dit_jax on a Cloud TPU slice of any size, from one host (v4-8) to a pod (v3-256).
 #
 #   launch/tpu_pod.sh watch --name=dit --project=P --zone=europe-west4-a --type=v3-256 --spot \
-#       --bucket=gs://B --config=configs/xl2.py -- --config.data.path=/mnt/bucket/imagenet-latents
+#       --bucket=gs://my-bucket --config=configs/xl2.py -- --config.data.path=/mnt/bucket/imagenet-latents
 #
 # creates the slice, installs, trains, and comes back after every preemption until the run is done. Step by step:
 #
@@ -23,7 +23,7 @@
 #   --type=TYPE              v2-N and v3-N, v4-N, v5p-N (N cores), v5litepod-N or v5e-N, v6e-N (N chips)
 #   --runtime-version=V      by default the one that the documentation names for the type
 #   --spot, --on-demand      cheap and preemptible, or not (--on-demand)
-#   --bucket=gs://B          mounted on all hosts at /mnt/bucket; best with a hierarchical namespace
+#   --bucket=gs://my-bucket  mounted on all hosts at /mnt/bucket; best with a hierarchical namespace
 #   --workdir=DIR            of the run (/mnt/bucket/runs/NAME); all hosts must see the same folder
 #   --config=FILE            what to train (configs/xl2.py); what follows -- goes to dit_jax.train as well
 #   --repo=URL               install: clone this instead of sending the checkout
@@ -226,11 +226,15 @@ install() {
         unreachable install
 }
 
-train() {
-    local command
+# Before a slice is asked for, which is paid for.
+check_run() {
     [[ -n $WORKDIR ]] || die "--workdir or --bucket is missing: checkpoints go to a folder that all hosts see," \
         "such as a bucket that --bucket mounts, or NFS"
     [[ -f $ROOT/${CONFIG%%:*} ]] || die "--config=$CONFIG: no such file in $ROOT"
+}
+
+train() {
+    local command
     command=$(remote on-host-start "--config=$CONFIG" "--workdir=$WORKDIR" ${EXTRA[@]+"${EXTRA[@]}"})
     if [[ -n $BUCKET ]]; then
         command="$(remote on-host-mount "${BUCKET#gs://}") && $command"
@@ -558,7 +562,7 @@ parse() {
     fi
     case $WORKDIR in
         '' | /*) ;;
-        gs://*) die "--workdir=$WORKDIR: a path on the hosts; --bucket=gs://B mounts the bucket at $MOUNT" ;;
+        gs://*) die "--workdir=$WORKDIR: a path on the hosts; --bucket=gs://my-bucket mounts the bucket at $MOUNT" ;;
         *) die "--workdir=$WORKDIR: an absolute path, the same on all hosts" ;;
     esac
     OUT=${OUT:-runs/$NAME}
@@ -588,6 +592,7 @@ main() {
             fi
             SCRATCH=$(mktemp)
             trap 'rm -f "$SCRATCH"' EXIT
+            case $command in train | recover | watch) check_run ;; esac
             "$command"
             ;;
         '' | -h | --help | help) usage ;;

@@ -466,6 +466,8 @@ def test_broken_connections(cloud):
 
 @pytest.mark.parametrize("args, words", [
     (["create"], ["--type is missing", "--type=v3-256"]),
+    (["watch", "--type=v3-256"], ["--workdir or --bucket is missing"]),
+    (["recover", "--type=v3-256", "--workdir=/nfs/run", "--config=configs/none.py"], ["--config=configs/none.py"]),
     (["create", "--type=v9x-8"], ["--type=v9x-8", "--runtime-version"]),
     (["create", "--type=big"], ["--type=big"]),
     (["create", "--typ=v4-8"], ["--typ=v4-8"]),
