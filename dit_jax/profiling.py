@@ -42,6 +42,8 @@ class Trace:
         if not match:
             raise UserError(f"--profile={text}: START:STOP, two steps, as in --profile=20:25")
         self.start, self.stop = map(int, match.groups())
+        if first > last:
+            raise UserError(f"--profile={text}: the run is done, at step {last}; there is nothing to trace")
         if self.start > self.stop or not first <= self.start <= self.stop <= last:
             raise UserError(f"--profile={text}: START must not be after STOP, and this run makes the steps {first} "
                             f"to {last}")
