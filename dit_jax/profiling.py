@@ -32,7 +32,7 @@ def keep_compiled(shared):
 
 class Trace:
     """--profile=START:STOP: a trace of the steps START to STOP, on every host, in `folder`. With no text, none.
-    first, last: the steps that the run will make."""
+    first: the step at which the run goes on; last: its last."""
 
     def __init__(self, text, folder, first, last):
         self.start, self.stop, self.folder, self.running = None, None, folder, False
@@ -42,11 +42,11 @@ class Trace:
         if not match:
             raise UserError(f"--profile={text}: START:STOP, two steps, as in --profile=20:25")
         self.start, self.stop = map(int, match.groups())
-        if first > last:
-            raise UserError(f"--profile={text}: the run is done, at step {last}; there is nothing to trace")
-        if self.start > self.stop or not first <= self.start <= self.stop <= last:
-            raise UserError(f"--profile={text}: START must not be after STOP, and this run makes the steps {first} "
-                            f"to {last}")
+        if not 1 <= self.start <= self.stop <= last:
+            raise UserError(f"--profile={text}: START must not be after STOP, and the run's steps are 1 to {last}")
+        if self.start < first:  # a run that goes on must not fail over a trace that it has made, or missed, before
+            say(f"--profile={text}: the run is at step {first - 1} already; no trace")
+            self.start = self.stop = None
 
     @contextlib.contextmanager
     def step(self, step):
