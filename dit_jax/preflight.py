@@ -81,30 +81,35 @@ def _bytes_a_device(tree):
     return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def advice(config, devices, capacity):
-    """What would make training fit, by the estimate of layout.memory: [text]."""
+def advice(config, devices, capacity, needed):
+    """What would make training fit, by the estimate of layout.memory, scaled up to what this run `needed`: [text]."""
     found, n = [], len(devices)
     model, mesh, batch = config["model"], config["mesh"], config["batch_size"]
 
-    def fits(remat=model["remat"], batch_size=batch, **sizes):
-        return layout.memory(config | {"batch_size": batch_size, "mesh": mesh | sizes}, n, remat) < 0.9 * capacity
+    def estimate(remat=model["remat"], batch_size=batch, **sizes):
+        return layout.memory(config | {"batch_size": batch_size, "mesh": mesh | sizes}, n, remat)
+
+    scale = max(1, (needed or 0) / estimate())
+
+    def fits(**changes):
+        return scale * estimate(**changes) < 0.9 * capacity
 
     fsdp = n // mesh["tensor"]
+    whole = f"--config.mesh.data=1 --config.mesh.fsdp={fsdp} --config.mesh.tensor={mesh['tensor']}"
     if mesh["fsdp"] < fsdp and fits(fsdp=fsdp):
-        found.append(f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}")
+        found.append(whole)
     policies = ("none", "dots", "full")
     for remat in policies[policies.index(model["remat"]) + 1:]:
         if fits(remat=remat):
             found.append(f"--config.model.remat={remat}")
             break
     both = dict(remat="full", fsdp=fsdp)
-    if not found and fits(**both):
-        found.append(f"--config.model.remat=full --config.mesh.data=1 --config.mesh.fsdp={fsdp}")
     smaller = batch
     while smaller > n // mesh["tensor"] and not fits(batch_size=smaller, **both):
         smaller //= 2
     if not found and fits(batch_size=smaller, **both):
-        found.append(f"--config.batch_size={smaller} with remat=full and fsdp={fsdp}")
+        found.append(f"--config.model.remat=full {whole}"
+                     + (f" --config.batch_size={smaller}" if smaller < batch else ""))
     return found or ["a larger slice: nothing that this command knows of is enough"]
 
 
@@ -120,7 +125,7 @@ def examine(config, topology, what="train"):
     args, n = configs.dit_args(config), len(devices)
     report = {
         "what": what, "model": config["model"]["name"], "topology": SLICES.get(topology, topology), "chip": chip.name,
-        "chips": n // chip.devices, "devices": n, "mesh": config["mesh"],
+        "chips": n // chip.devices, "devices": n, "mesh": dict(mesh.shape),
         "scan": config["model"]["scan"], "remat": config["model"]["remat"], "dtype": config["model"]["dtype"],
         "hbm_capacity_bytes": int(chip.hbm),
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
@@ -147,7 +152,7 @@ def examine(config, topology, what="train"):
         report["compile_seconds"] = round(time.perf_counter() - middle, 1)
         _read(report, compiled, mesh, chip, config, args)
     if not report["fits"] and what == "train":
-        report["advice"] = advice(config, devices, chip.hbm)
+        report["advice"] = advice(config, devices, chip.hbm, report["hbm_peak_bytes"])
     return report
 
 
