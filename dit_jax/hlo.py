@@ -136,10 +136,19 @@ def _convolution_flops(instruction, shapes):
     pads = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * n
     positions = 1
     for i, label in enumerate(sorted(spatial, key=int)):
-        taps = np.arange(rhs[b.index(label)]) * values("rhs_dilate", 1)[i]
-        dilate, length = values("lhs_dilate", 1)[i], lhs[a.index(label)]
-        at = np.arange(out[c.index(label)])[:, None] * values("stride", 1)[i] - pads[i] + taps
-        positions *= int(np.sum((at >= 0) & (at <= (length - 1) * dilate) & (at % dilate == 0)))
+        size, dilate, step = rhs[b.index(label)], values("lhs_dilate", 1)[i], values("rhs_dilate", 1)[i]
+        end = (lhs[a.index(label)] - 1) * dilate
+        start = np.arange(out[c.index(label)]) * values("stride", 1)[i] - pads[i]
+        start = start[np.argsort(start % dilate, kind="stable")]
+        first = np.arange(min(dilate, size))  # every `dilate`-th tap falls on the input alike
+        bounds = [np.searchsorted(start % dilate, -first * step % dilate, side) for side in ("left", "right")]
+        found = 0
+        for tap, i0, i1 in zip(first, *bounds):
+            at = start[i0:i1] + tap * step
+            low = np.maximum(0, -(at // (step * dilate)))  # the first of them that is not before the input
+            high = np.minimum((size - 1 - tap) // dilate, (end - at) // (step * dilate))
+            found += int(np.sum(np.maximum(0, high - low + 1)))
+        positions *= found
     batch, features = out[c.index("b")], out[c.index("f")]
     groups = int((re.search(r"batch_group_count=(\d+)", instruction.attributes) or [0, 1])[1])
     return 2 * batch * features * rhs[b.index("i")] * positions // groups
