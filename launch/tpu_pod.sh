@@ -79,6 +79,14 @@ run() {
     if [[ -z $DRY_RUN ]]; then "$@"; fi
 }
 
+# again WHY: waits before the next of a caller's tries, each time twice as long.
+again() {
+    [[ $try -lt $TRIES ]] || return 0
+    say "$1; again in $delay s"
+    sleep "$delay"
+    delay=$((delay * 2))
+}
+
 # query ASSUMED ARGS...: what gcloud says, NONE where there is no such thing, ASSUMED in a dry run. Other failures
 # are tried again, as far as that may help (the network, the service).
 query() {
@@ -97,11 +105,7 @@ query() {
         if grep -q -e PERMISSION_DENIED -e UNAUTHENTICATED -e INVALID_ARGUMENT -e 'active account' "$SCRATCH"; then
             die "$err"
         fi
-        if [[ $try -lt $TRIES ]]; then
-            say "gcloud failed ($err); again in $delay s"
-            sleep "$delay"
-            delay=$((delay * 2))
-        fi
+        again "gcloud failed ($err)"
     done
     die "gcloud failed $TRIES times: $err"
 }
@@ -129,11 +133,7 @@ persist() {
             1 | 255) ;;
             *) return "$status" ;;
         esac
-        if [[ $try -lt $TRIES ]]; then
-            say "$what failed (status $status); again in $delay s"
-            sleep "$delay"
-            delay=$((delay * 2))
-        fi
+        again "$what failed (status $status)"
     done
     say "$what failed $TRIES times (status $status)"
     return 255
