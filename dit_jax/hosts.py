@@ -162,11 +162,16 @@ def _first_line(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
-def _exit(status, line):
-    """One line on stderr, and the end, from whatever thread. Nothing is waited for: the other hosts may be gone."""
+def _last_words(line):
+    """One line on stderr, of one thread only: the process ends after it."""
     if not _ending.acquire(blocking=False):
         threading.Event().wait()  # another thread is at it
     print(f"error: {_name()}{line}", file=sys.stderr, flush=True)
+
+
+def _exit(status, line):
+    """The end, from whatever thread. Nothing is waited for: the other hosts may be gone."""
+    _last_words(line)
     os._exit(status)
 
 
@@ -197,9 +202,7 @@ def share(value):
 
 def stop(status, line):
     """The other hosts are told, then the process ends."""
-    if not _ending.acquire(blocking=False):
-        threading.Event().wait()
-    print(f"error: {_name()}{line}", file=sys.stderr, flush=True)
+    _last_words(line)
     if _client is not None:
         try:
             _client.key_value_set(f"dit_jax/said/{_index}/end", json.dumps([_index, status, line]))
