@@ -7,6 +7,7 @@ device: the text is of the partitioned program.
 import re
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -120,6 +121,23 @@ def _dims(text, name):
     return [int(d) for d in found[1].split(",") if d] if found else []
 
 
+@lru_cache(maxsize=None)  # the blocks of a model repeat the same few
+def _meetings(taps, outputs, inputs, stride, pad, dilate, step):
+    """How many pairs of a window's taps, `step` apart, and outputs meet an input, where inputs lie `dilate` apart."""
+    end = (inputs - 1) * dilate
+    start = np.arange(outputs) * stride - pad
+    start = start[np.argsort(start % dilate, kind="stable")]
+    first = np.arange(min(dilate, taps))  # every `dilate`-th tap falls on the inputs alike
+    bounds = [np.searchsorted(start % dilate, -first * step % dilate, side) for side in ("left", "right")]
+    found = 0
+    for tap, i0, i1 in zip(first, *bounds):
+        at = start[i0:i1] + tap * step
+        low = np.maximum(0, -(at // (step * dilate)))  # the first of them that is not before the input
+        high = np.minimum((taps - 1 - tap) // dilate, (end - at) // (step * dilate))
+        found += int(np.sum(np.maximum(0, high - low + 1)))
+    return found
+
+
 def _convolution_flops(instruction, shapes):
     """TPU programs write every matrix product as a convolution, batch dimensions as padded or dilated windows: only
     the window's positions that meet the input count."""
@@ -136,19 +154,8 @@ def _convolution_flops(instruction, shapes):
     pads = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * n
     positions = 1
     for i, label in enumerate(sorted(spatial, key=int)):
-        size, dilate, step = rhs[b.index(label)], values("lhs_dilate", 1)[i], values("rhs_dilate", 1)[i]
-        end = (lhs[a.index(label)] - 1) * dilate
-        start = np.arange(out[c.index(label)]) * values("stride", 1)[i] - pads[i]
-        start = start[np.argsort(start % dilate, kind="stable")]
-        first = np.arange(min(dilate, size))  # every `dilate`-th tap falls on the input alike
-        bounds = [np.searchsorted(start % dilate, -first * step % dilate, side) for side in ("left", "right")]
-        found = 0
-        for tap, i0, i1 in zip(first, *bounds):
-            at = start[i0:i1] + tap * step
-            low = np.maximum(0, -(at // (step * dilate)))  # the first of them that is not before the input
-            high = np.minimum((size - 1 - tap) // dilate, (end - at) // (step * dilate))
-            found += int(np.sum(np.maximum(0, high - low + 1)))
-        positions *= found
+        positions *= _meetings(rhs[b.index(label)], out[c.index(label)], lhs[a.index(label)], values("stride", 1)[i],
+                               pads[i], values("lhs_dilate", 1)[i], values("rhs_dilate", 1)[i])
     batch, features = out[c.index("b")], out[c.index("f")]
     groups = int((re.search(r"batch_group_count=(\d+)", instruction.attributes) or [0, 1])[1])
     return 2 * batch * features * rhs[b.index("i")] * positions // groups

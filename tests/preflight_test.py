@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, one_error
 from jax.sharding import NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
 
-from dit_jax import config as configs, flops, layout, preflight, sharding
+from dit_jax import config as configs, flops, hlo, layout, preflight, sharding
 from dit_jax.hlo import Program, replica_groups
 from dit_jax.layout import CHIPS
 
@@ -69,6 +69,16 @@ def test_collectives_of_a_loop_are_counted_by_kind_and_bytes():
     # Into a chip with two cores: what its own two do not hold (3/4), once for both; a sum goes there and back; of the
     # ring every other step is to the neighbour on the chip.
     assert_allclose(cost.chip_bytes, trips * (whole * 3 / 4 + 2 * whole * 3 / 4 + 4 * own))
+
+
+def test_taps_of_a_window_against_counting_each():
+    rng = np.random.default_rng(0)
+    for taps, outputs, inputs, stride, pad, dilate, step in zip(
+            *(rng.integers(low, high, 1000).tolist() for low, high in
+              ((1, 9), (1, 9), (1, 9), (1, 4), (-6, 12), (1, 6), (1, 4)))):
+        at = np.arange(outputs)[:, None] * stride - pad + np.arange(taps) * step
+        expected = np.sum((at >= 0) & (at <= (inputs - 1) * dilate) & (at % dilate == 0))
+        assert hlo._meetings(taps, outputs, inputs, stride, pad, dilate, step) == expected
 
 
 def test_replica_groups_in_all_notations():
