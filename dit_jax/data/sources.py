@@ -69,7 +69,7 @@ def synthetic(size, channels, num_classes):
         def example(self, index, flip=False):
             rng = np.random.default_rng(index)
             x = rng.standard_normal((size, size, channels), np.float32)
-            return {"x": x[:, ::-1] if flip else x, "y": np.int32(rng.integers(num_classes))}
+            return {"x": x[:, ::-1] if flip else x, "y": np.int32(rng.integers(max(num_classes, 1)))}
 
     return Synthetic()
 
@@ -126,7 +126,7 @@ def load(source, path, *, size, channels, num_classes):
     if shape != (size, size, channels):
         raise ValueError(f"data.source={source!r} has examples of {shape}, the model takes {(size, size, channels)}: "
                          "set model.input_size and model.in_channels")
-    if isinstance(train, Arrays):
+    if isinstance(train, Arrays) and num_classes:
         low, high = int(train.y.min()), int(train.y.max())
         # The label `num_classes` is the null class: it would train silently wrong.
         if low < 0 or high >= num_classes:
