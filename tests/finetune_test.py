@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY, losses, nhwc
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 
 from dit_jax import config as configs, convert, finetune, layout, sharding
 from dit_jax.checkpoint import Checkpoints
@@ -158,8 +159,9 @@ def test_weights_that_are_none_are_refused(network, tmp_path):
     pytest.importorskip("torch")
     for file, content, words in (
             ("short.npz", {k: v for k, v in flat.items() if k != name}, f"{name} is missing"),
-            ("wide.npz", {**flat, "x_embedder.proj.weight": np.zeros((384, 3, 4, 4), np.float32)}, "hidden_size is 384"),
-            ("none.npz", None, "no such file"), ("cut.pt", b"PK", "cannot be read"), ("empty", b"", ".pt or .npz files")):
+            ("wide.npz", flat | {"x_embedder.proj.weight": np.zeros((384, 3, 4, 4), np.float32)}, "hidden_size is 384"),
+            ("none.npz", None, "no such file"), ("cut.pt", b"PK", "cannot be read"),
+            ("empty", b"", ".pt or .npz files")):
         path = tmp_path / file
         if isinstance(content, dict):
             convert.write_weights(str(path), content)
@@ -265,16 +267,13 @@ def test_a_run_becomes_unconditional(command, uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     status, out, err = command(
         "train", *TINY, "--config.model.num_classes=0", "--config.steps=2", "--config.sample.cfg_scale=1",
-        "--config.sample.every=2", "--config.sample.steps=3", f"--config.init.weights={uninterrupted}", f"--workdir={workdir}")
+        "--config.sample.every=2", "--config.sample.steps=3", f"--config.init.weights={uninterrupted}",
+        f"--workdir={workdir}")
     assert status == 0, err
     assert "init: the label table of 10 classes is re-made for none (the null class's row is kept)" in out
     assert (workdir / "samples/00000002.png").exists()
     status, out, err = command("convert", f"--workdir={workdir}", f"--out={tmp_path}/w.npz")
     assert status == 0 and "4 heads, unconditional" in out, err
-    settings = ["--num=9", "--cfg_scale=1", "--sampler=ddim", "--steps=3"]
-    for source in ([f"--workdir={workdir}"], [f"--weights={tmp_path}/w.npz", "--num_heads=4"]):
-        status, _, err = command("sample", *source, *settings, f"--out={tmp_path}/{len(source)}")
-        assert status == 0, err
-    with np.load(tmp_path / "1/samples.npz") as a, np.load(tmp_path / "2/samples.npz") as b:
-        assert a["arr_0"].shape == (9, 8, 8, 3)
-        assert_array_equal(a["arr_0"], b["arr_0"])
+    status, _, err = command("sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim", "--steps=3")
+    assert status == 0, err
+    assert Image.open(workdir / "out/grid.png").size == (3 * 50 + 2, 3 * 50 + 2)
