@@ -239,10 +239,9 @@ def test_a_run_goes_over_to_other_classes_and_another_size(command, uninterrupte
     np.save(data / "images.npy", digits.x[digits.y < 5].repeat(2, axis=1).repeat(2, axis=2))
     np.save(data / "labels.npy", digits.y[digits.y < 5])
     flags = [*TINY, "--config.data.source=arrays", f"--config.data.path={data}", "--config.model.num_classes=5",
-             "--config.model.input_size=16", "--config.checkpoint.every=1", f"--workdir={workdir}"]
-    # Nothing moves at this rate: the checkpoint shows what the run began with.
-    status, out, err = command("train", *flags, "--config.steps=1", f"--config.init.weights={uninterrupted}",
-                               "--config.optimizer.learning_rate=1e-20")
+             "--config.model.input_size=16", "--config.checkpoint.every=1", f"--workdir={workdir}",
+             "--config.optimizer.learning_rate=1e-20"]  # nothing moves: a checkpoint shows what the run began with
+    status, out, err = command("train", *flags, "--config.steps=1", f"--config.init.weights={uninterrupted}")
     assert status == 0, err
     assert f"init: workdir {uninterrupted}, step 24, which ema" in out
     assert "init: the label table of 10 classes is re-made for 5 (the null class's row is kept)" in out
@@ -263,7 +262,7 @@ def test_a_run_goes_over_to_other_classes_and_another_size(command, uninterrupte
 
 @pytest.mark.slow
 def test_a_run_becomes_unconditional(command, uninterrupted, tmp_path):
-    """Labels of the data stay unread; its grid, its samples, and its weights in the published format."""
+    """Labels of the data stay unread; a grid while it trains, and samples."""
     workdir = tmp_path / "run"
     status, out, err = command(
         "train", *TINY, "--config.model.num_classes=0", "--config.steps=2", "--config.sample.cfg_scale=1",
@@ -272,8 +271,7 @@ def test_a_run_becomes_unconditional(command, uninterrupted, tmp_path):
     assert status == 0, err
     assert "init: the label table of 10 classes is re-made for none (the null class's row is kept)" in out
     assert (workdir / "samples/00000002.png").exists()
-    status, out, err = command("convert", f"--workdir={workdir}", f"--out={tmp_path}/w.npz")
-    assert status == 0 and "4 heads, unconditional" in out, err
-    status, _, err = command("sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim", "--steps=3")
+    status, _, err = command("sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim",
+                             "--steps=3")
     assert status == 0, err
     assert Image.open(workdir / "out/grid.png").size == (3 * 50 + 2, 3 * 50 + 2)
