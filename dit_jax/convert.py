@@ -242,7 +242,7 @@ def main():
 
         from dit_jax import sharding
         from dit_jax.sample import load_run
-        args, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
+        args, params, *_ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
         flat = to_published(params, args)
     write_weights(f.out, flat)
     print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"
