@@ -21,7 +21,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(ValueError):
-    """Bytes that are no picture to train on; the text says why."""
+    """Bytes that are no picture to train on: `reason`, and where it is known the `name` of what was read."""
+
+    def __init__(self, reason, name=""):
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.reason, self.name = reason, name
 
 
 def _orientation(image):
