@@ -190,7 +190,7 @@ def main():
         if vae and vae.latent_channels != args["in_channels"]:
             raise UserError(f"--vae={vae_path}: decodes {vae.latent_channels} channels, and the model makes "
                             f"{args['in_channels']}")
-        decode = vae and autoencoder.decoder(vae, mesh, args["input_size"])
+        decode = vae and vae.decoder(mesh, args["input_size"] * vae.factor)
         latent = not vae and not pictures.is_picture(args["in_channels"])
         if latent and f.png:
             raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): name a decoder with "

@@ -159,7 +159,7 @@ def main():
                                            vae=vae if config["data"]["source"] in ("folder", "tfds") else None)
         generator = decode = None
         if config["sample"]["every"] or config["judge"]["samples"]:
-            decode = vae and autoencoder.decoder(vae, mesh, model["input_size"])
+            decode = vae and vae.decoder(mesh, model["input_size"] * vae.factor)
             try:
                 generator = make_generator(settled, mesh, target)
             except ValueError as e:

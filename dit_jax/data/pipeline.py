@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from grain.experimental import index_shuffle
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from dit_jax.autoencoder import batch_size
 
 
 @functools.lru_cache
@@ -124,7 +126,7 @@ def model_input(mesh, sharding, *, seed, scale=None, vae=None):
     def run(params, batch, step):
         x = batch["x"]
         if vae is not None:
-            chunk = vae.batch_size(x.shape[1])
+            chunk = batch_size(x.shape[1])
             one = lambda image: jax.tree.map(lambda a: a[0], vae.encode(params, image[None]))
             # Each device goes through its own pictures, a few at a time: activations are large.
             x = draw(*jax.shard_map(lambda params, x: jax.lax.map(one, x, batch_size=chunk), mesh=mesh,
@@ -137,6 +139,6 @@ def model_input(mesh, sharding, *, seed, scale=None, vae=None):
 
     params = None
     if vae is not None:
-        scale, params = vae.scale, jax.device_put(vae.params, jax.sharding.NamedSharding(mesh, P()))
+        scale, params = vae.scale, jax.device_put(vae.params, NamedSharding(mesh, P()))
     run = jax.jit(run, out_shardings={"x": sharding, "y": sharding})
     return lambda batch, step: run(params, batch, step) if scale or batch["x"].dtype == jnp.uint8 else batch

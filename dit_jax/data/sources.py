@@ -139,12 +139,19 @@ def load(data, *, size, channels, num_classes, vae=None):
     elif source == "arrays":
         train = arrays(data["path"])
     elif source == "latents":
+        if not data["path"]:
+            raise ValueError("data.path is empty: data.source='latents' needs the folder that dit_jax.encode wrote")
         train = LatentCache(data["path"])
-        if vae is not None:
-            train.check_vae(vae.identity)
+        for what in ("encoder", "scale") if vae else ():
+            if train.vae[what] != vae.identity[what]:
+                raise ValueError(f"vae.path={vae.identity['name']}: its {what} ({vae.identity[what]}) is not the one that "
+                                 f"made the cache {data['path']} ({train.vae[what]}, of {train.vae['name']}): name that VAE, "
+                                 "or encode anew")
     elif source in ("folder", "tfds"):
         raw = Folder(data["path"]) if source == "folder" else Tfds(data["name"], data["split"], data["path"])
         train = Pictures(raw, size * (vae.factor if vae else 1), data["max_skipped"])
+        if vae is not None:
+            train.identity += f":encoder {vae.identity['encoder']} x {vae.scale}"
     else:
         raise ValueError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays, folder, tfds, latents")
     if source in ("folder", "tfds") and vae is not None:
