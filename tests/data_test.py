@@ -105,7 +105,7 @@ def test_waiting_counts_only_while_the_devices_are_idle():
             time.sleep(0.6)
 
     def waited(running):
-        batches = pipeline.Batches(Slow(), first_step=0, last_step=4, seed=0, flip=False, batch_size=4, prefetch=1,
+        batches = pipeline.Batches(Slow(), first_step=0, last_step=4, seed=0, flip=False, batch_size=4, ahead=1,
                                    sharding=sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1])))
         for _ in range(4):
             batches.get(running)

@@ -6,9 +6,10 @@ and the step is all that a checkpoint needs of the data.
 """
 
 import functools
-import queue
-import threading
+import itertools
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def order(length, seed, flip, step, batch_size, rows):
     indices = []
     for row in rows:
         epoch, i = divmod(step * batch_size + int(row), length)
-        indices.append(index_shuffle(i, max_index=length - 1, seed=_epoch_seed(seed, epoch), rounds=4))
+        indices.append(index_shuffle(i, length - 1, _epoch_seed(seed, epoch), 4))
     # Drawn for the whole batch: which rows are read here does not matter.
     flips = np.random.Generator(np.random.Philox(key=[seed, step])).random(batch_size) < 0.5 if flip else np.zeros(
         batch_size, bool)
@@ -69,47 +70,28 @@ def global_batch(source, step, *, seed, flip, batch_size, sharding, num_classes=
 
 
 class Batches:
-    """The batches of steps first_step .. last_step - 1, read and sent to the devices ahead by a thread. kwargs: of
-    global_batch. To be closed."""
+    """The batches of steps first_step .. last_step - 1, `ahead` of them being read and sent to the devices by threads.
+    kwargs: of global_batch. To be closed."""
 
-    def __init__(self, source, *, first_step, last_step, prefetch=2, **kwargs):
+    def __init__(self, source, *, first_step, last_step, ahead=3, **kwargs):
         self.waited = 0.0  # seconds in which the devices had nothing to do because no batch was there
-        self._ready, self._stop = queue.Queue(prefetch), threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(source, first_step, last_step, kwargs), daemon=True)
-        self._thread.start()
-
-    def _read(self, source, first_step, last_step, kwargs):
-        try:
-            for step in range(first_step, last_step):
-                self._put(global_batch(source, step, **kwargs))
-                if self._stop.is_set():
-                    return
-        except Exception as e:
-            self._put(e)
-
-    def _put(self, item):
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                pass
+        self._pool = ThreadPoolExecutor(ahead)
+        self._coming = (self._pool.submit(global_batch, source, step, **kwargs) for step in range(first_step, last_step))
+        self._ready = deque(itertools.islice(self._coming, ahead))
 
     def get(self, running=None):
         """The next batch. running: arrays that the devices are at work on. Raises what the reading raised."""
-        if self._ready.empty():
+        future = self._ready.popleft()
+        if not future.done():
             jax.block_until_ready(running)
             start = time.perf_counter()
-            item = self._ready.get()
+            wait([future])
             self.waited += time.perf_counter() - start
-        else:
-            item = self._ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        self._ready.extend(itertools.islice(self._coming, 1))
+        return future.result()
 
     def close(self):
-        self._stop.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def model_input(mesh, sharding, *, seed, scale=None, vae=None):
