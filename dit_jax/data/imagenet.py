@@ -8,7 +8,6 @@ tar files.
 
 import collections
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,8 @@ Picture = collections.namedtuple("Picture", "name label offset size")  # offset 
 
 
 def _members(path, start=0, end=None):
-    """The files in a tar that lies from `start` to `end` in the file `path`. Raises UserError where it is not whole."""
+    """The files in a tar that lies from `start` to `end` in the file `path` -> [(name, offset in `path`, size)]. Raises
+    UserError where it is not whole."""
     end = os.path.getsize(path) if end is None else end
     what = path if start == 0 else f"{path}, the tar within at byte {start}"
     try:
@@ -43,34 +43,33 @@ def _members(path, start=0, end=None):
         raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or another file; fetch it again") from None
     if not whole:
         raise UserError(f"{what}: is cut short or damaged at byte {archive.offset}: fetch it again")
-    return [m for m in members if m.isreg()]
+    return [(m.name, m.offset_data, m.size) for m in members if m.isreg()]
 
 
 def _train(path, labels):
-    inner = _members(path)
-    for tar in inner:
-        if tar.name.removesuffix(".tar") not in labels:
-            raise UserError(f"{path}: holds {tar.name!r}, where a tar for each class is expected, e.g. {labels[0]}.tar")
-    progress, pictures = Progress("reading the contents", len(inner), "tars"), []
+    tars, known = _members(path), set(labels)
+    for name, _, _ in tars:
+        if name.removesuffix(".tar") not in known:
+            raise UserError(f"{path}: holds {name!r}, where a tar for each class is expected, e.g. {labels[0]}.tar")
+    progress, pictures = Progress("reading the contents", len(tars), "tars"), []
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(lambda tar: _members(path, tar.offset_data, tar.offset_data + tar.size), inner)
-        for done, (tar, members) in enumerate(zip(inner, contents)):
-            pictures += [Picture(os.path.basename(m.name), tar.name.removesuffix(".tar"), m.offset_data, m.size)
-                         for m in members]
-            progress.update(done + 1)
+        for i, members in enumerate(pool.map(lambda tar: _members(path, tar[1], tar[1] + tar[2]), tars)):
+            label = tars[i][0].removesuffix(".tar")
+            pictures += [Picture(os.path.basename(name), label, offset, size) for name, offset, size in members]
+            progress.update(i + 1)
     progress.close()
     return pictures
 
 
 def _validation(path, labels):
     pictures = []
-    for m in _members(path):
-        name = os.path.basename(m.name)
+    for name, offset, size in _members(path):
+        name = os.path.basename(name)
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UserError(f"{path}: holds {m.name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG are "
+            raise UserError(f"{path}: holds {name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG are "
                             "expected")
-        pictures.append(Picture(name, labels[int(number[1]) - 1], m.offset_data, m.size))
+        pictures.append(Picture(name, labels[int(number[1]) - 1], offset, size))
     return pictures
 
 
@@ -104,7 +103,10 @@ def _write_shard(path, pictures, tar, features, pool):
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
     def read(picture):
-        data = os.pread(tar.fileno(), picture.size, picture.offset)
+        try:
+            data = os.pread(tar.fileno(), picture.size, picture.offset)
+        except OSError as e:
+            raise UserError(f"{tar.name}: cannot be read ({e.strerror})") from None
         if len(data) != picture.size:
             raise UserError(f"{tar.name}: is cut short: {picture.name} is not whole")
         return data
@@ -139,19 +141,22 @@ def prepare(tars, data_dir, partial=False):
     out, features = builder.data_dir, builder.info.features
     if os.path.exists(out):
         raise UserError(f"{out}: is there already: remove it to prepare it anew")
-    splits = contents(tars, partial)
+    splits, digest = contents(tars, partial), hashlib.sha256()
     for split, pictures in splits.items():
         # The order that tfds gives the records.
         hasher = hashing.Hasher(split)
         pictures.sort(key=lambda p: hasher.hash_key(p.name))
+        for picture in pictures:
+            digest.update(f"{split} {picture}\n".encode())
         say(f"{split}: {len(pictures):,} pictures" + (f", where ILSVRC2012 has {COUNTS[split]:,}"
                                                       if len(pictures) != COUNTS[split] else ""))
-    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     work = f"{out}.incomplete"
-    plan = os.path.join(work, "plan.json")
-    if os.path.exists(work) and not (os.path.exists(plan) and json.load(open(plan)) == digest):
-        raise UserError(f"{work}: was begun with other tar files: remove it, or put these back")
-    write_aside(plan, json.dumps(digest).encode())
+    plan = os.path.join(work, "plan.txt")
+    if os.path.exists(plan):
+        with open(plan) as f:
+            if f.read() != digest.hexdigest():
+                raise UserError(f"{work}: was begun with other tar files: remove it, or put those back")
+    write_aside(plan, digest.hexdigest().encode())
     layouts = {}
     for split, pictures in splits.items():
         template = naming.ShardedFileTemplate(dataset_name="imagenet2012", data_dir=work, split=split,
@@ -182,6 +187,6 @@ def prepare(tars, data_dir, partial=False):
         tfds.core.SplitInfo(name=split, shard_lengths=[len(part) for _, part in shards], num_bytes=size,
                             filename_template=template) for split, (template, size, shards) in layouts.items()]))
     builder.info.write_to_directory(work)
-    os.remove(plan)
     os.rename(work, out)
+    os.remove(os.path.join(out, "plan.txt"))
     return str(out)

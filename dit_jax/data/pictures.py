@@ -110,6 +110,10 @@ class Folder:
         return name, data, int(np.searchsorted(self.ends, index, side="right"))
 
 
+_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that needs "
+            "TensorFlow)")
+
+
 def _import_tfds():
     try:
         import tensorflow_datasets as tfds
@@ -138,8 +142,7 @@ class Tfds:
         where = builder.data_dir
         kind = builder.info.file_format and builder.info.file_format.value
         if kind != "array_record":
-            raise ValueError(f"{where}: is in the format {kind}: prepare it anew, in another data_dir, with "
-                             "tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare()")
+            raise ValueError(f"{where}: is in the format {kind}: prepare it anew, in another data_dir, with {_PREPARE}")
         features = builder.info.features
         for key, wanted in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
             if key not in features or not isinstance(features[key], wanted):
@@ -149,6 +152,8 @@ class Tfds:
             shards = builder.info.splits[split].file_instructions
         except Exception:  # whatever tfds makes of what a user wrote
             raise ValueError(f"{where}: has no split {split!r}; it has {', '.join(builder.info.splits)}") from None
+        if not shards:
+            raise ValueError(f"{where}: the split {split!r} is empty")
         digest = hashlib.sha256()
         for shard in shards:
             try:
@@ -167,8 +172,7 @@ class Tfds:
 
     @staticmethod
     def _builder(name, data_dir):
-        hint = ("imagenet2012 is prepared by: python -m dit_jax.prepare; others by: "
-                "tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare()")
+        hint = f"imagenet2012 is prepared by python -m dit_jax.prepare; others by {_PREPARE}"
         if not os.path.isdir(data_dir):
             raise ValueError(f"{data_dir!r}: no such folder; it should hold the data set {name!r}; {hint}")
         from tensorflow_datasets.core import read_only_builder, registered
