@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import GOLDEN, ROOT, one_error
+from conftest import GOLDEN, ROOT
 from dit_jax.config import UserError
 from dit_jax.data import images
+from dit_jax.data.imagenet import TARS, prepare
 from dit_jax.data.images import BadImage, center_crop, decode
 from dit_jax.data.pictures import Folder, Pictures, Tfds
 
@@ -420,11 +421,12 @@ def test_tfds(tfds, tmp_path, capfd):
         for word in words:
             assert str(word) in str(error.value), str(error.value)
 
+    before = os.listdir(tmp_path)
     refuses("no such folder", "nowhere", "dit_jax.prepare", path=tmp_path / "nowhere")
     refuses("holds no prepared data set 'mnist'", "array_record", name="mnist")
     refuses("holds no prepared data set", name="shapes:2.0.0")
     refuses("cannot be opened", name="two words")
-    assert os.listdir(tmp_path) == ["shapes"]  # nothing was made
+    assert os.listdir(tmp_path) == before  # nothing was made
     refuses("no split 'test'", "it has train", split="test")
     refuses("empty", split="train[:0]")
     assert write_set(tfds, tmp_path, "unlabelled", image=tfds.features.Image())
@@ -499,28 +501,28 @@ def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path):
 
     oracle = Oracle(data_dir=str(tmp_path / "oracle"), file_format="array_record")
     oracle.download_and_prepare()
-    ours = tmp_path / "data" / "imagenet2012" / "5.1.0"
-    assert sorted(os.listdir(ours)) == sorted(os.listdir(oracle.data_dir))
-    for name in os.listdir(ours):
-        if name != "dataset_info.json":
-            assert (ours / name).read_bytes() == (tmp_path / "oracle" / "imagenet2012" / "5.1.0" / name).read_bytes(), name
+    ours, theirs = (tmp_path / name / "imagenet2012" / "5.1.0" for name in ("data", "oracle"))
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+    for name in ("features.json", "label.labels.txt"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
-    names = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
+    names = (ours / "label.labels.txt").read_text().split()
     assert names == sorted(names) and len(set(names)) == 1000  # the official order: that of the synsets
     for split, files in splits.items():
         raw = Tfds("imagenet2012", split, str(tmp_path / "data"))
-        plain = tfds.data_source("imagenet2012", split=split, data_dir=str(tmp_path / "data"),
-                                 decoders={"image": tfds.decode.SkipDecoding()})
+        plain, written = (tfds.data_source("imagenet2012", split=split, data_dir=str(tmp_path / name),
+                                           decoders={"image": tfds.decode.SkipDecoding()}) for name in ("data", "oracle"))
+        assert list(plain) == list(written)  # in the same order, too
         assert raw.num_classes == 1000 and len(raw) == len(plain) == len(files)
         for record, (name, data, label) in zip(plain, raw, strict=True):
             assert (names[label], data) == files[name]
             assert (record["file_name"].decode(), record["image"], record["label"]) == (name, data, label)
-    one_error(command("prepare", f"--tars={root}", f"--path={tmp_path / 'data'}"), ours, "is there already")
+    with pytest.raises(UserError, match="is there already"):
+        prepare(str(root), str(tmp_path / "data"), partial=True)
 
 
 def test_imagenet_refused(ilsvrc, tmp_path):
-    from dit_jax.data.imagenet import prepare
-    root, splits = ilsvrc
+    root, _ = ilsvrc
     tars = {name: (root / name).read_bytes() for name in os.listdir(root)}
     train, val = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -554,11 +556,9 @@ def test_imagenet_goes_on(tfds, ilsvrc, tmp_path, monkeypatch):
     """Stopped between shards and amid one, preparing goes on with what is whole, to the same bytes."""
     from array_record.python import array_record_module
     from tensorflow_datasets.core.utils import shard_utils
-
-    from dit_jax.data import imagenet
     root, _ = ilsvrc
     monkeypatch.setattr(shard_utils.ShardConfig, "get_number_shards", lambda self, size, n: 3)
-    imagenet.prepare(str(root), str(tmp_path / "whole"), partial=True)
+    prepare(str(root), str(tmp_path / "whole"), partial=True)
 
     Writer, opened = array_record_module.ArrayRecordWriter, []
 
@@ -578,15 +578,15 @@ def test_imagenet_goes_on(tfds, ilsvrc, tmp_path, monkeypatch):
 
     monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Dying)
     with pytest.raises(KeyboardInterrupt):
-        imagenet.prepare(str(root), str(tmp_path / "parts"), partial=True)
+        prepare(str(root), str(tmp_path / "parts"), partial=True)
     with pytest.raises(ValueError, match="holds no prepared data set"):
         Tfds("imagenet2012", "train", str(tmp_path / "parts"))
     other = tmp_path / "other"
     other.mkdir()
-    (other / imagenet.TARS["validation"]).symlink_to(root / imagenet.TARS["validation"])
+    (other / TARS["validation"]).symlink_to(root / TARS["validation"])
     with pytest.raises(UserError, match="was begun with other tar files"):
-        imagenet.prepare(str(other), str(tmp_path / "parts"), partial=True)
-    imagenet.prepare(str(root), str(tmp_path / "parts"), partial=True)
+        prepare(str(other), str(tmp_path / "parts"), partial=True)
+    prepare(str(root), str(tmp_path / "parts"), partial=True)
     assert len(opened) == 7 and opened[3] == opened[2]
     whole, parts = (tmp_path / name / "imagenet2012" / "5.1.0" for name in ("whole", "parts"))
     assert sorted(os.listdir(whole)) == sorted(os.listdir(parts)) and len(os.listdir(whole)) == 9

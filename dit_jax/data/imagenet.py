@@ -1,9 +1,8 @@
 """imagenet2012, as tensorflow-datasets names and lays it out, from the two tar files of image-net.org, without TensorFlow.
 
-Name, version, features, splits, order of the records and their bytes are those that tfds itself would write (its own
-builder and its writer for more than 1 GB both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord
-reads it. One difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as they are in the
-tar files.
+Name, version, features, splits, records and their order are those that tfds itself would write (its own builder, and its
+writer for more than 1 GB, both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord reads it. One
+difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as they are in the tar files.
 """
 
 import collections
@@ -99,8 +98,9 @@ def contents(tars, partial):
     return {split: pictures for split, pictures in found.items() if pictures}
 
 
-def _write_shard(path, pictures, tar, features, pool):
+def _write_shard(path, pictures, tar, classes, pool):
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
     def read(picture):
         try:
@@ -115,8 +115,12 @@ def _write_shard(path, pictures, tar, features, pool):
     try:
         writer = ArrayRecordWriter(aside, "group_size:1")
         for picture, data in zip(pictures, pool.map(read, pictures)):
-            writer.write(features.serialize_example(features.encode_example(
-                {"image": data, "label": picture.label, "file_name": picture.name})))
+            example = tf_example_pb2.Example()
+            record = example.features.feature
+            record["image"].bytes_list.value.append(data)
+            record["label"].int64_list.value.append(classes[picture.label])
+            record["file_name"].bytes_list.value.append(picture.name.encode())
+            writer.write(example.SerializeToString(deterministic=True))
         writer.close()
         reader = ArrayRecordReader(aside)
         written = reader.num_records()
@@ -138,7 +142,8 @@ def prepare(tars, data_dir, partial=False):
     from tensorflow_datasets.core.utils import shard_utils
 
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
-    out, features = builder.data_dir, builder.info.features
+    out = builder.data_dir
+    classes = {name: label for label, name in enumerate(builder.info.features["label"].names)}
     if os.path.exists(out):
         raise UserError(f"{out}: is there already: remove it to prepare it anew")
     splits, digest = contents(tars, partial), hashlib.sha256()
@@ -180,7 +185,7 @@ def prepare(tars, data_dir, partial=False):
                 for path, part in shards:
                     if not os.path.exists(path):
                         progress.update(done)
-                        _write_shard(path, part, tar, features, pool)
+                        _write_shard(path, part, tar, classes, pool)
                     done += len(part)
     progress.close()
     builder.info.set_splits(SplitDict([

@@ -100,6 +100,7 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index):
+        index = range(len(self))[index]
         name = self.files[index]
         file = os.path.join(self.path, name)
         try:
@@ -195,12 +196,13 @@ class Tfds:
     def __getitem__(self, index):
         from tensorflow_datasets.proto import tf_example_pb2
 
+        index = range(len(self))[index]
         try:
-            features = tf_example_pb2.Example.FromString(self.records[int(index)]).features.feature
+            features = tf_example_pb2.Example.FromString(self.records[index]).features.feature
             data, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
             names = features["file_name"].bytes_list.value
         except Exception as e:  # of the reader or of the parser
-            file = self.files[int(np.searchsorted(self.ends, index, side="right"))]
+            file = self.files[np.searchsorted(self.ends, index, side="right")]
             reason = " ".join(str(e).split()) or type(e).__name__
             raise ValueError(f"{file}: cannot be read, the shard is damaged ({reason[:200]})") from None
         return names[0].decode(errors="replace") if names else f"{self.label}[{index}]", data, label
