@@ -7,6 +7,7 @@ Raw records have `len(raw)`, `raw[i] -> (name, data: bytes of a picture file, la
 import collections
 import hashlib
 import os
+import resource
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -115,12 +116,22 @@ _PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').downlo
             "TensorFlow)")
 
 
-def _import_tfds():
+def import_tfds():
+    """The module tensorflow_datasets. Raises ValueError where it is not installed."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as e:
         raise ValueError(f"data.source='tfds' needs a package that is missing ({e}): pip install 'dit_jax[tfds]'") from None
     return tfds
+
+
+def _allow_open_files(count):
+    """Room for `count` more open files: the reader keeps every shard open, imagenet2012 has 1024 of them, and often no
+    more files than that are allowed where nobody asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Tfds:
@@ -136,7 +147,7 @@ class Tfds:
     """
 
     def __init__(self, name, split, data_dir):
-        tfds = _import_tfds()
+        tfds = import_tfds()
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         builder = self._builder(name, data_dir)
@@ -166,6 +177,7 @@ class Tfds:
         self.files = [shard.filename for shard in shards]
         self.ends = np.cumsum([shard.take for shard in shards])
         self.label = f"{builder.info.name}/{split}"
+        _allow_open_files(len(shards))
         self.records = ArrayRecordDataSource(shards)
         self.class_names = list(features["label"].names)
         self.identity = (f"tfds:{builder.info.full_name}:{split}:{len(self)}:{self.num_classes}:"
