@@ -51,9 +51,9 @@ class Folder:
     files in one, also further down, are its examples, sorted by path. Hidden files are left out, other files counted
     (`others`: how many by extension) and said.
 
-    The identity is a hash over names and sizes of the files. Raises ValueError, one line, where there is no such folder,
-    no class folder, or a class folder without pictures: the labels are the folders' places in the sorted list, so that
-    one which was left empty by a copy cut short must not pass.
+    The identity is a hash over names and sizes of the files. Raises ValueError, one line, where there is no such
+    folder, no class folder, or a class folder without pictures: it may have been left empty by a copy cut short, and
+    to leave it out would change the labels of those after it.
     """
 
     def __init__(self, path):
@@ -64,7 +64,7 @@ class Folder:
         classes, beside = _entries(self.path)
         self.class_names = [c.name for c in classes]
         if not classes:
-            raise ValueError(f"{path}: holds no class folders: the pictures of each class belong in a folder of its own")
+            raise ValueError(f"{path}: holds no class folders: each class's pictures belong in a folder of its own")
         digest, ends = hashlib.sha256(), []
         for folder in classes:
             found = []
@@ -112,8 +112,8 @@ class Folder:
         return name, data, int(np.searchsorted(self.ends, index, side="right"))
 
 
-_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that needs "
-            "TensorFlow)")
+_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that "
+            "needs TensorFlow)")
 
 
 def import_tfds():
@@ -121,7 +121,7 @@ def import_tfds():
     try:
         import tensorflow_datasets as tfds
     except ImportError as e:
-        raise ValueError(f"data.source='tfds' needs a package that is missing ({e}): pip install 'dit_jax[tfds]'") from None
+        raise ValueError(f"data.source='tfds' lacks a package ({e}): pip install 'dit_jax[tfds]'") from None
     return tfds
 
 
@@ -216,16 +216,16 @@ class Tfds:
         except Exception as e:  # of the reader or of the parser
             file = self.files[np.searchsorted(self.ends, index, side="right")]
             reason = " ".join(str(e).split()) or type(e).__name__
-            raise ValueError(f"{file}: cannot be read, the shard is damaged ({reason[:200]})") from None
+            raise ValueError(f"{file}: cannot be read ({reason[:200]}): if it is damaged, prepare it again") from None
         return names[0].decode(errors="replace") if names else f"{self.label}[{index}]", data, label
 
 
 class Pictures:
     """Training source: raw records decoded, upright, centre-cropped to size x size; x is uint8 (n, size, size, 3).
 
-    A broken picture is replaced by the next readable one (index + 1, ...), kept in `skipped` {name: reason} and said once
-    on stderr; more than `max_skipped` of them raise ValueError. What stands for a broken one depends on the index alone,
-    so that all hosts and runs agree.
+    A broken picture is replaced by the next readable one (index + 1, ...), kept in `skipped` {name: reason} and said
+    once on stderr; more than `max_skipped` of them raise ValueError. What stands for a broken one depends on the index
+    alone, so that all hosts and runs agree.
     """
 
     can_flip = True
@@ -242,7 +242,7 @@ class Pictures:
         return len(self.raw)
 
     def read(self, index):
-        """-> (uint8 (size, size, 3), label). Raises BadImage("NAME: reason"); ValueError where a file cannot be read."""
+        """-> (uint8 (size, size, 3), label). Raises BadImage("NAME: reason"), ValueError where a file is gone."""
         name, data, label = self.raw[index]
         try:
             return images.center_crop(images.decode(data), self.size), label
