@@ -3,14 +3,18 @@
 python -m dit_jax.prepare --tars=DIR --path=DATA_DIR
 """
 
+import jax
 from absl import flags
 
+from dit_jax import cli
 from dit_jax.config import UserError
 from dit_jax.data import imagenet
 
 
 def main():
     f = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs a TPU, which another process may be using
+    cli.make_workdir(f.path, "path")
     try:
         out = imagenet.prepare(f.tars, f.path, f.partial)
     except ValueError as e:
@@ -20,8 +24,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from dit_jax import cli
-
     flags.DEFINE_string("tars", None, f"a folder with {' and '.join(imagenet.TARS.values())}", required=True)
     flags.DEFINE_string("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
     flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")

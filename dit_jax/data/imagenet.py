@@ -1,14 +1,12 @@
-"""imagenet2012, as tensorflow-datasets names and lays it out, from the two tar files of image-net.org, without TensorFlow.
+"""imagenet2012, as tensorflow-datasets lays it out, from the two tar files of image-net.org, without TensorFlow.
 
-Name, version, features, splits, order of the records and their bytes are those that tfds itself would write (its own
-builder and its writer for more than 1 GB both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord
-reads it. One difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as they are in the
-tar files.
+Name, version, features, splits, records and their order are those that tfds itself would write (its own builder, and
+its writer for more than 1 GB, both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord reads
+it. One difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as in the tar files.
 """
 
 import collections
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +14,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 from dit_jax.config import UserError
-from dit_jax.data.pictures import _import_tfds
+from dit_jax.data.pictures import import_tfds
 from dit_jax.logging import Progress, say
 from dit_jax.pictures import write_aside
 
@@ -27,7 +25,8 @@ Picture = collections.namedtuple("Picture", "name label offset size")  # offset 
 
 
 def _members(path, start=0, end=None):
-    """The files in a tar that lies from `start` to `end` in the file `path`. Raises UserError where it is not whole."""
+    """The files in a tar that lies from `start` to `end` in the file `path` -> [(name, offset in `path`, size)]. Raises
+    UserError where it is not whole."""
     end = os.path.getsize(path) if end is None else end
     what = path if start == 0 else f"{path}, the tar within at byte {start}"
     try:
@@ -40,44 +39,43 @@ def _members(path, start=0, end=None):
             rest = f.read(min(512, max(0, end - archive.offset)))
             whole = archive.offset <= end and not rest.strip(b"\0") and len(rest) in (0, 512)
     except (tarfile.TarError, OSError) as e:
-        raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or another file; fetch it again") from None
+        raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or no tar: fetch it again") from None
     if not whole:
         raise UserError(f"{what}: is cut short or damaged at byte {archive.offset}: fetch it again")
-    return [m for m in members if m.isreg()]
+    return [(m.name, m.offset_data, m.size) for m in members if m.isreg()]
 
 
 def _train(path, labels):
-    inner = _members(path)
-    for tar in inner:
-        if tar.name.removesuffix(".tar") not in labels:
-            raise UserError(f"{path}: holds {tar.name!r}, where a tar for each class is expected, e.g. {labels[0]}.tar")
-    progress, pictures = Progress("reading the contents", len(inner), "tars"), []
+    tars, known = _members(path), set(labels)
+    for name, _, _ in tars:
+        if name.removesuffix(".tar") not in known:
+            raise UserError(f"{path}: holds {name!r}, where a tar for each class is expected, e.g. {labels[0]}.tar")
+    progress, pictures = Progress("reading the contents", len(tars), "tars"), []
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(lambda tar: _members(path, tar.offset_data, tar.offset_data + tar.size), inner)
-        for done, (tar, members) in enumerate(zip(inner, contents)):
-            pictures += [Picture(os.path.basename(m.name), tar.name.removesuffix(".tar"), m.offset_data, m.size)
-                         for m in members]
-            progress.update(done + 1)
+        for i, members in enumerate(pool.map(lambda tar: _members(path, tar[1], tar[1] + tar[2]), tars)):
+            label = tars[i][0].removesuffix(".tar")
+            pictures += [Picture(os.path.basename(name), label, offset, size) for name, offset, size in members]
+            progress.update(i + 1)
     progress.close()
     return pictures
 
 
 def _validation(path, labels):
     pictures = []
-    for m in _members(path):
-        name = os.path.basename(m.name)
+    for name, offset, size in _members(path):
+        name = os.path.basename(name)
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UserError(f"{path}: holds {m.name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG are "
-                            "expected")
-        pictures.append(Picture(name, labels[int(number[1]) - 1], m.offset_data, m.size))
+            raise UserError(f"{path}: holds {name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG "
+                            "are expected")
+        pictures.append(Picture(name, labels[int(number[1]) - 1], offset, size))
     return pictures
 
 
 def contents(tars, partial):
     """What the tar files in a folder hold -> {split: [Picture]}. UserError where one is missing, cut short, or holds
     another number of pictures than ILSVRC2012; with `partial`, what is there is taken."""
-    tfds = _import_tfds()
+    tfds = import_tfds()
     classes = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     of_validation = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     found = {}
@@ -86,8 +84,8 @@ def contents(tars, partial):
         if not os.path.isfile(path):
             if partial:
                 continue
-            raise UserError(f"{path}: no such file: fetch it from https://image-net.org/download-images, or take what is "
-                            "there with --partial")
+            raise UserError(f"{path}: no such file: fetch it from https://image-net.org/download-images, or take what "
+                            "is there with --partial")
         found[split] = _train(path, classes) if split == "train" else _validation(path, of_validation)
         if len(found[split]) != COUNTS[split] and not partial:
             raise UserError(f"{path}: holds {len(found[split]):,} pictures, ILSVRC2012 has {COUNTS[split]:,}: fetch it "
@@ -100,11 +98,15 @@ def contents(tars, partial):
     return {split: pictures for split, pictures in found.items() if pictures}
 
 
-def _write_shard(path, pictures, tar, features, pool):
+def _write_shard(path, pictures, tar, classes, pool):
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
     def read(picture):
-        data = os.pread(tar.fileno(), picture.size, picture.offset)
+        try:
+            data = os.pread(tar.fileno(), picture.size, picture.offset)
+        except OSError as e:
+            raise UserError(f"{tar.name}: cannot be read ({e.strerror})") from None
         if len(data) != picture.size:
             raise UserError(f"{tar.name}: is cut short: {picture.name} is not whole")
         return data
@@ -113,8 +115,12 @@ def _write_shard(path, pictures, tar, features, pool):
     try:
         writer = ArrayRecordWriter(aside, "group_size:1")
         for picture, data in zip(pictures, pool.map(read, pictures)):
-            writer.write(features.serialize_example(features.encode_example(
-                {"image": data, "label": picture.label, "file_name": picture.name})))
+            example = tf_example_pb2.Example()
+            record = example.features.feature
+            record["image"].bytes_list.value.append(data)
+            record["label"].int64_list.value.append(classes[picture.label])
+            record["file_name"].bytes_list.value.append(picture.name.encode())
+            writer.write(example.SerializeToString(deterministic=True))
         writer.close()
         reader = ArrayRecordReader(aside)
         written = reader.num_records()
@@ -128,30 +134,34 @@ def _write_shard(path, pictures, tar, features, pool):
 
 def prepare(tars, data_dir, partial=False):
     """Writes DATA_DIR/imagenet2012/VERSION, and returns that path. Nothing is unpacked: the pictures are read from the
-    tar files in the order in which they are written. Shards are written aside, into a folder that gets its name when all
-    is there; the same call goes on after a kill, with the shards that are whole. UserError says what is wrong."""
-    tfds = _import_tfds()
+    tar files in the order in which they are written. Shards are written aside, into a folder that gets its name when
+    all is there; the same call goes on after a kill, with the shards that are whole. UserError says what is wrong."""
+    tfds = import_tfds()
     from tensorflow_datasets.core import hashing, naming
     from tensorflow_datasets.core.splits import SplitDict
     from tensorflow_datasets.core.utils import shard_utils
 
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
-    out, features = builder.data_dir, builder.info.features
+    out = builder.data_dir
+    classes = {name: label for label, name in enumerate(builder.info.features["label"].names)}
     if os.path.exists(out):
         raise UserError(f"{out}: is there already: remove it to prepare it anew")
-    splits = contents(tars, partial)
+    splits, digest = contents(tars, partial), hashlib.sha256()
     for split, pictures in splits.items():
         # The order that tfds gives the records.
         hasher = hashing.Hasher(split)
         pictures.sort(key=lambda p: hasher.hash_key(p.name))
+        for picture in pictures:
+            digest.update(f"{split} {picture}\n".encode())
         say(f"{split}: {len(pictures):,} pictures" + (f", where ILSVRC2012 has {COUNTS[split]:,}"
                                                       if len(pictures) != COUNTS[split] else ""))
-    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
     work = f"{out}.incomplete"
-    plan = os.path.join(work, "plan.json")
-    if os.path.exists(work) and not (os.path.exists(plan) and json.load(open(plan)) == digest):
-        raise UserError(f"{work}: was begun with other tar files: remove it, or put these back")
-    write_aside(plan, json.dumps(digest).encode())
+    plan = os.path.join(work, "plan.txt")
+    if os.path.exists(plan):
+        with open(plan) as f:
+            if f.read() != digest.hexdigest():
+                raise UserError(f"{work}: was begun with other tar files: remove it, or put those back")
+    write_aside(plan, digest.hexdigest().encode())
     layouts = {}
     for split, pictures in splits.items():
         template = naming.ShardedFileTemplate(dataset_name="imagenet2012", data_dir=work, split=split,
@@ -175,13 +185,13 @@ def prepare(tars, data_dir, partial=False):
                 for path, part in shards:
                     if not os.path.exists(path):
                         progress.update(done)
-                        _write_shard(path, part, tar, features, pool)
+                        _write_shard(path, part, tar, classes, pool)
                     done += len(part)
     progress.close()
     builder.info.set_splits(SplitDict([
         tfds.core.SplitInfo(name=split, shard_lengths=[len(part) for _, part in shards], num_bytes=size,
                             filename_template=template) for split, (template, size, shards) in layouts.items()]))
     builder.info.write_to_directory(work)
-    os.remove(plan)
     os.rename(work, out)
+    os.remove(os.path.join(out, "plan.txt"))
     return str(out)
