@@ -100,6 +100,7 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index):
+        index = range(len(self))[index]
         name = self.files[index]
         file = os.path.join(self.path, name)
         try:
@@ -108,6 +109,103 @@ class Folder:
         except OSError as e:
             raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
         return name, data, int(np.searchsorted(self.ends, index, side="right"))
+
+
+_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that needs "
+            "TensorFlow)")
+
+
+def _import_tfds():
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise ValueError(f"data.source='tfds' needs a package that is missing ({e}): pip install 'dit_jax[tfds]'") from None
+    return tfds
+
+
+class Tfds:
+    """Raw records of a data set that tensorflow-datasets has prepared as ArrayRecord, read without TensorFlow.
+
+    name: as tfds says it, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; split: one of its splits, or a slice such as
+    `train[:90%]`; data_dir: the folder in which it was prepared. It must have the features `image` and `label`. The
+    pictures' bytes are handed on as they were stored: tfds's own decoding gives palette indices for palette PNGs. A
+    picture's name is the record's `file_name`, where it has one, else `NAME/SPLIT[i]`. Nothing is prepared or fetched.
+
+    The identity is a hash over the split's shards, their sizes and numbers of records. Raises ValueError, one line,
+    where the set, the split, a feature or a shard is missing; at reading, where a shard is damaged, naming it.
+    """
+
+    def __init__(self, name, split, data_dir):
+        tfds = _import_tfds()
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        builder = self._builder(name, data_dir)
+        where = builder.data_dir
+        kind = builder.info.file_format and builder.info.file_format.value
+        if kind != "array_record":
+            raise ValueError(f"{where}: is in the format {kind}: prepare it anew, in another data_dir, with {_PREPARE}")
+        features = builder.info.features
+        for key, wanted in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+            if key not in features or not isinstance(features[key], wanted):
+                raise ValueError(f"{where}: has no feature {key!r} of the kind {wanted.__name__}; its features: "
+                                 f"{', '.join(f'{k}: {type(f).__name__}' for k, f in features.items())}")
+        try:
+            shards = builder.info.splits[split].file_instructions
+        except Exception:  # whatever tfds makes of what a user wrote
+            raise ValueError(f"{where}: has no split {split!r}; it has {', '.join(builder.info.splits)}") from None
+        if not shards:
+            raise ValueError(f"{where}: the split {split!r} is empty")
+        digest = hashlib.sha256()
+        for shard in shards:
+            try:
+                size = os.path.getsize(shard.filename)
+            except OSError as e:
+                raise ValueError(f"{shard.filename}: a shard of {name}'s {split} that cannot be read ({e.strerror})"
+                                 ) from None
+            digest.update(f"{os.path.basename(shard.filename)} {size} {shard.skip} {shard.take}\n".encode())
+        self.files = [shard.filename for shard in shards]
+        self.ends = np.cumsum([shard.take for shard in shards])
+        self.label = f"{builder.info.name}/{split}"
+        self.records = ArrayRecordDataSource(shards)
+        self.class_names = list(features["label"].names)
+        self.identity = (f"tfds:{builder.info.full_name}:{split}:{len(self)}:{self.num_classes}:"
+                         f"{digest.hexdigest()[:16]}")
+
+    @staticmethod
+    def _builder(name, data_dir):
+        hint = f"imagenet2012 is prepared by python -m dit_jax.prepare; others by {_PREPARE}"
+        if not os.path.isdir(data_dir):
+            raise ValueError(f"{data_dir!r}: no such folder; it should hold the data set {name!r}; {hint}")
+        from tensorflow_datasets.core import read_only_builder, registered
+        try:
+            # By files alone: tfds.data_source would make folders and go to the network for a set that is not there.
+            return read_only_builder.builder_from_files(name, data_dir=data_dir)
+        except registered.DatasetNotFoundError:
+            raise ValueError(f"{data_dir}: holds no prepared data set {name!r}; {hint}") from None
+        except Exception as e:  # damaged metadata raise nearly everything
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise ValueError(f"{data_dir}: the data set {name!r} cannot be opened ({reason[:200]})") from None
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        index = range(len(self))[index]
+        try:
+            features = tf_example_pb2.Example.FromString(self.records[index]).features.feature
+            data, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+            names = features["file_name"].bytes_list.value
+        except Exception as e:  # of the reader or of the parser
+            file = self.files[np.searchsorted(self.ends, index, side="right")]
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise ValueError(f"{file}: cannot be read, the shard is damaged ({reason[:200]})") from None
+        return names[0].decode(errors="replace") if names else f"{self.label}[{index}]", data, label
 
 
 class Pictures:
