@@ -178,11 +178,11 @@ def encode_shards(todo, source, encoder, settings, out, *, left, on_batch, on_sh
     on_batch(how many more pictures are done). left: how many pictures may still be skipped."""
     size, names = settings["shard_size"], shard_names(settings)
     ranges = {shard: range(shard * size, min((shard + 1) * size, len(source))) for shard in todo}
-    ends = {indices[-1]: shard for shard, indices in ranges.items()}
+    ends = {indices[-1] for indices in ranges.values()}
     examples = read_ahead(source.read, (i for shard in todo for i in ranges[shard]), 2 * encoder.batch_size)
-    skipped, images, labels, indices, waiting, writer = [], [], [], [], deque(), None
+    skipped, images, labels, indices, seen, waiting, writer = [], [], [], [], 0, deque(), None
 
-    def write(shard, indices, labels, result, skipped_at_end):
+    def write(shard, indices, labels, result, skipped_at_end, seen):
         nonlocal writer
         writer = writer or latents.ShardWriter(out, names[shard], settings["dtype"])
         if indices:
@@ -191,42 +191,47 @@ def encode_shards(todo, source, encoder, settings, out, *, left, on_batch, on_sh
                 posteriors = posteriors.astype(settings["dtype"])
             finite = np.isfinite(posteriors).all((1, 2, 3, 4))
             if not finite.all():
-                name = source.raw[indices[int(np.argmin(finite))]][0]
-                raise UserError(f"{name}: its latent is not finite in {settings['dtype']}: --dtype=float32 and "
-                                "--vae_dtype=float32 hold more; or look at the VAE's weights")
+                raise UserError(f"{name_of(source, indices[int(np.argmin(finite))])}: its latent is not finite in "
+                                f"{settings['dtype']}: --dtype=float32 and --vae_dtype=float32 hold more; or look at the "
+                                "VAE's weights")
             writer.add(posteriors, labels)
         if skipped_at_end is not None:
             record = writer.close() | {"skipped": skipped_at_end}
             writer = None
             write_aside(os.path.join(out, beside(names[shard])), latents.to_bytes(record))
             on_shard(shard, record)
-        on_batch(len(indices))
+        on_batch(seen)
 
-    for index, picture in examples:
-        if isinstance(picture, BadImage):
-            skipped.append({"index": index, "name": picture.name, "reason": picture.reason})
+    for index, example in examples:
+        seen += 1
+        if isinstance(example, BadImage):
+            skipped.append({"index": index, "name": example.name, "reason": example.reason})
             if left <= 0:
-                raise UserError(f"more than --max_skipped={source.max_skipped} pictures cannot be used; the last: {picture}")
+                raise UserError(f"more than --max_skipped={source.max_skipped} pictures cannot be used; the last: {example}")
             left -= 1
-            print(f"skipped: {picture}", file=sys.stderr, flush=True)
+            print(f"skipped: {example}", file=sys.stderr, flush=True)
         else:
-            image, label = picture
+            image, label = example
             if not 0 <= label < source.num_classes:
-                raise UserError(f"{source.raw[index][0]}: its label is {label}, and there are {source.num_classes} classes: "
-                                "labels run from 0 (a split without labels has -1)")
+                raise UserError(f"{name_of(source, index)}: its label is {label}, and there are {source.num_classes} "
+                                "classes: labels run from 0 (a split without labels has -1)")
             images.append(image), labels.append(label), indices.append(index)
         end = index in ends
         if end or len(images) == encoder.batch_size:
             # One batch is on the devices while the one before is written.
-            waiting.append((index // size, indices, labels, encoder(np.stack(images)) if images else None,
-                            skipped if end else None))
-            images, labels, indices = [], [], []
+            result = encoder(np.stack(images)) if images else None
+            waiting.append((index // size, indices, labels, result, skipped if end else None, seen))
+            images, labels, indices, seen = [], [], [], 0
             if end:
                 skipped = []
             if len(waiting) > 1:
                 write(*waiting.popleft())
     while waiting:
         write(*waiting.popleft())
+
+
+def name_of(source, index):
+    return source.raw[index][0]
 
 
 def verify(out):
