@@ -36,8 +36,9 @@ def fetch(name, revision, file, size, sha256):
             raise UserError(f"{url}: sha256 is {digest.hexdigest()}, not the published {sha256}: nothing was kept")
         os.replace(aside, path)
     except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"{url}: cannot be fetched ({getattr(e, 'reason', None) or e or type(e).__name__}): fetch it where "
-                        f"there is a network, and give the file's path in place of {name}") from None
+        why = getattr(e, "reason", None) or e or type(e).__name__
+        raise UserError(f"{url}: cannot be fetched ({why}): fetch it where there is a network, and give the file's path "
+                        f"in place of {name}") from None
     finally:
         progress.close()
         with contextlib.suppress(OSError):
