@@ -29,9 +29,10 @@ from dit_jax.pictures import write_aside
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCALE = 0.18215
-HUB = {  # name: (revision, size and sha256 of WEIGHTS there; None: no source for it was found)
-    "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a", 334_643_276, None),
-    "stabilityai/sd-vae-ft-mse": ("31f26fdeee1355a5c34592e401dd41e45d25a493", 334_643_276,
+HUB = {  # name: (revision, sha256 of WEIGHTS there)
+    "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a",
+                                  "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
+    "stabilityai/sd-vae-ft-mse": ("31f26fdeee1355a5c34592e401dd41e45d25a493",
                                   "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
 }
 # Any generation of names -> today's.
@@ -128,8 +129,8 @@ def load(where, dtype="float32"):
     scale is 0.18215. Raises UserError."""
     path, pinned = where, None
     if where in HUB and not os.path.exists(where):
-        revision, size, pinned = HUB[where]
-        path = hub.fetch(where, revision, WEIGHTS, size, pinned)
+        revision, pinned = HUB[where]
+        path = hub.fetch(where, revision, WEIGHTS, pinned)
     elif os.path.isdir(where):
         path = next((os.path.join(where, name) for name in (WEIGHTS, WEIGHTS.replace("safetensors", "bin"))
                      if os.path.isfile(os.path.join(where, name))), None)
@@ -142,7 +143,10 @@ def load(where, dtype="float32"):
         raise UserError(f"{path}: is not what was published (its sha256 is {sha256}): delete it and run again")
     args = _infer_args(flat, path) | _read_config(os.path.join(os.path.dirname(path), "config.json"))
     scale = args.pop("scaling_factor", SCALE)
-    params = _to_params(flat, args, path)
+    try:
+        params = _to_params(flat, vae.abstract(**args, dtype=jnp.dtype(dtype))[1], path)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}; a config.json beside it says what is so") from None
     name = where if where in HUB else os.path.basename(os.path.abspath(where))
     identity = dict(name=name, sha256=sha256, encoder=_digest(flat, ("encoder.", "quant_conv.")),
                     decoder=_digest(flat, ("decoder.", "post_quant_conv.")), scale=scale)
@@ -233,11 +237,7 @@ def _published(path, a):
     return ".".join([*parents, leaf if leaf == "bias" else "weight"]), a.transpose(order)
 
 
-def _to_params(flat, args, path):
-    try:
-        target = vae.abstract(**args)[1]
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}; a config.json beside it says what is so") from None
+def _to_params(flat, target, path):
     known = set()
 
     def take(place, leaf):

@@ -6,6 +6,8 @@ H, W the map's height and width, C channels. Convolutions and matrix products ru
 the softmax are float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -170,6 +172,7 @@ class VAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
 
+@functools.lru_cache
 def abstract(**args):
     """(graphdef, params) of VAE(**args) with shapes in place of arrays: nothing is allocated."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(**args, rngs=nnx.Rngs(0))))
