@@ -9,8 +9,8 @@ goes on where it stopped. The samples of a model of latents are decoded by the V
 config; with none samples.npz holds `latents` (N, H, W, C) float32.
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -50,15 +50,17 @@ def load_weights(path, which, num_heads, num_classes, mesh):
     params = convert.from_published(flat, args)
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
-    digest = hashlib.sha256()
-    for array in flat.values():
-        digest.update(np.ascontiguousarray(array).tobytes())
     return args, jax.device_put(params, shardings), shardings, {
-        "weights": os.path.basename(path), "sha256": digest.hexdigest(), "which": which, "timesteps": 1000}, ""
+        "weights": os.path.basename(path), "sha256": convert.digest(flat), "which": which, "timesteps": 1000}, ""
 
 
 def choose_labels(classes, num, num_classes, seed):
-    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform)."""
+    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform).
+    Where there are no classes all labels are 0."""
+    if not num_classes:
+        if classes not in ("balanced", "random"):
+            raise UserError(f"--classes={classes}: this model has no classes (it is unconditional); leave it out")
+        return np.zeros(num, int)
     if classes == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num)
     try:
@@ -148,7 +150,7 @@ def write_single(out, start, images):
 
 
 def write_pictures(out, arrays, labels, single):
-    """grid.png of the first images, a column a class where there are few, and with `single` each one."""
+    """grid.png of the first images, a column a class where there are a few, and with `single` each one."""
     first, start = [], 0
     for images in arrays:
         if single:
@@ -157,7 +159,8 @@ def write_pictures(out, arrays, labels, single):
             first.append(images)
         start += len(images)
     first = np.concatenate(first)[:GRID_IMAGES]
-    columns = min(len(set(labels.tolist())), 10)
+    classes = len(set(labels.tolist()))
+    columns = min(classes if classes > 1 else math.isqrt(len(first)), 10)
     pictures.write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
         first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
 
@@ -203,7 +206,8 @@ def main():
     except ValueError as e:
         raise UserError(str(e)) from None
 
-    manifest = source | {"num": f.num, "classes": f.classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
+    classes = f.classes if args["num_classes"] else None
+    manifest = source | {"num": f.num, "classes": classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
                          "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
                          "dtype": args["dtype"].name, "vae": vae and vae.identity}
     cli.make_workdir(out, "out")

@@ -6,13 +6,14 @@ The same command again goes on where the newest checkpoint stands, and ends with
 import math
 import os
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dit_jax import autoencoder, cli, config as configs, flops, hosts, layout, pictures, sharding
+from dit_jax import autoencoder, cli, config as configs, finetune, flops, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -49,6 +50,13 @@ def make_programs(config, mesh):
             target)
 
 
+def grid_labels(config):
+    """The labels of a grid, row by row. Where there are no classes it is as large, and all are 0."""
+    s, num_classes = config["sample"], config["model"]["num_classes"]
+    classes = np.arange(min(s["classes"], num_classes)) if num_classes else np.zeros(s["classes"], int)
+    return np.repeat(classes, s["per_class"])
+
+
 def make_generator(config, mesh, target):
     """A Generator with the settings of config.sample, a grid's images at a time."""
     args = configs.dit_args(config)
@@ -56,7 +64,7 @@ def make_generator(config, mesh, target):
     return Generator(args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
                      timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
                      cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
-                     batch_size=s["per_class"] * min(s["classes"], args["num_classes"]))
+                     batch_size=len(grid_labels(config)))
 
 
 def check_same_run(config, identity):
@@ -85,8 +93,7 @@ def check_same_on_all(config, identity):
 def draw_grid(generator, decode, ema, config, path):
     """A picture of config.sample.per_class samples of each of the first classes, a row a class. decode: None, or from
     latents to pictures."""
-    s, classes = config["sample"], min(config["sample"]["classes"], config["model"]["num_classes"])
-    labels = np.repeat(np.arange(classes), s["per_class"])
+    s, labels = config["sample"], grid_labels(config)
     images = generator(ema, labels, np.arange(len(labels)))
     images = decode(images) if decode else images
     if jax.process_index() == 0:
@@ -178,6 +185,13 @@ def main():
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
     restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
     state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
+    if not restored and config["init"]["weights"]:
+        try:
+            params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
+        except BaseException:
+            checkpoints.close()  # its threads would complain at exit
+            raise
+        state = replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
         checkpoints.close()
@@ -188,8 +202,8 @@ def main():
     metrics = Metrics(workdir, first)
 
     def save(step):
-        checkpoints.save(step, state, {"config": config, "data": source.identity, "train_seconds": seconds(),
-                                       "versions": {"jax": jax.__version__}})
+        checkpoints.save(step, state, {"config": config, "data": source.identity, "init": meta.get("init"),
+                                       "train_seconds": seconds(), "versions": {"jax": jax.__version__}})
 
     def seconds():
         return trained_before + time.perf_counter() - start

@@ -82,7 +82,7 @@ def synthetic(size, channels, num_classes):
             for i, (index, flip) in enumerate(zip(indices, flips)):
                 rng = np.random.default_rng(index)
                 x[i] = rng.standard_normal((size, size, channels), np.float32)[:, ::-1 if flip else 1]
-                y[i] = rng.integers(num_classes)
+                y[i] = rng.integers(max(num_classes, 1))
             return {"x": x, "y": y}
 
     return Synthetic()
