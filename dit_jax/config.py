@@ -57,9 +57,15 @@ def paper(model="DiT-XL/2"):
     c.ema_decay = 0.9999  # from the initial weights on
 
     c.data = ConfigDict()
-    c.data.source = "arrays"  # or digits, mnist, synthetic
-    c.data.path = ""  # of arrays: a folder with images.npy and labels.npy
+    c.data.source = "latents"  # or folder, tfds, arrays, digits, mnist, synthetic: see dit_jax/data/sources.py
+    c.data.path = ""  # the cache that `encode` made; the folder; the data_dir of tfds
+    c.data.name = ""  # of tfds: the data set, as in imagenet2012
+    c.data.split = "train"  # of tfds
     c.data.flip = True  # horizontally, every other time
+    c.data.max_skipped = 100  # unreadable pictures of a folder or of tfds, replaced by the next and named, before the end
+
+    c.vae = ConfigDict()  # turns latents into pictures for the grids, and pictures of folder and tfds into latents
+    c.vae.path = ""  # a file, a folder, or a published name (dit_jax/autoencoder.py); empty: none
 
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left. Unset: dit_jax/layout.py decides
     c.mesh.data = -1
@@ -142,7 +148,7 @@ def resolve(config):
                   "sample.per_class", "sample.classes"):
         check(field, lambda v: v >= 1, "at least 1")
     for field in ("seed", "model.num_classes", "checkpoint.keep", "checkpoint.keep_every", "sample.every",
-                  "sample.cfg_channels", "optimizer.weight_decay"):
+                  "sample.cfg_channels", "optimizer.weight_decay", "data.max_skipped"):
         check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.learning_rate", "optimizer.eps"):
         check(field, lambda v: 0 < v < math.inf, "positive")

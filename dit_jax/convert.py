@@ -39,6 +39,7 @@ NAMES = {
     "final_layer/linear": "final_layer.linear",
     "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
 }
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
@@ -174,8 +175,30 @@ def _torch(path):
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path}: .pt files need PyTorch: pip install 'dit_jax[torch]'") from None
+        raise UserError(f"{path}: torch files need PyTorch: pip install 'dit_jax[torch]'") from None
     return torch
+
+
+def read_torch(path):
+    """What a torch file holds, plain data and tensors. Raises UserError."""
+    torch = _torch(path)
+    try:
+        # The published code's training checkpoints hold their command line: {model, ema, opt, args}.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as e:
+        raise _unreadable(path, e) from None
+
+
+def state_dict(path, data):
+    """A state dict -> {name: array}, half precision as float32."""
+    if not isinstance(data, dict) or not all(hasattr(a, "is_floating_point") for a in data.values()):
+        raise UserError(f"{path}: holds no state dict, a mapping from names to tensors")
+    return {name: (a.float() if a.is_floating_point() else a).detach().numpy() for name, a in data.items()}
+
+
+def _unreadable(path, e):
+    return UserError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0] or 'cut short'})")
 
 
 def read_weights(path, which="ema"):
@@ -183,25 +206,18 @@ def read_weights(path, which="ema"):
     `which`: "ema" or "raw"."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    try:
-        if path.endswith(".npz"):
+    if path.endswith(".npz"):
+        try:
             with open(path, "rb") as f, zipfile.ZipFile(f):
-                flat = dict(np.load(path))
-            return _check_arrays(path, flat)
-        if not path.endswith(".pt"):
-            raise UserError(f"{path}: weights are .pt or .npz files")
-        torch = _torch(path)
-        # The published code's training checkpoints hold their command line: {model, ema, opt, args}.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        raise UserError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0] or 'cut short'})") from None
+                return _check_arrays(path, dict(np.load(path)))
+        except UNREADABLE as e:
+            raise _unreadable(path, e) from None
+    if not path.endswith(".pt"):
+        raise UserError(f"{path}: weights are .pt or .npz files")
+    data = read_torch(path)
     if isinstance(data, dict) and "ema" in data and "model" in data:
         data = data["ema" if which == "ema" else "model"]
-    if not isinstance(data, dict) or not all(isinstance(a, torch.Tensor) for a in data.values()):
-        raise UserError(f"{path}: holds no state dict, a mapping from names to tensors")
-    return _check_arrays(path, {name: (a.float() if a.is_floating_point() else a).detach().numpy()
-                                for name, a in data.items()})
+    return _check_arrays(path, state_dict(path, data))
 
 
 def _check_arrays(path, flat):
@@ -251,7 +267,7 @@ def main():
 
         from dit_jax import sharding
         from dit_jax.sample import load_run
-        args, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
+        args, params, *_ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
         flat = to_published(params, args)
     write_weights(f.out, flat)
     print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"

@@ -1,0 +1,265 @@
+"""Files of Stable Diffusion's VAE -> calls.
+
+    vae = load("stabilityai/sd-vae-ft-ema")       # or a folder, or a .safetensors, .bin, .pt or .ckpt file
+    mean, std = vae.encode(vae.params, images)    # fit for jax.jit
+    images = vae.decode(vae.params, latents)
+
+Canonical names are those of today's published files. Read as well: both older generations of attention names, and the
+layout of the original code (CompVis), alone or inside a whole Stable Diffusion checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from dit_jax import hub, sharding
+from dit_jax.config import UserError
+from dit_jax.convert import read_torch, state_dict
+from dit_jax.models import vae
+from dit_jax.pictures import write_aside
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCALE = 0.18215
+HUB = {  # name: (revision, sha256 of WEIGHTS there)
+    "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a",
+                                  "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
+    "stabilityai/sd-vae-ft-mse": ("31f26fdeee1355a5c34592e401dd41e45d25a493",
+                                  "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
+}
+# Any generation of names -> today's.
+RENAMES = [(re.compile(old), new) for old, new in (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+    (r"(attentions\.0)\.(?:query|q)\.", r"\1.to_q."),
+    (r"(attentions\.0)\.(?:key|k)\.", r"\1.to_k."),
+    (r"(attentions\.0)\.(?:value|v)\.", r"\1.to_v."),
+    (r"(attentions\.0)\.(?:proj_attn|proj_out)\.", r"\1.to_out.0."),
+)]
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# What models/vae.py leaves no choice of.
+ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
+        "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None, "out_channels": 3}
+
+
+class Autoencoder:
+    """A VAE with its weights.
+
+    args: of models.vae.VAE. params: nested dict of float32 arrays. scale: the DiT's latents are the VAE's times it.
+    factor: pixels a latent pixel, a side. latent_channels. identity: dict(name, sha256 of the file, scale, and of the
+    encoder's and the decoder's arrays 16 hexadecimal digits each, the same for the same arrays in any format).
+    """
+
+    def __init__(self, args, params, scale=SCALE, identity=None, dtype="float32"):
+        self.args, self.params, self.scale, self.identity = args, params, scale, identity
+        self.factor, self.latent_channels = 2 ** (len(args["block_out_channels"]) - 1), args["latent_channels"]
+        self.graphdef = vae.abstract(**args, dtype=jnp.dtype(dtype))[0]
+
+    def encode(self, params, images):
+        """images (B, S, S, 3), uint8 or float32 in [-1, 1] -> mean and standard deviation of the posterior,
+        (B, s, s, C) float32 each, not scaled. A pure function."""
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 127.5 - 1
+        mean, logvar = nnx.merge(self.graphdef, params).encode(images)
+        return mean, jnp.exp(0.5 * logvar)
+
+    def decode(self, params, latents):
+        """latents (B, s, s, C), scaled, as the DiT makes them -> images (B, S, S, 3) float32, not clipped. Pure."""
+        return nnx.merge(self.graphdef, params).decode(latents.astype(jnp.float32) / self.scale)
+
+    def posteriors(self, params, images):
+        """images as of encode -> (B, 2, s, s, 2C) float32: of each picture and its mirror image [mean, standard
+        deviation]. A pure function. The two passes follow each other, so as to need the memory of one."""
+        return jax.lax.map(lambda x: jnp.concatenate(self.encode(params, x), axis=-1),
+                           jnp.stack([images, images[:, :, ::-1]])).swapaxes(0, 1)
+
+    def decoder(self, mesh, size):
+        """-> f(latents (N, s, s, C) scaled, numpy) -> images (N, size, size, 3) float32, numpy. Over all devices of the
+        mesh (None: one device), batch_size(size) at a time on each, by one program whatever their number. On several
+        hosts all call it with the same latents."""
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+        run, n = over_devices(self.decode, mesh), mesh.size * batch_size(size)
+        split, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+        params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__), self.params)
+
+        def decode(latents):
+            images = []
+            for start in range(0, len(latents), n):
+                part = np.asarray(latents[start: start + n], np.float32)
+                part = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.float32)])
+                part = jax.make_array_from_callback(part.shape, split, part.__getitem__)
+                images.append(np.asarray(run(params, part)))
+            return np.concatenate(images)[: len(latents)]
+
+        return decode
+
+
+def batch_size(size):
+    """How many pictures of size x size go through the VAE at once on a device: 4 up to 256, 1 from 512 on."""
+    return max(1, min(4, (512 // size) ** 2))
+
+
+def over_devices(function, mesh):
+    """function(params, batch) jitted such that each device of the mesh runs the same program on its share of the batch;
+    the result lies whole on all of them."""
+    split = P(mesh.axis_names)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), split), out_specs=split, check_vma=False)
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))
+
+
+def load(where, dtype="float32"):
+    """where: a file, a folder with config.json and diffusion_pytorch_model.{safetensors,bin}, or a name of HUB.
+    dtype: of the products, "float32" or "bfloat16". Without a config.json beside the file there are 32 groups and the
+    scale is 0.18215. Raises UserError."""
+    path, pinned = where, None
+    if where in HUB and not os.path.exists(where):
+        revision, pinned = HUB[where]
+        path = hub.fetch(where, revision, WEIGHTS, pinned)
+    elif os.path.isdir(where):
+        path = next((os.path.join(where, name) for name in (WEIGHTS, WEIGHTS.replace("safetensors", "bin"))
+                     if os.path.isfile(os.path.join(where, name))), None)
+        if path is None:
+            raise UserError(f"{where}: this folder holds no {WEIGHTS} (nor .bin): name a VAE's folder or file")
+    elif not os.path.isfile(where):
+        raise UserError(f"{where!r}: no such file or folder: name a VAE's, or one of {', '.join(HUB)}")
+    flat, sha256 = _read(path)
+    if pinned and sha256 != pinned:
+        raise UserError(f"{path}: is not what was published (its sha256 is {sha256}): delete it and run again")
+    args = _infer_args(flat, path) | _read_config(os.path.join(os.path.dirname(path), "config.json"))
+    scale = args.pop("scaling_factor", SCALE)
+    try:
+        params = _to_params(flat, vae.abstract(**args, dtype=jnp.dtype(dtype))[1], path)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}; a config.json beside it says what is so") from None
+    name = where if where in HUB else os.path.basename(os.path.abspath(where))
+    identity = dict(name=name, sha256=sha256, encoder=_digest(flat, ("encoder.", "quant_conv.")),
+                    decoder=_digest(flat, ("decoder.", "post_quant_conv.")), scale=scale)
+    return Autoencoder(args, params, scale, identity, dtype)
+
+
+def save(folder, args, params, scale=SCALE):
+    """Writes a VAE in the published format: config.json and the weights under today's names."""
+    from safetensors.numpy import save
+
+    levels = len(args["block_out_channels"])
+    config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * levels,
+              "up_block_types": ["UpDecoderBlock2D"] * levels, "out_channels": args["in_channels"],
+              "scaling_factor": scale, **args}
+    flat = dict(_published(path, np.asarray(a, np.float32)) for path, a in jax.tree_util.tree_leaves_with_path(params))
+    write_aside(os.path.join(folder, WEIGHTS), save({name: np.ascontiguousarray(a) for name, a in flat.items()}))
+    write_aside(os.path.join(folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _read(path):
+    """A file -> ({today's name: float32 array as published}, the file's sha256)."""
+    try:
+        with open(path, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        if path.endswith(".safetensors"):
+            with open(path, "rb") as f:
+                flat = {name: np.frombuffer(a["data"], DTYPES[a["dtype"]]).reshape(a["shape"])
+                        for name, a in safetensors.deserialize(f.read()) if a["dtype"] in DTYPES}
+        else:
+            data = read_torch(path)
+            flat = state_dict(path, data.get("state_dict", data) if isinstance(data, dict) else data)
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read ({e}): is it whole?") from None
+    prefix = "first_stage_model."  # of a whole Stable Diffusion checkpoint
+    if any(name.startswith(prefix) for name in flat):
+        flat = {name.removeprefix(prefix): a for name, a in flat.items() if name.startswith(prefix)}
+    levels = sum(bool(re.fullmatch(r"decoder\.up\.\d+\.block\.0\.conv1\.weight", name)) for name in flat)
+    found = {}
+    for name, a in flat.items():
+        if name.startswith(("loss.", "model_ema.")):  # left over from its training
+            continue
+        name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)  # counted from the last
+        for pattern, new in RENAMES:
+            name = pattern.sub(new, name)
+        if ".attentions." in name and a.shape[2:] == (1, 1):
+            a = a[:, :, 0, 0]
+        found[name] = a.astype(np.float32, copy=False)
+    return found, sha256
+
+
+def _read_config(path):
+    """What a config.json says of the geometry and the scale; {} where there is none."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path) as f:
+            config = json.load(f)
+        for field, only in ONLY.items():
+            if config.get(field, only) != only:
+                raise UserError(f"{path}: {field}={config[field]!r}: only {only!r} is known here")
+        if not config.get("scaling_factor", SCALE) > 0:
+            raise UserError(f"{path}: scaling_factor={config['scaling_factor']!r}: must be positive")
+        config = {field: config[field] for field in (*vae.PUBLISHED, "scaling_factor") if field in config}
+        return {field: tuple(value) if isinstance(value, list) else value for field, value in config.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: cannot be read as a config ({e})") from None
+
+
+def _infer_args(flat, path):
+    def shape(name):
+        if name not in flat:
+            raise UserError(f"{path}: {name} is missing: this is no VAE of Stable Diffusion, or not all of it")
+        return flat[name].shape
+
+    conv = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
+    found = [tuple(map(int, m.groups())) for m in map(re.compile(conv).fullmatch, flat) if m] or [(0, 0)]
+    levels, layers = (max(numbers) + 1 for numbers in zip(*found))
+    return dict(block_out_channels=tuple(shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0]
+                                         for i in range(levels)),
+                layers_per_block=layers, latent_channels=shape("post_quant_conv.weight")[0], norm_num_groups=32,
+                in_channels=shape("encoder.conv_in.weight")[1])
+
+
+def _published(path, a):
+    """Our parameter -> its published name and array."""
+    *parents, leaf = [str(key.key) for key in path]
+    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[a.ndim]
+    return ".".join([*parents, leaf if leaf == "bias" else "weight"]), a.transpose(order)
+
+
+def _to_params(flat, target, path):
+    known = set()
+
+    def take(place, leaf):
+        name, expected = _published(place, np.broadcast_to(np.float32(0), leaf.shape))
+        known.add(name)
+        if name not in flat:
+            raise UserError(f"{path}: {name} is missing")
+        if flat[name].shape != expected.shape:
+            raise UserError(f"{path}: {name} has shape {flat[name].shape}, the model needs {expected.shape}")
+        if not np.isfinite(flat[name]).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+        order = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[leaf.ndim]
+        return np.ascontiguousarray(flat[name].transpose(order))
+
+    params = jax.tree_util.tree_map_with_path(take, target)
+    if len(flat) > len(known):
+        raise UserError(f"{path}: unknown array {next(name for name in flat if name not in known)}")
+    return params
+
+
+def _digest(flat, prefixes):
+    digest = hashlib.sha256()
+    for name in sorted(name for name in flat if name.startswith(prefixes)):
+        digest.update(name.encode() + np.ascontiguousarray(flat[name]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,356 @@
+"""Pictures to a latent cache: python -m dit_jax.encode
+
+    python -m dit_jax.encode --source=folder --path=pictures --vae=stabilityai/sd-vae-ft-ema --out=latents
+    python -m dit_jax.encode --source=tfds --name=imagenet2012 --path=DATA_DIR --vae=VAE --size=512 --out=latents
+    python -m dit_jax.encode --verify --out=latents
+
+Writes into --out what dit_jax/data/latents.py says: the VAE's posterior of every picture, centre-cropped, and of its
+mirror image. The same command goes on where it was stopped, at whole shards, also on other devices and another number
+of hosts; the finished folder is the same to the byte. In a finished folder it makes again what is missing or cut short.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from dit_jax import autoencoder, cli, hosts
+from dit_jax.config import UserError
+from dit_jax.data import latents, pictures
+from dit_jax.data.images import BadImage
+from dit_jax.data.latents import MANIFEST, SETTINGS, shard_name
+from dit_jax.logging import Progress, say
+from dit_jax.pictures import write_aside
+
+
+def settings_of(source, vae, *, vae_dtype, dtype, shard_size):
+    """What the bytes of a cache follow from, as in its manifest."""
+    side = source.size // vae.factor
+    return {"format": latents.FORMAT, "source": source.identity, "pictures": len(source),
+            "class_names": source.class_names and list(source.class_names), "num_classes": source.num_classes,
+            "size": source.size, "shape": [side, side, vae.latent_channels], "dtype": dtype, "vae": vae.identity,
+            "vae_dtype": vae_dtype, "shard_size": shard_size}
+
+
+def check_same(out, there, settings):
+    """UserError naming the settings in which the cache in `out` is another than `settings` would make."""
+    def plain(fields):  # the same encoder may come from another file
+        vae = fields.get("vae") or {}
+        return {key: fields.get(key) for key in settings} | {"vae": {key: vae.get(key) for key in ("encoder", "scale")}}
+    there, here = plain(there), plain(settings)
+    differ = [f"{key} ({str(there[key])[:80]} there, {str(here[key])[:80]} here)" for key in here if there[key] != here[key]]
+    if differ:
+        raise UserError(f"{out}: this cache was made or begun with other settings: {', '.join(differ)}; use the same, or "
+                        "another --out")
+
+
+def read_json(path):
+    """The dict in a file that write_aside wrote, or None where it is not there or not whole."""
+    try:
+        with open(path) as f:
+            value = json.load(f)
+        return value if isinstance(value, dict) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def beside(shard):
+    return shard.replace(".array_record", ".json")
+
+
+def look(out, settings):
+    """What `out` holds of this cache -> (its manifest or None, {shard: record}, whether anything is left to do but the
+    shards that have no record). A record is a shard's entry in the manifest with `skipped`, its pictures that are not in it.
+    """
+    there = latents.sizes(out)
+    names = shard_names(settings)
+    foreign = [name for name in there if re.fullmatch(r"latents-\d+-of-\d+\.array_record", name) and name not in names]
+    manifest = latents.read_manifest(out) if MANIFEST in there else None
+    begun = manifest or (read_json(os.path.join(out, SETTINGS)) if SETTINGS in there else None)
+    if begun is not None:
+        check_same(out, begun, settings)
+    elif SETTINGS in there:
+        raise UserError(f"{os.path.join(out, SETTINGS)}: is damaged, so that nobody can tell how what is here was made; "
+                        "remove it to begin again, or use another --out")
+    if foreign:
+        raise UserError(f"{os.path.join(out, sorted(foreign)[0])}: a shard of another cache: remove it, or use another --out")
+    if begun is None:
+        for name in there:
+            if name in map(beside, names):  # of a cache whose settings were removed
+                os.remove(os.path.join(out, name))
+        write_aside(os.path.join(out, SETTINGS), latents.to_bytes(settings))
+        return None, {}, True
+    records = {}
+    for i, name in enumerate(names):
+        record = read_json(os.path.join(out, beside(name))) if beside(name) in there else None
+        if record is None and manifest:
+            record = manifest["shards"][i] | {"skipped": [s for s in manifest["skipped"]
+                                                          if s["index"] // settings["shard_size"] == i]}
+        if record is not None and latents.misfit(record, there) is None:
+            records[i] = record
+    return manifest, records, manifest is None or bool(litter(there, names))
+
+
+def shard_names(settings):
+    count = -(-settings["pictures"] // settings["shard_size"])
+    return [shard_name(i, count) for i in range(count)]
+
+
+def litter(there, names):
+    """The files that a finished cache does not have."""
+    mine = {SETTINGS, *map(beside, names)}
+    return [name for name in there if name in mine or name.endswith(".part") and (
+        name.removesuffix(".part") in {MANIFEST, *mine, *names})]
+
+
+def finish(out, settings, before, records):
+    """The manifest, of what all hosts made; then what was only needed on the way goes."""
+    names = shard_names(settings)
+    shards = [{key: value for key, value in records[i].items() if key != "skipped"} for i in range(len(names))]
+    begun = before or read_json(os.path.join(out, SETTINGS))
+    fields = {key: begun[key] for key in settings} | {
+        "count": sum(shard["count"] for shard in shards), "shards": shards,
+        "skipped": [s for i in range(len(names)) for s in records[i]["skipped"]]}
+    if not fields["count"]:
+        raise UserError(f"none of the {settings['pictures']} pictures can be used, e.g. {fields['skipped'][0]['name']}: "
+                        f"{fields['skipped'][0]['reason']}")
+    latents.write_manifest(out, fields)
+    for name in litter(latents.sizes(out), names):
+        os.remove(os.path.join(out, name))
+    if before and before["shards"] != shards:
+        say("what was made again is not byte for byte what it was (another kind of device, or other versions): the cache "
+            "has another identity, and a run that was trained on it will not go on with it")
+    return fields
+
+
+def read_ahead(read, indices, ahead):
+    """(index, read(index) or the BadImage it raised) in order, `ahead` of them being read by threads."""
+    def attempt(index):
+        try:
+            return read(index)
+        except BadImage as e:
+            return e
+
+    waiting = deque()
+    with ThreadPoolExecutor() as pool:
+        try:
+            for index in indices:
+                waiting.append((index, pool.submit(attempt, index)))
+                if len(waiting) > ahead:
+                    index, result = waiting.popleft()
+                    yield index, result.result()
+            for index, result in waiting:
+                yield index, result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()
+
+
+class Encoder:
+    """Pictures -> posteriors, over this host's devices. Each runs one and the same program on `vae`'s fixed number of
+    pictures, so that the bytes do not depend on how many devices there are."""
+
+    def __init__(self, vae, size):
+        mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        self.run = autoencoder.over_devices(vae.posteriors, mesh)
+        self.params = jax.device_put(vae.params, NamedSharding(mesh, P()))
+        self.split = NamedSharding(mesh, P("data"))
+        self.batch_size = autoencoder.batch_size(size) * mesh.size
+
+    def __call__(self, images):
+        """uint8 (n, S, S, 3), n up to batch_size -> a jax array of at least n rows (2, h, w, 2C); rows from n on are of
+        no picture."""
+        images = np.concatenate([images, np.zeros((self.batch_size - len(images), *images.shape[1:]), np.uint8)])
+        return self.run(self.params, jax.device_put(images, self.split))
+
+
+def encode_shards(todo, source, encoder, settings, out, *, left, on_batch, on_shard):
+    """Writes the shards `todo`, and beside each, once it is whole, its record; calls on_shard(shard, record), and
+    on_batch(how many more pictures are done). left: how many pictures may still be skipped."""
+    size, names = settings["shard_size"], shard_names(settings)
+    ranges = {shard: range(shard * size, min((shard + 1) * size, len(source))) for shard in todo}
+    ends = {indices[-1] for indices in ranges.values()}
+    examples = read_ahead(source.read, (i for shard in todo for i in ranges[shard]), 2 * encoder.batch_size)
+    skipped, images, labels, indices, seen, waiting, writer = [], [], [], [], 0, deque(), None
+
+    def write(shard, indices, labels, result, skipped_at_end, seen):
+        nonlocal writer
+        writer = writer or latents.ShardWriter(out, names[shard], settings["dtype"])
+        if indices:
+            posteriors = np.asarray(result)[: len(indices)]
+            with np.errstate(over="ignore"):
+                posteriors = posteriors.astype(settings["dtype"])
+            finite = np.isfinite(posteriors).all((1, 2, 3, 4))
+            if not finite.all():
+                raise UserError(f"{name_of(source, indices[int(np.argmin(finite))])}: its latent is not finite in "
+                                f"{settings['dtype']}: --dtype=float32 and --vae_dtype=float32 hold more; or look at the "
+                                "VAE's weights")
+            writer.add(posteriors, labels)
+        if skipped_at_end is not None:
+            record = writer.close() | {"skipped": skipped_at_end}
+            writer = None
+            write_aside(os.path.join(out, beside(names[shard])), latents.to_bytes(record))
+            on_shard(shard, record)
+        on_batch(seen)
+
+    for index, example in examples:
+        seen += 1
+        if isinstance(example, BadImage):
+            skipped.append({"index": index, "name": example.name, "reason": example.reason})
+            if left <= 0:
+                raise UserError(f"more than --max_skipped={source.max_skipped} pictures cannot be used; the last: {example}")
+            left -= 1
+            print(f"skipped: {example}", file=sys.stderr, flush=True)
+        else:
+            image, label = example
+            if not 0 <= label < source.num_classes:
+                raise UserError(f"{name_of(source, index)}: its label is {label}, and there are {source.num_classes} "
+                                "classes: labels run from 0 (a split without labels has -1)")
+            images.append(image), labels.append(label), indices.append(index)
+        end = index in ends
+        if end or len(images) == encoder.batch_size:
+            # One batch is on the devices while the one before is written.
+            result = encoder(np.stack(images)) if images else None
+            waiting.append((index // size, indices, labels, result, skipped if end else None, seen))
+            images, labels, indices, seen = [], [], [], 0
+            if end:
+                skipped = []
+            if len(waiting) > 1:
+                write(*waiting.popleft())
+    while waiting:
+        write(*waiting.popleft())
+
+
+def name_of(source, index):
+    return source.raw[index][0]
+
+
+def verify(out):
+    """Whether every byte of the cache is what was written. What is wrong is said, a line a shard; -> exit status."""
+    manifest = latents.read_manifest(out)
+    there, mine = latents.sizes(out), range(len(manifest["shards"]))[jax.process_index()::jax.process_count()]
+    progress, found = Progress("verify", len(mine), "shards"), []
+    progress.update(0)
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda i: latents.check_shard(out, manifest, i, there), mine)
+        for done, (i, problem) in enumerate(zip(mine, problems), 1):
+            if problem:
+                found.append((i, problem))
+            progress.update(done)
+    progress.close()
+    found = sorted(tuple(pair) for part in hosts.share(found) for pair in part)
+    if not found:
+        say(f"{out}: all {len(manifest['shards'])} shards are what was written: {describe(manifest)}")
+        return 0
+    if jax.process_index() == 0:
+        for i, problem in found:
+            print(f"{os.path.join(out, manifest['shards'][i]['file'])}: {problem}", file=sys.stderr)
+        print(f"error: {out}: {len(found)} of {len(manifest['shards'])} shards are damaged or missing: remove them, and the "
+              "command that made the cache makes just these again", file=sys.stderr, flush=True)
+    return 1
+
+
+def describe(manifest):
+    total = sum(shard["bytes"] for shard in manifest["shards"])
+    return (f"{manifest['count']:,d} pictures of {manifest['size']} px and their mirror images, {len(manifest['shards'])} "
+            f"shards, {total / 1e9:.3g} GB, {len(manifest['skipped'])} skipped")
+
+
+def open_source(source, path, name, split, size, max_skipped):
+    if not path:
+        raise UserError("--path is missing: name the folder of class folders, or of tensorflow-datasets")
+    if source == "tfds" and not name:
+        raise UserError("--name is missing: which data set, e.g. --name=imagenet2012")
+    raw = pictures.Folder(path) if source == "folder" else pictures.Tfds(name, split, path)
+    return pictures.Pictures(raw, size, max_skipped)
+
+
+def main():
+    f = flags.FLAGS
+    if not f.out:
+        raise UserError("--out is missing: name the cache's folder")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
+    try:
+        return verify(f.out) if f.verify else encode(f)
+    except (ValueError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+def encode(f):
+    if not f.vae:
+        raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    vae = autoencoder.load(f.vae, f.vae_dtype)
+    if f.size % vae.factor:
+        raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
+    source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
+    settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)
+    cli.make_workdir(f.out, "out")
+    check_same(f"the first host's {f.out}", hosts.share(settings)[0], settings)
+
+    # The first process looks what is there; each then makes every n-th of the shards that are not.
+    main_process = jax.process_index() == 0
+    manifest, records, unfinished = look(f.out, settings) if main_process else (None, {}, None)
+    skipped = sum(len(record["skipped"]) for record in records.values())
+    done, skipped, unfinished = hosts.share((sorted(records), skipped, unfinished))[0]
+    if not any(os.path.exists(os.path.join(f.out, name)) for name in (MANIFEST, SETTINGS)):
+        raise UserError(f"--out={f.out}: does not hold what the first host wrote there: name a folder that all hosts see")
+    todo = sorted(set(range(len(shard_names(settings)))) - set(done))
+    mine = todo[jax.process_index()::jax.process_count()]
+    if not todo and not unfinished:
+        say(f"{f.out}: finished already: {describe(manifest)}")
+        return 0
+    if done:
+        say(f"goes on: {len(done)} of {len(done) + len(todo)} shards are there")
+
+    start, made, encoded = time.perf_counter(), {}, 0
+    if mine:
+        total = sum(min(f.shard_size, len(source) - i * f.shard_size) for i in mine)
+        among = f" (host 1 of {jax.process_count()})" if jax.process_count() > 1 else ""
+        progress = Progress(f"encode{among}", total, "pictures")
+
+        def on_batch(count):
+            nonlocal encoded
+            encoded += count
+            progress.update(encoded)
+
+        encode_shards(mine, source, Encoder(vae, f.size), settings, f.out, left=f.max_skipped - skipped,
+                      on_batch=on_batch, on_shard=made.__setitem__)
+        progress.close()
+    everyone = hosts.share((sorted(made.items()), encoded))
+    if main_process:
+        records |= {i: record for part, _ in everyone for i, record in part}
+        skipped = [s for _, record in sorted(records.items()) for s in record["skipped"]]
+        if len(skipped) > f.max_skipped:
+            raise UserError(f"{len(skipped)} pictures cannot be used, more than --max_skipped={f.max_skipped}; the last: "
+                            f"{skipped[-1]['name']}: {skipped[-1]['reason']}")
+        manifest = finish(f.out, settings, manifest, records)
+        rate = sum(count for _, count in everyone) / (time.perf_counter() - start)
+        say(f"{f.out}: {describe(manifest)}; {rate:.3g} pictures/s")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
+    flags.DEFINE_string("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
+    flags.DEFINE_string("name", None, "of tfds: which data set")
+    flags.DEFINE_string("split", "train", "of tfds: which part of it")
+    flags.DEFINE_string("vae", None, "the VAE: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8)
+    flags.DEFINE_string("out", None, "the cache's folder: made, or gone on with")
+    flags.DEFINE_enum("dtype", "float16", latents.DTYPES, "of the cache")
+    flags.DEFINE_enum("vae_dtype", "float32", ["float32", "bfloat16"], "of the VAE's products")
+    flags.DEFINE_integer("shard_size", 2048, "pictures a shard", lower_bound=1)
+    flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
+    flags.DEFINE_bool("verify", False, "read every byte of the cache in --out, and name what is damaged")
+    hosts.define_flags()
+    cli.run(main)

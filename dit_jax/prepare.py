@@ -1,0 +1,30 @@
+"""Prepares imagenet2012 for tensorflow-datasets from the tar files of image-net.org, without TensorFlow.
+
+python -m dit_jax.prepare --tars=DIR --path=DATA_DIR
+"""
+
+import jax
+from absl import flags
+
+from dit_jax import cli
+from dit_jax.config import UserError
+from dit_jax.data import imagenet
+
+
+def main():
+    f = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # nothing here needs a TPU, which another process may be using
+    cli.make_workdir(f.path, "path")
+    try:
+        out = imagenet.prepare(f.tars, f.path, f.partial)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    print(f"{out}: done. To train on it: --config.data.source=tfds --config.data.name=imagenet2012 "
+          f"--config.data.path={f.path}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("tars", None, f"a folder with {' and '.join(imagenet.TARS.values())}", required=True)
+    flags.DEFINE_string("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
+    flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")
+    cli.run(main)

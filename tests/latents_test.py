@@ -1,0 +1,397 @@
+import functools
+import os
+import signal
+import socket
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import one_error
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from dit_jax import autoencoder, encode, hosts
+from dit_jax.config import UserError
+from dit_jax.data import latents
+from dit_jax.data.pictures import Folder, Pictures
+from dit_jax.models import vae
+
+SHAPE = (4, 4, 3)
+
+
+def make(folder, x, y, shard_size, dtype="float16"):
+    """A cache of posteriors x (N, 2, h, w, 2C) and labels y."""
+    folder.mkdir()
+    starts = range(0, len(x), shard_size)
+    shards = []
+    for i, start in enumerate(starts):
+        writer = latents.ShardWriter(str(folder), latents.shard_name(i, len(starts)), dtype)
+        for row in range(start, min(start + shard_size, len(x)), 5):  # in pieces
+            stop = min(row + 5, start + shard_size)
+            writer.add(x[row:stop], y[row:stop])
+        shards.append(writer.close())
+    latents.write_manifest(str(folder), {
+        "format": latents.FORMAT, "count": len(x), "num_classes": 1000, "class_names": None, "size": 32, "shape": SHAPE,
+        "dtype": dtype, "vae": {"scale": 0.18215, "encoder": "abc"}, "shards": shards})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def posteriors():
+    rng = np.random.default_rng(0)
+    mean = 5 * rng.standard_normal((230, 2, *SHAPE))
+    x = np.concatenate([mean, np.exp(rng.normal(-5, 2, mean.shape))], -1).astype(np.float32)
+    return x, rng.integers(0, 1000, 230).astype(np.int32)
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float16", 1e-3), ("float32", 0)])
+def test_what_was_written_is_read_in_any_order_and_batch(posteriors, tmp_path, dtype, rtol):
+    x, y = posteriors
+    cache = latents.LatentCache(make(tmp_path / "c", x, y, 100, dtype))
+    assert len(cache) == 230 and cache.shape == SHAPE and cache.scale == 0.18215 and cache.can_flip
+    assert [entry["count"] for entry in cache.manifest["shards"]] == [100, 100, 30]
+    rng = np.random.default_rng(1)
+    indices, flips = rng.permutation(np.arange(460) % 230), rng.random(460) < 0.5
+    batch = cache.examples(indices.tolist(), flips.tolist())
+    assert batch["x"].dtype == dtype and batch["y"].dtype == np.int32
+    assert_array_equal(batch["y"], y[indices])
+    assert_allclose(batch["x"].astype(np.float32), x[indices, flips.astype(int)], rtol=rtol, atol=1e-7)
+    one = [cache.examples([i], [f]) for i, f in zip(indices[:50], flips)]
+    assert_array_equal(np.concatenate([b["x"] for b in one]), batch["x"][:50])
+    assert cache.examples([], [])["x"].shape == (0, 4, 4, 6)
+    with pytest.raises(IndexError, match="230"):
+        cache.examples([230], [False])
+
+
+def test_the_same_latents_are_the_same_bytes_and_identity(posteriors, tmp_path):
+    x, y = posteriors
+    a, b, other = (latents.LatentCache(make(tmp_path / name, x, labels, 100))
+                   for name, labels in (("a", y), ("b", y), ("other", y[::-1])))
+    assert a.identity == b.identity != other.identity
+    for file in latents.sizes(a.path):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def change(file, at=None):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    file.write_bytes(data)
+
+
+def check(path):
+    """{shard: what is wrong}"""
+    manifest = latents.read_manifest(path)
+    found = [latents.check_shard(path, manifest, i, latents.sizes(path)) for i in range(len(manifest["shards"]))]
+    return {i: problem for i, problem in enumerate(found) if problem}
+
+
+def test_a_flipped_byte_is_found_and_named(posteriors, tmp_path):
+    x, y = posteriors
+    path = make(tmp_path / "c", x, y, 100)
+    assert check(path) == {}
+    shard = tmp_path / "c" / latents.shard_name(1, 3)
+    record = x[152, 0].astype("<f2").tobytes()
+    change(shard, shard.read_bytes().index(record) + 30)
+    cache = latents.LatentCache(path)  # sizes are right
+    wanted = np.arange(230)
+    good = np.setdiff1d(wanted, [152])
+    assert_array_equal(cache.examples(good, good < 0)["y"], y[good])
+    cache.examples([152], [True])  # its mirror image is whole
+    with pytest.raises(ValueError, match=r"latents-00001-of-00003.array_record: is damaged: example 152 cannot be read "
+                                         r"\(.*hash mismatch"):
+        cache.examples(wanted, wanted < 0)
+    assert check(path) == {1: "is damaged: 1 of its 100 examples cannot be read: 152"}
+
+
+def test_cut_short_missing_and_foreign_shards_are_named(posteriors, tmp_path):
+    x, y = posteriors
+    path = make(tmp_path / "c", x, y, 100)
+    first, second, third = (tmp_path / "c" / latents.shard_name(i, 3) for i in range(3))
+    first.write_bytes(first.read_bytes()[:-1000])
+    second.unlink()
+    third.write_bytes(bytes(third.stat().st_size))  # what a file system may leave after a power cut
+    with pytest.raises(ValueError, match=r"00000-of-00003.array_record: has \d+ bytes, not .*and 1 more like it"):
+        latents.LatentCache(path)
+    problems = check(path)
+    assert "cut short" in problems[0] and problems[1] == "is missing"
+    assert problems[2] == "is damaged: none of its examples (200 to 229) can be read"
+
+
+def test_a_manifest_that_is_damaged_missing_or_of_another_format(posteriors, tmp_path):
+    x, y = posteriors
+    path = make(tmp_path / "c", x, y, 100)
+    manifest = tmp_path / "c" / latents.MANIFEST
+    whole = manifest.read_bytes()
+    for at in (0, whole.index(b"0.18215") + 3, whole.index(b'"sha256"') + 14):
+        change(manifest, at)
+        with pytest.raises(ValueError, match="manifest.json: is damaged"):
+            latents.LatentCache(path)
+        manifest.write_bytes(whole)
+    for cut in (b"", whole[:200], b"[]", b"\xff"):
+        manifest.write_bytes(cut)
+        with pytest.raises(ValueError, match="manifest.json: is damaged"):
+            latents.LatentCache(path)
+    fields = latents.json.loads(whole)
+    del fields["sha256"]
+    latents.write_manifest(path, fields | {"format": 99})
+    with pytest.raises(ValueError, match="format 99"):
+        latents.LatentCache(path)
+    manifest.unlink()
+    with pytest.raises(ValueError, match="manifest.json: not there"):
+        latents.LatentCache(path)
+
+
+def test_a_disk_that_is_full_leaves_no_shard(posteriors, tmp_path):
+    import resource
+    x, y = posteriors
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = latents.ShardWriter(str(tmp_path), "shard", "float32")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            writer.add(x, y)
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "shard").exists()
+
+
+# The command.
+
+SIZE, BROKEN = 16, "b/07.png"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of 3 classes with 23 pictures, of which one is broken."""
+    path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, count in (("a", 7), ("b", 10), ("c", 6)):
+        (path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((20, 22 + i)).save(
+                path / name / f"{i:02d}.png")
+    (path / BROKEN).write_bytes(b"no picture")
+    return path
+
+
+def save_vae(path, seed):
+    args = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3)
+    rng = np.random.default_rng(seed)
+    autoencoder.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
+                                                   vae.abstract(**args)[1]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"), 0)
+
+
+@pytest.fixture(scope="module")
+def encoded(folder, small_vae):
+    """encoded(out, **flags): what the command does, in this process, on its four devices -> exit status."""
+    load, make = functools.cache(autoencoder.load), functools.cache(encode.Encoder)
+
+    def run(out, **given):
+        f = dict(source="folder", path=str(folder), name=None, split="train", vae=str(small_vae), size=SIZE, out=str(out),
+                 dtype="float16", vae_dtype="float32", shard_size=8, max_skipped=100)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encode, "Encoder", make)
+            patch.setattr(autoencoder, "load", load)
+            return encode.encode(types.SimpleNamespace(**f | given))
+
+    return run
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))}
+
+
+@pytest.fixture(scope="module")
+def cache(encoded, tmp_path_factory):
+    """A finished cache, of three shards."""
+    out = tmp_path_factory.mktemp("cache")
+    assert encoded(out) == 0
+    return out
+
+
+def test_the_cache_holds_the_posteriors_of_the_pictures(cache, folder, small_vae):
+    source, read = Pictures(Folder(str(folder)), SIZE), latents.LatentCache(str(cache))
+    assert len(read) == 22 and read.class_names == ["a", "b", "c"] and read.num_classes == 3 and read.size == SIZE
+    [skipped] = read.manifest["skipped"]
+    assert skipped["index"] == 14 and skipped["name"] == BROKEN and "no picture" in skipped["reason"]
+    assert [shard["count"] for shard in read.manifest["shards"]] == [8, 7, 7]
+    loaded = autoencoder.load(str(small_vae))
+    assert read.vae == loaded.identity and read.scale == loaded.scale
+    indices = [i for i in range(23) if i != 14]
+    pictures = np.stack([source.read(i)[0] for i in indices])
+    for flip in (False, True):
+        batch = read.examples(np.arange(22), np.full(22, flip))
+        assert_array_equal(batch["y"], [source.read(i)[1] for i in indices])
+        expected = jax.jit(loaded.encode)(loaded.params, pictures[:, :, ::-1] if flip else pictures)
+        assert_allclose(batch["x"].astype(np.float32), np.concatenate(expected, -1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypatch):
+    """Killed before each rename and removal in turn, and gone on with: the finished folder is the same to the byte."""
+    class Killed(BaseException):
+        pass
+
+    real = {name: getattr(os, name) for name in ("replace", "remove")}
+    kill_at = 0
+    while True:
+        count, out = 0, tmp_path / str(kill_at)
+
+        def fatal(name):
+            def call(*args):
+                nonlocal count
+                if str(out) in str(args[0]) and ".probe" not in args[0]:
+                    if count == kill_at:
+                        raise Killed
+                    count += 1
+                return real[name](*args)
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, fatal(name))
+            try:
+                encoded(out)
+                break
+            except Killed:
+                pass
+        assert encoded(out) == 0
+        assert contents(out) == contents(cache)
+        kill_at += 1
+    assert kill_at == 1 + 2 * 3 + 1 + 4  # settings, shards and their records, manifest; then what is no longer needed
+
+
+def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsys):
+    out = tmp_path / "cache"
+    out.mkdir()
+    for name, data in contents(cache).items():
+        (out / name).write_bytes(data)
+    assert encode.verify(str(out)) == 0 and "all 3 shards" in capsys.readouterr().out
+    assert encoded(out) == 0 and "finished already" in capsys.readouterr().out
+    first, second, third = (out / latents.shard_name(i, 3) for i in range(3))
+    change(first)
+    second.write_bytes(second.read_bytes()[:100])
+    third.unlink()
+    assert encode.verify(str(out)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "damaged" in lines[0] and "cut short" in lines[1] and "is missing" in lines[2]
+    assert all(str(shard) in line for shard, line in zip((first, second, third), lines))
+    assert lines[3].startswith("error: ") and "3 of 3 shards" in lines[3]
+    first.unlink()
+    assert encoded(out) == 0
+    assert contents(out) == contents(cache) and "another identity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, word", [
+    ({"size": 24}, "size (16 there, 24 here)"),
+    ({"dtype": "float32"}, "dtype (float16 there, float32 here)"),
+    ({"shard_size": 9}, "shard_size (8 there, 9 here)"),
+    ({"vae_dtype": "bfloat16"}, "vae_dtype"),
+    ({"vae": 1}, "vae ("),
+    ({"path": 1}, "source ("),
+    ({"size": 20}, "--size=20: must be a multiple of 8"),
+    ({"vae": None}, "--vae is missing"),
+    ({"path": None}, "--path is missing"),
+    ({"source": "tfds"}, "--name is missing"),
+], ids=str)
+def test_another_cache_than_was_begun_is_refused(cache, encoded, folder, given, word, tmp_path):
+    if given.get("vae"):
+        given = {"vae": str(save_vae(tmp_path, 1))}
+    if given.get("path"):
+        (tmp_path / "only").mkdir()
+        (tmp_path / "only" / "0.png").write_bytes((folder / "a" / "00.png").read_bytes())
+        given = {"path": str(tmp_path)}
+    before = contents(cache)
+    with pytest.raises(UserError) as e:
+        encoded(cache, **given)
+    assert word in str(e.value) and "\n" not in str(e.value)
+    assert contents(cache) == before
+
+
+def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match=f"more than --max_skipped=0 pictures cannot be used; the last: {BROKEN}: no picture"):
+        encoded(tmp_path / "a", max_skipped=0)
+    assert encoded(tmp_path / "a") == 0  # nothing was lost
+    out, err = capsys.readouterr()
+    assert "22 pictures" in out and "1 skipped" in out and f"skipped: {BROKEN}" in err
+
+    read = Pictures.read
+    for wrong in (-1, 3):
+        monkeypatch.setattr(Pictures, "read", lambda self, i: (read(self, i)[0], wrong) if i == 5 else read(self, i))
+        with pytest.raises(UserError, match=f"a/05.png: its label is {wrong}, and there are 3 classes"):
+            encoded(tmp_path / "b")
+    monkeypatch.setattr(Pictures, "read", read)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a/05.png: its latent is not finite in float16"):
+        patch.setattr(latents.np, "isfinite", lambda x: np.arange(x.size).reshape(x.shape) // x[0].size != 5)
+        encoded(tmp_path / "b")
+    for name in "abc":
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        (tmp_path / "bad" / name / "0.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match="none of the 3 pictures can be used, e.g. a/0.jpg"):
+        encoded(tmp_path / "c", path=str(tmp_path / "bad"))
+    (tmp_path / "b" / "latents-00000-of-00007.array_record").write_bytes(b"")
+    with pytest.raises(UserError, match="latents-00000-of-00007.array_record: a shard of another cache"):
+        encoded(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, folder, small_vae, tmp_path):
+    """SIGKILL to the command; SIGTERM to one of two hosts; then to the end on two, and on one with three devices."""
+    pictures, rng = tmp_path / "pictures", np.random.default_rng(1)
+    for name in ("x", "y"):
+        (pictures / name).mkdir(parents=True)
+        for i in range(400):
+            Image.fromarray(rng.integers(0, 256, (18, 20, 3), dtype=np.uint8)).save(pictures / name / f"{i:03d}.png")
+    (pictures / "y" / "200.png").write_bytes(b"no picture")
+    many = dict(path=str(pictures), shard_size=5)
+    assert encoded(tmp_path / "one", **many) == 0
+    expected = contents(tmp_path / "one")
+
+    def start(out, count=1, **kwargs):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        flags = [f"--path={pictures}", f"--vae={small_vae}", f"--size={SIZE}", "--shard_size=5", f"--out={out}"]
+        return [command("encode", *flags, *([f"--coordinator=localhost:{port}", f"--process_count={count}",
+                                             f"--process_id={i}", "--host_timeout=10"] if count > 1 else []),
+                        wait=False, **kwargs) for i in range(count)]
+
+    def interrupt(processes, which, how, out, shards):
+        done = lambda: sum(name.endswith(".array_record") for name in os.listdir(out)) if out.exists() else 0
+        while done() < shards:
+            assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+            time.sleep(0.005)
+        processes[which].send_signal(how)
+        errors = [p.communicate(timeout=60)[1] for p in processes]
+        assert shards <= done() < 160 and not (out / latents.MANIFEST).exists()
+        return errors
+
+    out = tmp_path / "killed"
+    interrupt(start(out), 0, signal.SIGKILL, out, 5)
+    processes = start(out, count=2)
+    errors = interrupt(processes, 1, signal.SIGTERM, out, 60)
+    assert [p.returncode for p in processes] == [hosts.AGAIN] * 2, errors
+    assert "host 1: stopped by SIGTERM" in errors[1] and "host 1 stopped: " in errors[0]
+    processes = start(out, count=2)
+    results = [p.communicate(timeout=60) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], results
+    assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
+    assert contents(out) == expected
+
+    (out / latents.shard_name(7, 160)).unlink()
+    change(out / latents.shard_name(9, 160))
+    status, _, err = command("encode", "--verify", f"--out={out}")
+    assert status == 1 and "00007" in err.splitlines()[0] and "00009" in err.splitlines()[1], err
+    (out / latents.shard_name(9, 160)).unlink()
+    [process] = start(out, devices=3)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and contents(out) == expected
+    one_error(command("encode", "--verify", f"--out={tmp_path}/nothing"), tmp_path / "nothing", "manifest.json")
