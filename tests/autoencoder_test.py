@@ -226,7 +226,7 @@ def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no diffusion_pytorch_model.safetensors")
     shutil.copyfile(folder / WEIGHTS, tmp_path / "alone.safetensors")
-    refused(tmp_path / "alone.safetensors", "norm_num_groups=32 does not divide .*=8.*config.json")
+    refused(tmp_path / "alone.safetensors", "norm_num_groups=32 does not divide .*8, 16.*config.json")
     for text, words in (('{"act_fn": "relu"}', "act_fn='relu'"), ('{"_class_name": "UNet"}', "_class_name='UNet'"),
                         ("{", "cannot be read"), ("[]", "cannot be read"), ('{"scaling_factor": 0}', "must be positive"),
                         ('{"norm_num_groups": 4, "latent_channels": 3}', "needs")):
@@ -335,3 +335,6 @@ def test_preflight_compiles_the_vae(what, monkeypatch):
     r = preflight.examine(tiny_config(**{"model.input_size": 8}), "v3-8", what)
     assert r["fits"] and r["model"] == "AutoencoderKL" and r["images_per_step"] == 8 * 4
     assert r["hbm_peak_bytes"] < 2**28 and "fits" in preflight.text(r)
+    assert r["bounds_s"]["arithmetic"] == 6 * r["matrix_flops_per_device"] / r["peak_figures"]["flops_per_s"]
+    with pytest.raises(UserError, match="in_channels=1"):
+        preflight.examine(tiny_config(**{"model.in_channels": 1}), "v3-8", what)
