@@ -146,7 +146,7 @@ class VAE(nnx.Module):
     def __init__(self, *, block_out_channels, layers_per_block, latent_channels, norm_num_groups, in_channels=3,
                  dtype=jnp.float32, rngs):
         if any(width % norm_num_groups for width in block_out_channels):
-            raise ValueError(f"norm_num_groups={norm_num_groups} does not divide block_out_channels={block_out_channels}")
+            raise ValueError(f"norm_num_groups={norm_num_groups} does not divide each of {block_out_channels=}")
         shape, c = (tuple(block_out_channels), layers_per_block, norm_num_groups), latent_channels
         self.encoder = Encoder(in_channels, *shape, 2 * c, dtype, rngs)
         self.quant_conv = conv(2 * c, 2 * c, 1, dtype, rngs)
