@@ -37,25 +37,19 @@ HUB = {  # name: (revision, sha256 of WEIGHTS there)
 }
 # Any generation of names -> today's.
 RENAMES = [(re.compile(old), new) for old, new in (
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"coder\.norm_out\.", "coder.conv_norm_out."),
-    (r"(attentions\.0)\.(?:query|q)\.", r"\1.to_q."),
-    (r"(attentions\.0)\.(?:key|k)\.", r"\1.to_k."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."), (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."), (r"coder\.norm_out\.", "coder.conv_norm_out."),
+    (r"(attentions\.0)\.(?:query|q)\.", r"\1.to_q."), (r"(attentions\.0)\.(?:key|k)\.", r"\1.to_k."),
     (r"(attentions\.0)\.(?:value|v)\.", r"\1.to_v."),
     (r"(attentions\.0)\.(?:proj_attn|proj_out)\.", r"\1.to_out.0."),
 )]
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# What models/vae.py leaves no choice of.
-ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-        "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None, "out_channels": 3}
+ONLY = {  # what models/vae.py leaves no choice of
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
+    "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None, "out_channels": 3}
 
 
 class Autoencoder:
@@ -95,7 +89,7 @@ class Autoencoder:
         hosts all call it with the same latents."""
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         run, n = over_devices(self.decode, mesh), mesh.size * batch_size(size)
-        split, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+        split, whole = NamedSharding(mesh, P(mesh.axis_names)), sharding.replicated(mesh)
         params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__), self.params)
 
         def decode(latents):
@@ -120,7 +114,7 @@ def over_devices(function, mesh):
     the result lies whole on all of them."""
     split = P(mesh.axis_names)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), split), out_specs=split, check_vma=False)
-    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(mapped, out_shardings=sharding.replicated(mesh))
 
 
 def load(where, dtype="float32"):

@@ -44,10 +44,11 @@ def folder(tmp_path_factory):
     return path
 
 
-def rewrite(folder, target, change, weights=WEIGHTS):
+def rewrite(folder, target, change):
     """A copy of the folder with change({name: array})."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
-    save_file({name: np.ascontiguousarray(a) for name, a in change(load_file(folder / WEIGHTS)).items()}, target / weights)
+    flat = change(load_file(folder / WEIGHTS))
+    save_file({name: np.ascontiguousarray(a) for name, a in flat.items()}, target / WEIGHTS)
     return target
 
 
@@ -96,8 +97,7 @@ def test_golden(names, tmp_path):
 
 @pytest.mark.parametrize("args, batch, height, width", [
     (SMALL, 3, 24, 40),
-    (dict(block_out_channels=(16, 8, 24, 40), layers_per_block=2, latent_channels=3, norm_num_groups=8, in_channels=3), 2,
-     64, 32)])
+    (SMALL | dict(block_out_channels=(16, 8, 24, 40), layers_per_block=2, latent_channels=3, norm_num_groups=8), 2, 64, 32)])
 def test_equal_to_diffusers(args, batch, height, width, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     params, rng = random_params(args), np.random.default_rng(1)
@@ -134,7 +134,8 @@ def test_every_generation_of_names_is_the_same_vae(folder, tmp_path):
         assert codec.identity["decoder"] == whole.identity["decoder"]
         assert codec.identity["sha256"] == hashlib.sha256((tmp_path / name / WEIGHTS).read_bytes()).hexdigest()
     assert {len(whole.identity[part]) for part in ("encoder", "decoder")} == {16}
-    changed = rewrite(folder, tmp_path / "changed", lambda flat: flat | {"decoder.conv_out.bias": np.ones(3, np.float32)})
+    ones = {"decoder.conv_out.bias": np.ones(3, np.float32)}
+    changed = rewrite(folder, tmp_path / "changed", lambda flat: flat | ones)
     identity = autoencoder.load(str(changed)).identity
     assert identity["encoder"] == whole.identity["encoder"] and identity["decoder"] != whole.identity["decoder"]
     assert identity["scale"] == 0.5 and identity["name"] == "changed"
@@ -158,7 +159,8 @@ def test_torch_files_and_half_precision(folder, tmp_path):
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     tensors = {name: torch.tensor(a) for name, a in flat.items()}
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
-    torch.save({"state_dict": {name: torch.tensor(a) for name, a in compvis(flat).items()}, "epoch": 3}, tmp_path / "a.ckpt")
+    original = {name: torch.tensor(a) for name, a in compvis(flat).items()}
+    torch.save({"state_dict": original, "epoch": 3}, tmp_path / "a.ckpt")
     for where in (tmp_path, tmp_path / "a.ckpt"):
         jax.tree.map(assert_array_equal, autoencoder.load(str(where)).params, whole.params)
     for dtype, type in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
@@ -196,8 +198,8 @@ DAMAGED = {  # what is done to the weights: what the one line must say
     "missing": (lambda flat: drop(flat, "encoder.conv_out.bias"), "encoder.conv_out.bias is missing"),
     "first": (lambda flat: drop(flat, "encoder.conv_in.weight"), "encoder.conv_in.weight is missing"),
     "extra": (lambda flat: flat | {"decoder.extra.weight": np.zeros(3)}, "unknown array decoder.extra.weight"),
-    "shape": (lambda flat: flat | {"quant_conv.bias": np.zeros(7, np.float32)}, r"quant_conv.bias has shape \(7,\).*\(8,\)"),
-    "not finite": (lambda flat: flat | {"quant_conv.bias": np.full(8, np.nan, np.float32)}, "quant_conv.bias .* not finite"),
+    "shape": (lambda flat: flat | {"quant_conv.bias": np.zeros(7)}, r"quant_conv.bias has shape \(7,\).*\(8,\)"),
+    "not finite": (lambda flat: flat | {"quant_conv.bias": np.full(8, np.nan)}, "quant_conv.bias .* not finite"),
     "another": (lambda flat: {"blocks.0.weight": np.zeros(3, np.float32)}, "is missing: this is no VAE"),
 }
 
@@ -226,7 +228,7 @@ def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no diffusion_pytorch_model.safetensors")
     shutil.copyfile(folder / WEIGHTS, tmp_path / "alone.safetensors")
-    refused(tmp_path / "alone.safetensors", "norm_num_groups=32 does not divide .*=8.*config.json")
+    refused(tmp_path / "alone.safetensors", "norm_num_groups=32 does not divide .*8, 16.*config.json")
     for text, words in (('{"act_fn": "relu"}', "act_fn='relu'"), ('{"_class_name": "UNet"}', "_class_name='UNet'"),
                         ("{", "cannot be read"), ("[]", "cannot be read"), ('{"scaling_factor": 0}', "must be positive"),
                         ('{"norm_num_groups": 4, "latent_channels": 3}', "needs")):
@@ -335,3 +337,6 @@ def test_preflight_compiles_the_vae(what, monkeypatch):
     r = preflight.examine(tiny_config(**{"model.input_size": 8}), "v3-8", what)
     assert r["fits"] and r["model"] == "AutoencoderKL" and r["images_per_step"] == 8 * 4
     assert r["hbm_peak_bytes"] < 2**28 and "fits" in preflight.text(r)
+    assert r["bounds_s"]["arithmetic"] == 6 * r["matrix_flops_per_device"] / r["peak_figures"]["flops_per_s"]
+    with pytest.raises(UserError, match="in_channels=1"):
+        preflight.examine(tiny_config(**{"model.in_channels": 1}), "v3-8", what)

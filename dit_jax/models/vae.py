@@ -36,9 +36,8 @@ class GroupNorm(nnx.Module):
         return x * (jax.lax.rsqrt(self._mean(jnp.square(x)) + 1e-6) * self.scale[...]) + self.bias[...]
 
     def _mean(self, x):
-        b, c = x.shape[0], x.shape[-1]
-        groups = x.mean((1, 2)).reshape(b, self.groups, -1).mean(-1)
-        return jnp.repeat(groups, c // self.groups, axis=1)[:, None, None]
+        groups = x.mean((1, 2)).reshape(len(x), self.groups, -1)
+        return jnp.repeat(groups.mean(-1), groups.shape[-1], axis=1)[:, None, None]
 
 
 def conv(inputs, outputs, size, dtype, rngs, **kwargs):
@@ -86,37 +85,31 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Sampler(nnx.Module):
-    def __init__(self, channels, dtype, rngs, **kwargs):
-        self.conv = conv(channels, channels, 3, dtype, rngs, **kwargs)
-
-
 class Level(nnx.Module):
     """Resnets at one size, then a halving (`down`: padded below and to the right) or a doubling (`up`), or neither."""
 
     def __init__(self, inputs, outputs, layers, groups, dtype, rngs, down=False, up=False):
         self.resnets = nnx.List([Resnet(outputs if i else inputs, outputs, groups, dtype, rngs) for i in range(layers)])
-        if down:
-            self.downsamplers = nnx.List([Sampler(outputs, dtype, rngs, strides=2, padding=((0, 1), (0, 1)))])
-        if up:
-            self.upsamplers = nnx.List([Sampler(outputs, dtype, rngs)])
+        how = dict(strides=2, padding=((0, 1), (0, 1))) if down else {}
+        if down or up:
+            sampler = nnx.List([nnx.Dict(conv=conv(outputs, outputs, 3, dtype, rngs, **how))])
+            setattr(self, "downsamplers" if down else "upsamplers", sampler)
 
     def __call__(self, x):
         for resnet in self.resnets:
             x = resnet(x)
         if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0].conv(x)
+            x = self.downsamplers[0]["conv"](x)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0].conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+            x = self.upsamplers[0]["conv"](jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
         return x
 
 
 class Encoder(nnx.Module):
     def __init__(self, in_channels, channels, layers, groups, out_channels, dtype, rngs):
         self.conv_in = conv(in_channels, channels[0], 3, dtype, rngs)
-        self.down_blocks = nnx.List([
-            Level(channels[max(i - 1, 0)], c, layers, groups, dtype, rngs, down=i < len(channels) - 1)
-            for i, c in enumerate(channels)])
+        self.down_blocks = nnx.List([Level(channels[max(i - 1, 0)], c, layers, groups, dtype, rngs,
+                                           down=i < len(channels) - 1) for i, c in enumerate(channels)])
         self.mid_block = MidBlock(channels[-1], groups, dtype, rngs)
         self.conv_norm_out = GroupNorm(channels[-1], groups)
         self.conv_out = conv(channels[-1], out_channels, 3, dtype, rngs)
@@ -133,9 +126,8 @@ class Decoder(nnx.Module):
         channels = channels[::-1]
         self.conv_in = conv(latent_channels, channels[0], 3, dtype, rngs)
         self.mid_block = MidBlock(channels[0], groups, dtype, rngs)
-        self.up_blocks = nnx.List([
-            Level(channels[max(i - 1, 0)], c, layers + 1, groups, dtype, rngs, up=i < len(channels) - 1)
-            for i, c in enumerate(channels)])
+        self.up_blocks = nnx.List([Level(channels[max(i - 1, 0)], c, layers + 1, groups, dtype, rngs,
+                                         up=i < len(channels) - 1) for i, c in enumerate(channels)])
         self.conv_norm_out = GroupNorm(channels[-1], groups)
         self.conv_out = conv(channels[-1], out_channels, 3, dtype, rngs)
 
@@ -153,9 +145,8 @@ class VAE(nnx.Module):
 
     def __init__(self, *, block_out_channels, layers_per_block, latent_channels, norm_num_groups, in_channels=3,
                  dtype=jnp.float32, rngs):
-        for width in block_out_channels:
-            if width % norm_num_groups:
-                raise ValueError(f"norm_num_groups={norm_num_groups} does not divide block_out_channels={width}")
+        if any(width % norm_num_groups for width in block_out_channels):
+            raise ValueError(f"norm_num_groups={norm_num_groups} does not divide each of {block_out_channels=}")
         shape, c = (tuple(block_out_channels), layers_per_block, norm_num_groups), latent_channels
         self.encoder = Encoder(in_channels, *shape, 2 * c, dtype, rngs)
         self.quant_conv = conv(2 * c, 2 * c, 1, dtype, rngs)
