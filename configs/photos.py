@@ -6,9 +6,9 @@ from dit_jax.config import paper
 
 def get_config():
     c = paper("")
-    c.steps = 1_000
+    c.steps = 2_000
     c.batch_size = 32
-    c.model.patch_size = 1
+    c.model.patch_size = 2
     c.model.depth = 4
     c.model.hidden_size = 128
     c.model.num_heads = 4
@@ -19,8 +19,8 @@ def get_config():
     c.data.path = "runs/photos/latents"
     c.vae.path = "runs/photos/vae"
     c.log_every = 100
-    c.checkpoint.every = 250
-    c.sample.every = 500
+    c.checkpoint.every = 500
+    c.sample.every = 1_000
     c.sample.per_class = 8
     c.sample.cfg_scale = 1.5
     c.sample.cfg_channels = 0
