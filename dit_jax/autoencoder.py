@@ -21,7 +21,7 @@ import safetensors
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from dit_jax import hub
+from dit_jax import hub, sharding
 from dit_jax.config import UserError
 from dit_jax.convert import read_torch, state_dict
 from dit_jax.models import vae
@@ -29,9 +29,10 @@ from dit_jax.pictures import write_aside
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCALE = 0.18215
-HUB = {  # name: (revision, size and sha256 of WEIGHTS there; None: no source for it was found)
-    "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a", 334_643_276, None),
-    "stabilityai/sd-vae-ft-mse": ("31f26fdeee1355a5c34592e401dd41e45d25a493", 334_643_276,
+HUB = {  # name: (revision, sha256 of WEIGHTS there)
+    "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a",
+                                  "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
+    "stabilityai/sd-vae-ft-mse": ("31f26fdeee1355a5c34592e401dd41e45d25a493",
                                   "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
 }
 # Any generation of names -> today's.
@@ -65,14 +66,14 @@ class Autoencoder:
     encoder's and the decoder's arrays 16 hexadecimal digits each, the same for the same arrays in any format).
     """
 
-    def __init__(self, args, params, scale, identity, dtype="float32"):
+    def __init__(self, args, params, scale=SCALE, identity=None, dtype="float32"):
         self.args, self.params, self.scale, self.identity = args, params, scale, identity
         self.factor, self.latent_channels = 2 ** (len(args["block_out_channels"]) - 1), args["latent_channels"]
         self.graphdef = vae.abstract(**args, dtype=jnp.dtype(dtype))[0]
 
     def encode(self, params, images):
-        """images (B, S, S, 3), uint8 or float32 in [-1, 1] -> mean and standard deviation of the posterior, (B, s, s, C)
-        float32 each, not scaled. A pure function."""
+        """images (B, S, S, 3), uint8 or float32 in [-1, 1] -> mean and standard deviation of the posterior,
+        (B, s, s, C) float32 each, not scaled. A pure function."""
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 127.5 - 1
         mean, logvar = nnx.merge(self.graphdef, params).encode(images)
@@ -92,16 +93,16 @@ class Autoencoder:
         """-> f(latents (N, s, s, C) scaled, numpy) -> images (N, size, size, 3) float32, numpy. Over all devices of the
         mesh (None: one device), batch_size(size) at a time on each, by one program whatever their number. On several
         hosts all call it with the same latents."""
-        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]) if mesh is None else mesh
-        run, shape = over_devices(self.decode, mesh), (mesh.size * batch_size(size),)
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+        run, n = over_devices(self.decode, mesh), mesh.size * batch_size(size)
         split, whole = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
         params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__), self.params)
 
         def decode(latents):
             images = []
-            for start in range(0, len(latents), shape[0]):
-                part = np.asarray(latents[start: start + shape[0]], np.float32)
-                part = np.concatenate([part, np.zeros((shape[0] - len(part), *part.shape[1:]), np.float32)])
+            for start in range(0, len(latents), n):
+                part = np.asarray(latents[start: start + n], np.float32)
+                part = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.float32)])
                 part = jax.make_array_from_callback(part.shape, split, part.__getitem__)
                 images.append(np.asarray(run(params, part)))
             return np.concatenate(images)[: len(latents)]
@@ -110,8 +111,8 @@ class Autoencoder:
 
 
 def batch_size(size):
-    """Pictures of size x size that go through the VAE at once on a device: 16 at 256, 4 at 512."""
-    return max(1, (1024 // size) ** 2)
+    """How many pictures of size x size go through the VAE at once on a device: 4 up to 256, 1 from 512 on."""
+    return max(1, min(4, (512 // size) ** 2))
 
 
 def over_devices(function, mesh):
@@ -123,13 +124,13 @@ def over_devices(function, mesh):
 
 
 def load(where, dtype="float32"):
-    """where: a file, a folder with config.json and diffusion_pytorch_model.{safetensors,bin}, or a name of HUB. dtype: of
-    the products, "float32" or "bfloat16". Without a config.json beside the file there are 32 groups and the scale is
-    0.18215. Raises UserError."""
+    """where: a file, a folder with config.json and diffusion_pytorch_model.{safetensors,bin}, or a name of HUB.
+    dtype: of the products, "float32" or "bfloat16". Without a config.json beside the file there are 32 groups and the
+    scale is 0.18215. Raises UserError."""
     path, pinned = where, None
     if where in HUB and not os.path.exists(where):
-        revision, size, pinned = HUB[where]
-        path = hub.fetch(where, revision, WEIGHTS, size, pinned)
+        revision, pinned = HUB[where]
+        path = hub.fetch(where, revision, WEIGHTS, pinned)
     elif os.path.isdir(where):
         path = next((os.path.join(where, name) for name in (WEIGHTS, WEIGHTS.replace("safetensors", "bin"))
                      if os.path.isfile(os.path.join(where, name))), None)
@@ -142,11 +143,14 @@ def load(where, dtype="float32"):
         raise UserError(f"{path}: is not what was published (its sha256 is {sha256}): delete it and run again")
     args = _infer_args(flat, path) | _read_config(os.path.join(os.path.dirname(path), "config.json"))
     scale = args.pop("scaling_factor", SCALE)
-    params = _to_params(flat, args, path)
+    try:
+        params = _to_params(flat, vae.abstract(**args, dtype=jnp.dtype(dtype))[1], path)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}; a config.json beside it says what is so") from None
     name = where if where in HUB else os.path.basename(os.path.abspath(where))
-    digests = {part: _digest(flat, part, quant) for part, quant in (("encoder", "quant_conv"),
-                                                                    ("decoder", "post_quant_conv"))}
-    return Autoencoder(args, params, scale, dict(name=name, sha256=sha256, **digests, scale=scale), dtype)
+    identity = dict(name=name, sha256=sha256, encoder=_digest(flat, ("encoder.", "quant_conv.")),
+                    decoder=_digest(flat, ("decoder.", "post_quant_conv.")), scale=scale)
+    return Autoencoder(args, params, scale, identity, dtype)
 
 
 def save(folder, args, params, scale=SCALE):
@@ -157,7 +161,7 @@ def save(folder, args, params, scale=SCALE):
     config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * levels,
               "up_block_types": ["UpDecoderBlock2D"] * levels, "out_channels": args["in_channels"],
               "scaling_factor": scale, **args}
-    flat = dict(_published(path, np.asarray(a)) for path, a in jax.tree_util.tree_leaves_with_path(params))
+    flat = dict(_published(path, np.asarray(a, np.float32)) for path, a in jax.tree_util.tree_leaves_with_path(params))
     write_aside(os.path.join(folder, WEIGHTS), save({name: np.ascontiguousarray(a) for name, a in flat.items()}))
     write_aside(os.path.join(folder, "config.json"), (json.dumps(config, indent=2) + "\n").encode())
 
@@ -189,7 +193,7 @@ def _read(path):
             name = pattern.sub(new, name)
         if ".attentions." in name and a.shape[2:] == (1, 1):
             a = a[:, :, 0, 0]
-        found[name] = a.astype(np.float32)
+        found[name] = a.astype(np.float32, copy=False)
     return found, sha256
 
 
@@ -203,9 +207,11 @@ def _read_config(path):
         for field, only in ONLY.items():
             if config.get(field, only) != only:
                 raise UserError(f"{path}: {field}={config[field]!r}: only {only!r} is known here")
+        if not config.get("scaling_factor", SCALE) > 0:
+            raise UserError(f"{path}: scaling_factor={config['scaling_factor']!r}: must be positive")
         config = {field: config[field] for field in (*vae.PUBLISHED, "scaling_factor") if field in config}
         return {field: tuple(value) if isinstance(value, list) else value for field, value in config.items()}
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: cannot be read as a config ({e})") from None
 
 
@@ -231,11 +237,7 @@ def _published(path, a):
     return ".".join([*parents, leaf if leaf == "bias" else "weight"]), a.transpose(order)
 
 
-def _to_params(flat, args, path):
-    try:
-        target = vae.abstract(**args)[1]
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}: a config.json beside it must say what is right") from None
+def _to_params(flat, target, path):
     known = set()
 
     def take(place, leaf):
@@ -256,9 +258,8 @@ def _to_params(flat, args, path):
     return params
 
 
-def _digest(flat, *parts):
+def _digest(flat, prefixes):
     digest = hashlib.sha256()
-    for name in sorted(flat):
-        if name.startswith(tuple(f"{part}." for part in parts)):
-            digest.update(name.encode() + np.ascontiguousarray(flat[name]).tobytes())
+    for name in sorted(name for name in flat if name.startswith(prefixes)):
+        digest.update(name.encode() + np.ascontiguousarray(flat[name]).tobytes())
     return digest.hexdigest()[:16]

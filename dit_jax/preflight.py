@@ -2,11 +2,12 @@
 
     python -m dit_jax.preflight --config=configs/xl2.py --topology=v3:8x16
     python -m dit_jax.preflight --config=configs/xl2.py --topology=v5e-16 --what=sample --out=report.json
+    python -m dit_jax.preflight --config=configs/xl2_512.py --topology=v3-8 --what=decode
     python -m dit_jax.preflight --table=v3-8,v3-256 --models=DiT-XL/2,DiT-XL/2-512
 
-The program is the very one that `train` (or the sampler) runs, compiled ahead of time by libtpu's compiler. Whether it
-fits is the compiler's word. The times are bounds from the chip's peak figures, not timings: a real step takes longer.
-Exit status 1 where it does not fit.
+The program is the very one that `train` (or the sampler, or the VAE) runs, compiled ahead of time by libtpu's compiler.
+Whether it fits is the compiler's word. The times are bounds from the chip's peak figures, not timings: a real step takes
+longer. Exit status 1 where it does not fit.
 """
 
 import json
@@ -59,6 +60,8 @@ def _program(config, mesh, what):
     """(the jitted function, the shapes it is called with, how many images one call takes or makes)."""
     from dit_jax import train
 
+    if what in ("encode", "decode"):
+        return _vae_program(config["model"], mesh, what)
     model, batch = config["model"], config["batch_size"]
     init, step, target = train.make_programs(config, mesh)
     across = sharding.batch_sharding(mesh)
@@ -70,6 +73,26 @@ def _program(config, mesh, what):
     n = generator.batch_size
     return generator.run, (target.ema, jax.ShapeDtypeStruct((n,), np.int32, sharding=across),
                            jax.ShapeDtypeStruct((n,), np.uint32, sharding=across)), n
+
+
+def _vae_program(model, mesh, what):
+    """_program of the published VAE at the size that the model's latents stand for."""
+    from dit_jax import autoencoder
+    from dit_jax.models import vae
+
+    codec = autoencoder.Autoencoder(vae.PUBLISHED, vae.abstract(**vae.PUBLISHED)[1])
+    if model["in_channels"] != codec.latent_channels:
+        raise UserError(f"model.in_channels={model['in_channels']}: --what={what} is about latents, of "
+                        f"{codec.latent_channels} channels")
+    side, size = model["input_size"], model["input_size"] * codec.factor
+    function, shape, dtype = ((codec.posteriors, (size, size, 3), np.uint8) if what == "encode" else
+                              (codec.decode, (side, side, codec.latent_channels), np.float32))
+    batch = mesh.size * autoencoder.batch_size(size)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    whole = sharding.replicated(mesh)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), codec.params)
+    return (autoencoder.over_devices(function, mesh),
+            (params, jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=spread)), batch)
 
 
 def _bytes(text):
@@ -132,6 +155,8 @@ def examine(config, topology, what="train"):
         "peak_figures": {"flops_per_s": chip.flops / chip.devices, "hbm_bytes_per_s": chip.bandwidth / chip.devices,
                          "interconnect_bytes_per_s_into_a_chip": chip.interconnect, "source": chip.source},
     }
+    if what in ("encode", "decode"):
+        report |= {"model": "AutoencoderKL", "scan": None, "remat": None, "dtype": "float32"}
     start = time.perf_counter()
     function, shapes, images = _program(config, mesh, what)
     lowered = function.lower(*shapes)
@@ -168,8 +193,10 @@ def _read(report, compiled, mesh, chip, config, args):
     number = {place: i for i, place in enumerate(dict.fromkeys(places))}
     cost = Program(compiled.as_text(), [number[place] for place in places]).cost()
     memory, xla = compiled.memory_analysis(), compiled.cost_analysis()
-    per_image = flops.train_flops(**args) if report["what"] == "train" else (
-        2 * flops.macs(**args) * (2 if config["sample"]["cfg_scale"] != 1 else 1) * _denoising_steps(config))
+    per_image = {"train": lambda: flops.train_flops(**args), "sample": lambda: (
+        2 * flops.macs(**args) * (2 if config["sample"]["cfg_scale"] != 1 else 1) * _denoising_steps(config))}
+    images = report["images_per_step"]
+    own = per_image[report["what"]]() * images / mesh.size if report["what"] in per_image else None
     rates = report["peak_figures"]
     bounds = {"arithmetic": cost.matrix_flops / rates["flops_per_s"],
               "memory": cost.hbm_bytes / rates["hbm_bytes_per_s"],
@@ -183,14 +210,14 @@ def _read(report, compiled, mesh, chip, config, args):
         "hbm_aliased_bytes": memory.alias_size_in_bytes, "hbm_temporaries_bytes": memory.temp_size_in_bytes,
         "hbm_program_bytes": memory.generated_code_size_in_bytes,
         "flops_per_device": cost.flops, "matrix_flops_per_device": cost.matrix_flops,
-        "model_flops_per_device": per_image * report["images_per_step"] / mesh.size,
+        "model_flops_per_device": own,  # None: not counted, of the VAE
         "xla_flops_per_device": xla["flops"], "bytes_per_device": cost.bytes, "hbm_bytes_per_device": cost.hbm_bytes,
         "xla_bytes_per_device": xla["bytes accessed"],
         "collectives": {kind: {"count": int(count), "bytes": int(size)} for kind, (count, size)
                         in sorted(cost.collectives.items())},
         "interconnect_bytes_into_a_chip": cost.chip_bytes,
         "bounds_s": bounds, "step_time_bound_s": bound, "bound_by": max(bounds, key=bounds.get),
-        "images_per_s_bound": report["images_per_step"] / bound,
+        "images_per_s_bound": images / bound,
         # XLA counts an op that it does not know as -1 s, and the body of a loop once; only on v3 is the rest plausible.
         "xla_estimate_s": (estimate - np.floor(estimate) if report["chip"] == "v3" and report["what"] == "train"
                            and not report["scan"] else None),
@@ -211,7 +238,8 @@ def _gib(n):
 def text(r):
     """The report as a person reads it."""
     lines = [f"{r['model'] or 'DiT'}, {r['what']}, on {r['topology']}: {r['devices']} devices on {r['chips']} {r['chip']} "
-             f"chips, mesh {r['mesh']}, {r['dtype']}, {'scanned' if r['scan'] else 'unrolled'} blocks, remat {r['remat']}",
+             f"chips, mesh {r['mesh']}, {r['dtype']}" + (
+                 f", {'scanned' if r['scan'] else 'unrolled'} blocks, remat {r['remat']}" if r["remat"] else ""),
              f"compiled in {r['compile_seconds']} s (traced and lowered in {r['lower_seconds']} s)", ""]
     capacity = f"of {_gib(r['hbm_capacity_bytes'])} that libtpu leaves to a device's program"
     if r["fits"]:
@@ -226,6 +254,7 @@ def text(r):
     if "step_time_bound_s" not in r:
         return "\n".join(lines)
     rates, bounds = r["peak_figures"], r["bounds_s"]
+    own = f"the model's own {r['model_flops_per_device'] / 1e12:.4g}; " if r["model_flops_per_device"] else ""
     unit = "step" if r["what"] == "train" else f"{r['images_per_step']} images"
     lines += [
         f"  arguments {_gib(r['hbm_arguments_bytes'])}, outputs {_gib(r['hbm_outputs_bytes'])} (of these "
@@ -233,8 +262,8 @@ def text(r):
         f"{_gib(r['hbm_program_bytes'])}", "",
         f"a device, a {unit}:" if r["what"] == "train" else f"a device, {unit}:",
         f"  arithmetic  {r['matrix_flops_per_device'] / 1e12:.4g} TFLOP in matrix products, "
-        f"{r['flops_per_device'] / 1e12:.4g} in all (the model's own {r['model_flops_per_device'] / 1e12:.4g}; XLA counts "
-        f"{r['xla_flops_per_device'] / 1e12:.4g}, a loop's body once)",
+        f"{r['flops_per_device'] / 1e12:.4g} in all ({own}XLA counts {r['xla_flops_per_device'] / 1e12:.4g}, a loop's body "
+        "once)",
         f"  bytes       {r['bytes_per_device'] / 1e9:.4g} GB, {r['hbm_bytes_per_device'] / 1e9:.4g} GB of them in HBM (XLA "
         f"counts {r['xla_bytes_per_device'] / 1e9:.4g}, a loop's body once)",
         f"  collectives {r['interconnect_bytes_into_a_chip'] / 1e9:.4g} GB into each chip at least",
@@ -315,7 +344,8 @@ def main():
 if __name__ == "__main__":
     cli.define_config(required=False)
     flags.DEFINE_string("topology", None, "the slice: v3:8x16 or v3-256")
-    flags.DEFINE_enum("what", "train", ["train", "sample"], "the training step, or the sampler with config.sample")
+    flags.DEFINE_enum("what", "train", ["train", "sample", "encode", "decode"],
+                      "the training step, the sampler with config.sample, or the published VAE at the size of the model")
     flags.DEFINE_string("out", None, "a JSON file for the report")
     flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
     flags.DEFINE_list("models", ["all"], "of --table: which models")

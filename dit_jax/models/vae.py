@@ -6,6 +6,8 @@ H, W the map's height and width, C channels. Convolutions and matrix products ru
 the softmax are float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ def precision(dtype):
 
 
 class GroupNorm(nnx.Module):
-    """float32 statistics in two passes. Channels are summed first, then groups: a TPU pads a last axis of C / groups."""
+    """float32 statistics in two passes; channels first, then groups, as a TPU pads a last axis of C / groups."""
 
     def __init__(self, channels, groups):
         self.groups = groups
@@ -67,8 +69,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x):
         b, h, w, c = x.shape
-        tokens = self.group_norm(x).reshape(b, h * w, c)
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # (B, HW, C)
+        tokens = self.group_norm(x).reshape(b, h * w, c)  # (B, HW, C), as q, k and v
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         how = dict(precision=precision(self.dtype), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k, **how) * c**-0.5)  # (B, HW, HW)
         out = jnp.einsum("bqk,bkc->bqc", weights.astype(self.dtype), v, **how)
@@ -82,6 +84,11 @@ class MidBlock(nnx.Module):
 
     def __call__(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Sampler(nnx.Module):
+    def __init__(self, channels, dtype, rngs, **kwargs):
+        self.conv = conv(channels, channels, 3, dtype, rngs, **kwargs)
 
 
 class Level(nnx.Module):
@@ -102,11 +109,6 @@ class Level(nnx.Module):
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0].conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
         return x
-
-
-class Sampler(nnx.Module):
-    def __init__(self, channels, dtype, rngs, **kwargs):
-        self.conv = conv(channels, channels, 3, dtype, rngs, **kwargs)
 
 
 class Encoder(nnx.Module):
@@ -145,12 +147,12 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """Args: block_out_channels: width at each size, halved from one to the next. layers_per_block: resnets a size in the
-    encoder; the decoder has one more. dtype: of products and activations.
+    """Args: block_out_channels: the width at each size, from the pictures' down. layers_per_block: resnets at each size
+    of the encoder; the decoder has one more. dtype: of products and activations.
     Raises: ValueError where the groups do not divide a width."""
 
-    def __init__(self, *, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                 norm_num_groups=32, in_channels=3, dtype=jnp.float32, rngs):
+    def __init__(self, *, block_out_channels, layers_per_block, latent_channels, norm_num_groups, in_channels=3,
+                 dtype=jnp.float32, rngs):
         for width in block_out_channels:
             if width % norm_num_groups:
                 raise ValueError(f"norm_num_groups={norm_num_groups} does not divide block_out_channels={width}")
@@ -170,6 +172,7 @@ class VAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
 
+@functools.lru_cache
 def abstract(**args):
     """(graphdef, params) of VAE(**args) with shapes in place of arrays: nothing is allocated."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(**args, rngs=nnx.Rngs(0))))
