@@ -1,4 +1,4 @@
-"""Pictures: decoding against arrays written by hand or known colours, sources, and imagenet2012 against tfds's own writer."""
+"""Decoding against files written by hand and known colours; sources; imagenet2012 against tfds's own writer."""
 
 import io
 import json
@@ -36,6 +36,11 @@ def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
+def packed(a, depth):
+    """(H, W) values of `depth` bits -> the bytes of its rows."""
+    return np.packbits((a[..., None] >> np.arange(depth - 1, -1, -1) & 1).reshape(len(a), -1).astype(bool), axis=1)
+
+
 def png(a, depth, colour, *more, size=None):
     """A PNG by its specification: a (H, W) or (H, W, channels) of values of `depth` bits."""
     h, w = size or a.shape[:2]
@@ -43,10 +48,10 @@ def png(a, depth, colour, *more, size=None):
     if depth == 16:
         rows = rows.astype(">u2").view(np.uint8)
     elif depth < 8:
-        rows = np.packbits((rows[..., None] >> np.arange(depth - 1, -1, -1) & 1).reshape(len(rows), -1).astype(bool), axis=1)
+        rows = packed(rows, depth)
     data = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in rows)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)) + b"".join(more) +
-            chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b""))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0))
+    return b"".join((b"\x89PNG\r\n\x1a\n", header, *more, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")))
 
 
 def tiff(data, width, height, depth, order="<", white_is_zero=False, sample_format=1):
@@ -102,8 +107,8 @@ def test_png_of_all_kinds():
     for depth in (1, 2, 4, 8):
         a = RNG.integers(0, min(16, 2 ** depth), (13, 21))
         for more in ((), (chunk(b"tRNS", bytes(range(0, 160, 10))[:2 ** depth]),)):
-            np.testing.assert_array_equal(decode(png(a, depth, 3, chunk(b"PLTE", palette[:2 ** depth].tobytes()), *more)),
-                                          palette[a], f"palette {depth}")
+            data = png(a, depth, 3, chunk(b"PLTE", palette[:2 ** depth].tobytes()), *more)
+            np.testing.assert_array_equal(decode(data), palette[a], f"palette {depth}")
     for depth in (8, 16):
         a = RNG.integers(0, 2 ** depth, (13, 21, 4))
         high = (a >> (depth - 8)).astype(np.uint8)
@@ -120,10 +125,10 @@ def test_deep_grey():
     np.testing.assert_array_equal(decode(tiff(a.astype("<u2").tobytes(), 21, 13, 16, white_is_zero=True)),
                                   grey(255 - (a >> 8)))
     b = RNG.integers(0, 4096, (13, 22))
-    bits = np.packbits((b[..., None] >> np.arange(11, -1, -1) & 1).reshape(13, -1).astype(bool), axis=1)
-    np.testing.assert_array_equal(decode(tiff(bits.tobytes(), 22, 13, 12)), grey(b >> 4))
+    np.testing.assert_array_equal(decode(tiff(packed(b, 12).tobytes(), 22, 13, 12)), grey(b >> 4))
     np.testing.assert_array_equal(decode(b"P5 21 13 65535\n" + a.astype(">u2").tobytes()), grey(a >> 8))
-    for data in (tiff(a.astype("<u4").tobytes(), 21, 13, 32), tiff(a.astype("<i2").tobytes(), 21, 13, 16, sample_format=2),
+    for data in (tiff(a.astype("<u4").tobytes(), 21, 13, 32),
+                 tiff(a.astype("<i2").tobytes(), 21, 13, 16, sample_format=2),
                  tiff(a.astype("<f4").tobytes(), 21, 13, 32, sample_format=3)):
         with pytest.raises(BadImage, match="what is white in it is not defined"):
             decode(data)
@@ -374,7 +379,8 @@ INDEX = RNG.integers(0, 16, (6, 9, 12))
 
 def write_set(tfds, path, name="shapes", **features):
     """A set of six palette PNGs that tfds itself has written."""
-    features = features or {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["round", "square"])}
+    if not features:
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["round", "square"])}
 
     class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
@@ -467,7 +473,8 @@ def tar(files):
 def ilsvrc(tfds, tmp_path_factory):
     """The two tar files in small: (folder, {split: {file name: (synset, bytes)}})."""
     root = tmp_path_factory.mktemp("tars")
-    resources = [tfds.core.tfds_path(f"datasets/imagenet2012/{f}labels.txt").read_text().split() for f in ("", "validation_")]
+    resources = [tfds.core.tfds_path(f"datasets/imagenet2012/{kind}labels.txt").read_text().split()
+                 for kind in ("", "validation_")]
 
     def jpeg():
         return encoded(RNG.integers(0, 256, (20, 30, 3), np.uint8), "JPEG")
@@ -510,8 +517,9 @@ def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path):
     assert names == sorted(names) and len(set(names)) == 1000  # the official order: that of the synsets
     for split, files in splits.items():
         raw = Tfds("imagenet2012", split, str(tmp_path / "data"))
-        plain, written = (tfds.data_source("imagenet2012", split=split, data_dir=str(tmp_path / name),
-                                           decoders={"image": tfds.decode.SkipDecoding()}) for name in ("data", "oracle"))
+        plain, written = (tfds.data_source("imagenet2012", split=split, data_dir=str(tmp_path / where),
+                                           decoders={"image": tfds.decode.SkipDecoding()})
+                          for where in ("data", "oracle"))
         assert list(plain) == list(written)  # in the same order, too
         assert raw.num_classes == 1000 and len(raw) == len(plain) == len(files)
         for record, (name, data, label) in zip(plain, raw, strict=True):

@@ -1,8 +1,8 @@
-"""imagenet2012, as tensorflow-datasets names and lays it out, from the two tar files of image-net.org, without TensorFlow.
+"""imagenet2012, as tensorflow-datasets lays it out, from the two tar files of image-net.org, without TensorFlow.
 
-Name, version, features, splits, records and their order are those that tfds itself would write (its own builder, and its
-writer for more than 1 GB, both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord reads it. One
-difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as they are in the tar files.
+Name, version, features, splits, records and their order are those that tfds itself would write (its own builder, and
+its writer for more than 1 GB, both need TensorFlow), so that anything that reads `imagenet2012` in ArrayRecord reads
+it. One difference: tfds re-encodes 22 CMYK pictures and one PNG to RGB JPEG; here the bytes stay as in the tar files.
 """
 
 import collections
@@ -14,7 +14,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 from dit_jax.config import UserError
-from dit_jax.data.pictures import _import_tfds
+from dit_jax.data.pictures import import_tfds
 from dit_jax.logging import Progress, say
 from dit_jax.pictures import write_aside
 
@@ -39,7 +39,7 @@ def _members(path, start=0, end=None):
             rest = f.read(min(512, max(0, end - archive.offset)))
             whole = archive.offset <= end and not rest.strip(b"\0") and len(rest) in (0, 512)
     except (tarfile.TarError, OSError) as e:
-        raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or another file; fetch it again") from None
+        raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or no tar: fetch it again") from None
     if not whole:
         raise UserError(f"{what}: is cut short or damaged at byte {archive.offset}: fetch it again")
     return [(m.name, m.offset_data, m.size) for m in members if m.isreg()]
@@ -66,8 +66,8 @@ def _validation(path, labels):
         name = os.path.basename(name)
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UserError(f"{path}: holds {name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG are "
-                            "expected")
+            raise UserError(f"{path}: holds {name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG "
+                            "are expected")
         pictures.append(Picture(name, labels[int(number[1]) - 1], offset, size))
     return pictures
 
@@ -75,7 +75,7 @@ def _validation(path, labels):
 def contents(tars, partial):
     """What the tar files in a folder hold -> {split: [Picture]}. UserError where one is missing, cut short, or holds
     another number of pictures than ILSVRC2012; with `partial`, what is there is taken."""
-    tfds = _import_tfds()
+    tfds = import_tfds()
     classes = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     of_validation = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     found = {}
@@ -84,8 +84,8 @@ def contents(tars, partial):
         if not os.path.isfile(path):
             if partial:
                 continue
-            raise UserError(f"{path}: no such file: fetch it from https://image-net.org/download-images, or take what is "
-                            "there with --partial")
+            raise UserError(f"{path}: no such file: fetch it from https://image-net.org/download-images, or take what "
+                            "is there with --partial")
         found[split] = _train(path, classes) if split == "train" else _validation(path, of_validation)
         if len(found[split]) != COUNTS[split] and not partial:
             raise UserError(f"{path}: holds {len(found[split]):,} pictures, ILSVRC2012 has {COUNTS[split]:,}: fetch it "
@@ -134,9 +134,9 @@ def _write_shard(path, pictures, tar, classes, pool):
 
 def prepare(tars, data_dir, partial=False):
     """Writes DATA_DIR/imagenet2012/VERSION, and returns that path. Nothing is unpacked: the pictures are read from the
-    tar files in the order in which they are written. Shards are written aside, into a folder that gets its name when all
-    is there; the same call goes on after a kill, with the shards that are whole. UserError says what is wrong."""
-    tfds = _import_tfds()
+    tar files in the order in which they are written. Shards are written aside, into a folder that gets its name when
+    all is there; the same call goes on after a kill, with the shards that are whole. UserError says what is wrong."""
+    tfds = import_tfds()
     from tensorflow_datasets.core import hashing, naming
     from tensorflow_datasets.core.splits import SplitDict
     from tensorflow_datasets.core.utils import shard_utils

@@ -7,6 +7,7 @@ Raw records have `len(raw)`, `raw[i] -> (name, data: bytes of a picture file, la
 import collections
 import hashlib
 import os
+import resource
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +51,9 @@ class Folder:
     files in one, also further down, are its examples, sorted by path. Hidden files are left out, other files counted
     (`others`: how many by extension) and said.
 
-    The identity is a hash over names and sizes of the files. Raises ValueError, one line, where there is no such folder,
-    no class folder, or a class folder without pictures: the labels are the folders' places in the sorted list, so that
-    one which was left empty by a copy cut short must not pass.
+    The identity is a hash over names and sizes of the files. Raises ValueError, one line, where there is no such
+    folder, no class folder, or a class folder without pictures: it may have been left empty by a copy cut short, and
+    to leave it out would change the labels of those after it.
     """
 
     def __init__(self, path):
@@ -63,7 +64,7 @@ class Folder:
         classes, beside = _entries(self.path)
         self.class_names = [c.name for c in classes]
         if not classes:
-            raise ValueError(f"{path}: holds no class folders: the pictures of each class belong in a folder of its own")
+            raise ValueError(f"{path}: holds no class folders: each class's pictures belong in a folder of its own")
         digest, ends = hashlib.sha256(), []
         for folder in classes:
             found = []
@@ -111,16 +112,26 @@ class Folder:
         return name, data, int(np.searchsorted(self.ends, index, side="right"))
 
 
-_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that needs "
-            "TensorFlow)")
+_PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').download_and_prepare() (above 1 GB that "
+            "needs TensorFlow)")
 
 
-def _import_tfds():
+def import_tfds():
+    """The module tensorflow_datasets. Raises ValueError where it is not installed."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as e:
-        raise ValueError(f"data.source='tfds' needs a package that is missing ({e}): pip install 'dit_jax[tfds]'") from None
+        raise ValueError(f"data.source='tfds' lacks a package ({e}): pip install 'dit_jax[tfds]'") from None
     return tfds
+
+
+def _allow_open_files(count):
+    """Room for `count` more open files: the reader keeps every shard open, imagenet2012 has 1024 of them, and often no
+    more files than that are allowed where nobody asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Tfds:
@@ -136,7 +147,7 @@ class Tfds:
     """
 
     def __init__(self, name, split, data_dir):
-        tfds = _import_tfds()
+        tfds = import_tfds()
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         builder = self._builder(name, data_dir)
@@ -166,6 +177,7 @@ class Tfds:
         self.files = [shard.filename for shard in shards]
         self.ends = np.cumsum([shard.take for shard in shards])
         self.label = f"{builder.info.name}/{split}"
+        _allow_open_files(len(shards))
         self.records = ArrayRecordDataSource(shards)
         self.class_names = list(features["label"].names)
         self.identity = (f"tfds:{builder.info.full_name}:{split}:{len(self)}:{self.num_classes}:"
@@ -204,16 +216,16 @@ class Tfds:
         except Exception as e:  # of the reader or of the parser
             file = self.files[np.searchsorted(self.ends, index, side="right")]
             reason = " ".join(str(e).split()) or type(e).__name__
-            raise ValueError(f"{file}: cannot be read, the shard is damaged ({reason[:200]})") from None
+            raise ValueError(f"{file}: cannot be read ({reason[:200]}): if it is damaged, prepare it again") from None
         return names[0].decode(errors="replace") if names else f"{self.label}[{index}]", data, label
 
 
 class Pictures:
     """Training source: raw records decoded, upright, centre-cropped to size x size; x is uint8 (n, size, size, 3).
 
-    A broken picture is replaced by the next readable one (index + 1, ...), kept in `skipped` {name: reason} and said once
-    on stderr; more than `max_skipped` of them raise ValueError. What stands for a broken one depends on the index alone,
-    so that all hosts and runs agree.
+    A broken picture is replaced by the next readable one (index + 1, ...), kept in `skipped` {name: reason} and said
+    once on stderr; more than `max_skipped` of them raise ValueError. What stands for a broken one depends on the index
+    alone, so that all hosts and runs agree.
     """
 
     can_flip = True
@@ -230,7 +242,7 @@ class Pictures:
         return len(self.raw)
 
     def read(self, index):
-        """-> (uint8 (size, size, 3), label). Raises BadImage("NAME: reason"); ValueError where a file cannot be read."""
+        """-> (uint8 (size, size, 3), label). Raises BadImage("NAME: reason"), ValueError where a file is gone."""
         name, data, label = self.raw[index]
         try:
             return images.center_crop(images.decode(data), self.size), label
