@@ -345,7 +345,7 @@ def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_pat
 
 @pytest.mark.slow
 def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, folder, small_vae, tmp_path):
-    """SIGKILL to the command; SIGTERM to one of two hosts; then to the end on two, and on one with three devices."""
+    """SIGKILL to the command; SIGTERM to one of two hosts; then to the end on two: as on four devices here."""
     pictures, rng = tmp_path / "pictures", np.random.default_rng(1)
     for name in ("x", "y"):
         (pictures / name).mkdir(parents=True)
@@ -356,14 +356,14 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert encoded(tmp_path / "one", **many) == 0
     expected = contents(tmp_path / "one")
 
-    def start(out, count=1, **kwargs):
+    def start(out, count=1):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         flags = [f"--path={pictures}", f"--vae={small_vae}", f"--size={SIZE}", "--shard_size=5", f"--out={out}"]
         return [command("encode", *flags, *([f"--coordinator=localhost:{port}", f"--process_count={count}",
                                              f"--process_id={i}", "--host_timeout=10"] if count > 1 else []),
-                        wait=False, **kwargs) for i in range(count)]
+                        wait=False) for i in range(count)]
 
     def interrupt(processes, which, how, out, shards):
         done = lambda: sum(name.endswith(".array_record") for name in os.listdir(out)) if out.exists() else 0
@@ -386,12 +386,3 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert [p.returncode for p in processes] == [0, 0], results
     assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
     assert contents(out) == expected
-
-    (out / latents.shard_name(7, 160)).unlink()
-    change(out / latents.shard_name(9, 160))
-    status, _, err = command("encode", "--verify", f"--out={out}")
-    assert status == 1 and "00007" in err.splitlines()[0] and "00009" in err.splitlines()[1], err
-    (out / latents.shard_name(9, 160)).unlink()
-    [process] = start(out, devices=3)
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and contents(out) == expected
