@@ -35,14 +35,18 @@ def paper(model="DiT-XL/2"):
     c.model.block = "adaln_zero"  # or adaln, cross_attention, in_context
     c.model.input_size = 32  # of the latents (256 px / 8), or of the pictures
     c.model.in_channels = 4
-    c.model.num_classes = 1000
+    c.model.num_classes = 1000  # 0: unconditional, labels are ignored: every example is of the null class
     c.model.dtype = "auto"  # compute: bfloat16 on TPU, float32 elsewhere; or say which
     c.model.scan = placeholder(bool)  # the blocks as one loop, or unrolled; unset: dit_jax/layout.py decides
     c.model.remat = "auto"  # or none, dots, full: what the backward pass recomputes
 
+    c.init = ConfigDict()  # what a new run starts from; one that has checkpoints goes on from them
+    c.init.weights = ""  # a .pt or .npz file of the published format, or another run's workdir; empty: none
+    c.init.which = "ema"  # or raw: of a run, or of the published code's training checkpoint
+
     c.diffusion = ConfigDict()
     c.diffusion.timesteps = 1000
-    c.diffusion.label_dropout = 0.1  # 0: no null class, and no guidance
+    c.diffusion.label_dropout = 0.1  # 0: no null class, and no guidance; of no effect where num_classes is 0
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-4  # constant, no warmup
@@ -53,9 +57,15 @@ def paper(model="DiT-XL/2"):
     c.ema_decay = 0.9999  # from the initial weights on
 
     c.data = ConfigDict()
-    c.data.source = "arrays"  # or digits, mnist, synthetic
-    c.data.path = ""  # of arrays: a folder with images.npy and labels.npy
+    c.data.source = "latents"  # or folder, tfds, arrays, digits, mnist, synthetic: see dit_jax/data/sources.py
+    c.data.path = ""  # the cache that `encode` made; the folder; the data_dir of tfds
+    c.data.name = ""  # of tfds: the data set, as in imagenet2012
+    c.data.split = "train"  # of tfds
     c.data.flip = True  # horizontally, every other time
+    c.data.max_skipped = 100  # unreadable pictures of a folder or of tfds, replaced by the next and named, before the end
+
+    c.vae = ConfigDict()  # turns latents into pictures for the grids, and pictures of folder and tfds into latents
+    c.vae.path = ""  # a file, a folder, or a published name (dit_jax/autoencoder.py); empty: none
 
     c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left. Unset: dit_jax/layout.py decides
     c.mesh.data = -1
@@ -135,10 +145,10 @@ def resolve(config):
 
     for field in ("steps", "batch_size", "log_every", "checkpoint.every", "model.patch_size", "model.depth",
                   "model.hidden_size", "model.num_heads", "model.input_size", "model.in_channels",
-                  "model.num_classes", "sample.per_class", "sample.classes"):
+                  "sample.per_class", "sample.classes"):
         check(field, lambda v: v >= 1, "at least 1")
-    for field in ("seed", "checkpoint.keep", "checkpoint.keep_every", "sample.every", "sample.cfg_channels",
-                  "optimizer.weight_decay"):
+    for field in ("seed", "model.num_classes", "checkpoint.keep", "checkpoint.keep_every", "sample.every",
+                  "sample.cfg_channels", "optimizer.weight_decay", "data.max_skipped"):
         check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.learning_rate", "optimizer.eps"):
         check(field, lambda v: 0 < v < math.inf, "positive")
@@ -154,14 +164,21 @@ def resolve(config):
     dtypes = ("auto", "float32", "bfloat16")
     check("model.dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}")
     check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
+    check("init.which", ("ema", "raw").__contains__, "ema or raw")
     if model["input_size"] % model["patch_size"]:
         raise UserError(f"model.patch_size={model['patch_size']} does not divide "
                         f"model.input_size={model['input_size']}")
     if model["hidden_size"] % model["num_heads"]:
         raise UserError(f"model.num_heads={model['num_heads']} does not divide "
                         f"model.hidden_size={model['hidden_size']}")
-    if config["sample"]["cfg_scale"] != 1 and not config["diffusion"]["label_dropout"] and (
-            config["sample"]["every"] or config["judge"]["samples"]):
+    if config["judge"]["samples"] and not model["num_classes"]:
+        raise UserError(f"judge.samples={config['judge']['samples']}: the judge looks for the class asked for, and "
+                        "model.num_classes=0 has none; set judge.samples=0")
+    guided = config["sample"]["cfg_scale"] != 1 and (config["sample"]["every"] or config["judge"]["samples"])
+    if guided and not model["num_classes"]:
+        raise UserError(f"sample.cfg_scale={config['sample']['cfg_scale']}: guidance needs classes, and "
+                        "model.num_classes=0 has none; set sample.cfg_scale=1")
+    if guided and not config["diffusion"]["label_dropout"]:
         raise UserError(f"sample.cfg_scale={config['sample']['cfg_scale']}: guidance needs a null class, which "
                         "diffusion.label_dropout=0 does not train; set sample.cfg_scale=1")
     return config
@@ -172,7 +189,7 @@ def dit_args(config):
     fields = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels",
               "num_classes", "scan", "remat")
     return dict({field: config["model"][field] for field in fields}, dtype=jnp.dtype(config["model"]["dtype"]),
-                null_class=config["diffusion"]["label_dropout"] > 0)
+                null_class=config["diffusion"]["label_dropout"] > 0 or config["model"]["num_classes"] == 0)
 
 
 def differences(old, new):

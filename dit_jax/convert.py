@@ -8,6 +8,7 @@ names as plain NumPy arrays, for machines without torch.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import pickle
@@ -147,7 +148,7 @@ def to_published(params, args):
 def infer_args(flat, num_heads=None, num_classes=None):
     """The model's arguments, read off the shapes of its weights. The number of heads shows in no shape: it is the
     paper's for the width, or `num_heads`. Whether the label table's last row is the null class shows neither: it
-    is, unless `num_classes` says that there are as many classes as rows."""
+    is, unless `num_classes` says that there are as many classes as rows. One row is an unconditional model's."""
     try:
         d, c, p, _ = flat["x_embedder.proj.weight"].shape
         _, tokens, _ = flat["pos_embed"].shape
@@ -162,8 +163,8 @@ def infer_args(flat, num_heads=None, num_classes=None):
     num_heads = num_heads or HEADS[d]
     if d % num_heads:
         raise UserError(f"--num_heads={num_heads} does not divide the weights' width {d}")
-    num_classes = num_classes or rows - 1
-    if num_classes not in (rows, rows - 1) or num_classes < 1:
+    num_classes = rows - 1 if num_classes is None else num_classes
+    if num_classes not in (rows, rows - 1) or rows < 1:
         raise UserError(f"weights: {rows} rows of labels do not fit {num_classes} classes")
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
     return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
@@ -226,6 +227,14 @@ def _check_arrays(path, flat):
     return flat
 
 
+def digest(flat):
+    """The sha256 of all arrays in their order, whatever the file's format."""
+    sha256 = hashlib.sha256()
+    for array in flat.values():
+        sha256.update(np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()
+
+
 def write_weights(path, flat):
     """Writes aside, then renames: a file under `path` is whole."""
     aside = f"{path}.part"
@@ -258,12 +267,13 @@ def main():
 
         from dit_jax import sharding
         from dit_jax.sample import load_run
-        args, params, _, _ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
+        args, params, *_ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
         flat = to_published(params, args)
     write_weights(f.out, flat)
     print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"
           f" x {args['input_size']} x {args['in_channels']}, patch {args['patch_size']}, {args['depth']} blocks of width "
-          f"{args['hidden_size']}, {args['num_heads']} heads, {args['num_classes']} classes")
+          f"{args['hidden_size']}, {args['num_heads']} heads, "
+          + (f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ class Generator:
     The noise of an image is a function of (seed, its index) alone, so that the image is the same, up to rounding,
     in whatever batch and on whatever devices it is made.
 
-    args: of models.dit.DiT. params_sharding: a tree like params. cfg_scale 1 runs without guidance;
-    cfg_channels None guides all. batch_size: images that go through the network at once (rounded up to what the
-    mesh divides). on_step(step): called on the host after each denoising step.
+    args: of models.dit.DiT; where num_classes is 0, all labels are 0. params_sharding: a tree like params.
+    cfg_scale 1 runs without guidance; cfg_channels None guides all. batch_size: images that go through the network at
+    once (rounded up to what the mesh divides). on_step(step): called on the host after each denoising step.
     Raises ValueError naming the setting that is out of range.
     """
 
@@ -29,6 +29,9 @@ class Generator:
         if cfg_scale != 1 and not args["null_class"]:
             raise ValueError(f"cfg_scale={cfg_scale}: guidance needs a null class, and this model was trained without "
                              "label dropout; use cfg_scale=1")
+        if cfg_scale != 1 and not args["num_classes"]:
+            raise ValueError(f"cfg_scale={cfg_scale}: guidance needs classes, and this model has none (it is "
+                             "unconditional); use cfg_scale=1")
         if not 0 <= cfg_scale < np.inf:
             raise ValueError(f"cfg_scale={cfg_scale}: must be 0 or more")
         if not 0 <= eta <= 1:
@@ -64,9 +67,9 @@ class Generator:
 
     def __call__(self, params, labels, indices):
         labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
-        if labels.min() < 0 or labels.max() >= self.num_classes:
+        if labels.min() < 0 or labels.max() >= max(self.num_classes, 1):
             raise ValueError(f"class {labels.max() if labels.min() >= 0 else labels.min()}: this model has classes "
-                             f"0 to {self.num_classes - 1}")
+                             f"0 to {max(self.num_classes, 1) - 1}")
         images = []
         for start in range(0, len(labels), self.batch_size):
             # The last batch is filled up, so that one compiled program serves all.

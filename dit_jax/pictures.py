@@ -31,11 +31,16 @@ def to_uint8(images):
     return np.repeat(images, 3, axis=-1) if channels == 1 else images
 
 
+def encoded(image, kind, **settings):
+    """A PIL image -> bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
 def png(image):
     """(H, W, 3) uint8 -> bytes of a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return file.getvalue()
+    return encoded(Image.fromarray(image), "png")
 
 
 def grid(images, columns):

@@ -5,11 +5,12 @@
 
 Writes into --out: samples.npz with `arr_0` (N, H, W, 3) uint8, as the paper's evaluator reads it, grid.png of the
 first images, single pictures with --png, and manifest.json, which says how they were made. The same command again
-goes on where it stopped. Of a model of latents samples.npz holds `latents` (N, H, W, C) float32.
+goes on where it stopped. The samples of a model of latents are decoded by the VAE of --vae, or else of the run's
+config; with none samples.npz holds `latents` (N, H, W, C) float32.
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, convert, hosts, layout, pictures, sharding
+from dit_jax import autoencoder, cli, config as configs, convert, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.generate import Generator
@@ -30,7 +31,7 @@ GRID_IMAGES = 100
 
 
 def load_run(workdir, step, which, mesh):
-    """The weights of a run -> (arguments of DiT, params, their shardings, settings for the manifest)."""
+    """The weights of a run -> (arguments of DiT, params, their shardings, settings for the manifest, the VAE's path)."""
     checkpoints = Checkpoints(workdir, read_only=True)
     config = checkpoints.latest_meta(step)["config"]
     args = configs.dit_args(layout.settle(config, jax.devices()))
@@ -39,7 +40,7 @@ def load_run(workdir, step, which, mesh):
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     step, params = checkpoints.restore_params(step, {"ema": "ema", "raw": "params"}[which], target)
     return args, params, shardings, {"workdir": os.path.abspath(workdir), "step": step, "which": which,
-                                               "timesteps": config["diffusion"]["timesteps"]}
+                                     "timesteps": config["diffusion"]["timesteps"]}, config.get("vae", {}).get("path", "")
 
 
 def load_weights(path, which, num_heads, num_classes, mesh):
@@ -49,15 +50,17 @@ def load_weights(path, which, num_heads, num_classes, mesh):
     params = convert.from_published(flat, args)
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
-    digest = hashlib.sha256()
-    for array in flat.values():
-        digest.update(np.ascontiguousarray(array).tobytes())
     return args, jax.device_put(params, shardings), shardings, {
-        "weights": os.path.basename(path), "sha256": digest.hexdigest(), "which": which, "timesteps": 1000}
+        "weights": os.path.basename(path), "sha256": convert.digest(flat), "which": which, "timesteps": 1000}, ""
 
 
 def choose_labels(classes, num, num_classes, seed):
-    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform)."""
+    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform).
+    Where there are no classes all labels are 0."""
+    if not num_classes:
+        if classes not in ("balanced", "random"):
+            raise UserError(f"--classes={classes}: this model has no classes (it is unconditional); leave it out")
+        return np.zeros(num, int)
     if classes == "random":
         return np.random.default_rng(seed).integers(num_classes, size=num)
     try:
@@ -147,7 +150,7 @@ def write_single(out, start, images):
 
 
 def write_pictures(out, arrays, labels, single):
-    """grid.png of the first images, a column a class where there are few, and with `single` each one."""
+    """grid.png of the first images, a column a class where there are a few, and with `single` each one."""
     first, start = [], 0
     for images in arrays:
         if single:
@@ -156,7 +159,8 @@ def write_pictures(out, arrays, labels, single):
             first.append(images)
         start += len(images)
     first = np.concatenate(first)[:GRID_IMAGES]
-    columns = min(len(set(labels.tolist())), 10)
+    classes = len(set(labels.tolist()))
+    columns = min(classes if classes > 1 else math.isqrt(len(first)), 10)
     pictures.write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
         first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
 
@@ -181,14 +185,19 @@ def main():
     try:
         mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
         if f.workdir is not None:
-            args, params, shardings, source = load_run(f.workdir, f.step, f.which, mesh)
+            args, params, shardings, source, vae_path = load_run(f.workdir, f.step, f.which, mesh)
         else:
-            args, params, shardings, source = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
-                                                                      mesh)
-        latent = not pictures.is_picture(args["in_channels"])
+            args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes, mesh)
+        vae_path = vae_path if f.vae is None else f.vae
+        vae = autoencoder.load(vae_path) if vae_path else None
+        if vae and vae.latent_channels != args["in_channels"]:
+            raise UserError(f"--vae={vae_path}: decodes {vae.latent_channels} channels, and the model makes "
+                            f"{args['in_channels']}")
+        decode = vae and vae.decoder(mesh, args["input_size"] * vae.factor)
+        latent = not vae and not pictures.is_picture(args["in_channels"])
         if latent and f.png:
-            raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): its samples are "
-                            "written as latents, and there is no decoder yet")
+            raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): name a decoder with "
+                            "--vae")
         labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
         generator = Generator(
             args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
@@ -197,9 +206,10 @@ def main():
     except ValueError as e:
         raise UserError(str(e)) from None
 
-    manifest = source | {"num": f.num, "classes": f.classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
+    classes = f.classes if args["num_classes"] else None
+    manifest = source | {"num": f.num, "classes": classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
                          "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
-                         "dtype": args["dtype"].name}
+                         "dtype": args["dtype"].name, "vae": vae and vae.identity}
     cli.make_workdir(out, "out")
     manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
     key = "latents" if latent else "arr_0"
@@ -223,6 +233,7 @@ def main():
             if not np.isfinite(images).all():
                 raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
                                 "lower --cfg_scale, or look at the weights")
+            images = decode(images) if decode else images
             if main_process:
                 parts.append(images if latent else pictures.to_uint8(images))
         progress.close()
@@ -244,6 +255,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
                          lower_bound=1)
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_string("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
+                        "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
     flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_integer("num", 16, "how many images")
     flags.DEFINE_string("classes", "balanced", "balanced (all in turn), random, or numbers as in 3,7 (in turn)")

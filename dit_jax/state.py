@@ -49,6 +49,7 @@ def update(state, loss_fn, optimizer, ema_decay):
 def make_train_step(graphdef, schedule, optimizer, *, seed, ema_decay, label_dropout, num_classes):
     """step(state, batch) -> (state, metrics). batch: x (B, H, W, C) float32, y (B,) int32.
 
+    num_classes 0: unconditional, every y is taken for the null class, 0.
     Timesteps, noise and label drops are drawn for the global batch from (seed, step) alone, whatever the devices.
     """
     def step(state, batch):
@@ -56,7 +57,9 @@ def make_train_step(graphdef, schedule, optimizer, *, seed, ema_decay, label_dro
         key_t, key_noise, key_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
         t = jax.random.randint(key_t, (len(x),), 0, len(schedule))
         noise = jax.random.normal(key_noise, x.shape, jnp.float32)
-        if label_dropout:
+        if num_classes == 0:
+            y = jnp.zeros_like(y)
+        elif label_dropout:
             y = jnp.where(jax.random.bernoulli(key_drop, label_dropout, y.shape), num_classes, y)
 
         def loss_fn(params):

@@ -6,13 +6,14 @@ The same command again goes on where the newest checkpoint stands, and ends with
 import math
 import os
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dit_jax import cli, config as configs, flops, hosts, layout, pictures, sharding
+from dit_jax import autoencoder, cli, config as configs, finetune, flops, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -49,6 +50,13 @@ def make_programs(config, mesh):
             target)
 
 
+def grid_labels(config):
+    """The labels of a grid, row by row. Where there are no classes it is as large, and all are 0."""
+    s, num_classes = config["sample"], config["model"]["num_classes"]
+    classes = np.arange(min(s["classes"], num_classes)) if num_classes else np.zeros(s["classes"], int)
+    return np.repeat(classes, s["per_class"])
+
+
 def make_generator(config, mesh, target):
     """A Generator with the settings of config.sample, a grid's images at a time."""
     args = configs.dit_args(config)
@@ -56,7 +64,7 @@ def make_generator(config, mesh, target):
     return Generator(args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
                      timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
                      cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
-                     batch_size=s["per_class"] * min(s["classes"], args["num_classes"]))
+                     batch_size=len(grid_labels(config)))
 
 
 def check_same_run(config, identity):
@@ -82,11 +90,12 @@ def check_same_on_all(config, identity):
         raise UserError(f"not the run of the first host: {', '.join(differ)}")
 
 
-def draw_grid(generator, ema, config, path):
-    """A picture of config.sample.per_class samples of each of the first classes, a row a class."""
-    s, classes = config["sample"], min(config["sample"]["classes"], config["model"]["num_classes"])
-    labels = np.repeat(np.arange(classes), s["per_class"])
+def draw_grid(generator, decode, ema, config, path):
+    """A picture of config.sample.per_class samples of each of the first classes, a row a class. decode: None, or from
+    latents to pictures."""
+    s, labels = config["sample"], grid_labels(config)
     images = generator(ema, labels, np.arange(len(labels)))
+    images = decode(images) if decode else images
     if jax.process_index() == 0:
         pictures.write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), s["per_class"])))
 
@@ -141,8 +150,9 @@ def main():
         if batch_size % sharding.batch_shards(mesh):
             raise ValueError(f"batch_size={batch_size}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
                              "does not divide it")
-        source, held_out = sources.load(config["data"]["source"], config["data"]["path"], size=model["input_size"],
-                                        channels=model["in_channels"], num_classes=model["num_classes"])
+        vae = autoencoder.load(config["vae"]["path"]) if config["vae"]["path"] else None
+        source, held_out = sources.load(config["data"], size=model["input_size"], channels=model["in_channels"],
+                                        num_classes=model["num_classes"], vae=vae)
         if config["data"]["flip"] and not source.can_flip:
             raise ValueError("data.flip: mirrored latents are not the latents of the mirrored picture; give "
                              "images_flipped.npy or set data.flip=False")
@@ -151,8 +161,12 @@ def main():
                              "judge.samples=0")
         check_same_on_all(config, source.identity)
         init, train_step, target = make_programs(settled, mesh)
-        generator = None
+        across = sharding.batch_sharding(mesh)
+        model_input = pipeline.model_input(mesh, across, seed=config["seed"], scale=getattr(source, "scale", None),
+                                           vae=vae if config["data"]["source"] in ("folder", "tfds") else None)
+        generator = decode = None
         if config["sample"]["every"] or config["judge"]["samples"]:
+            decode = vae and vae.decoder(mesh, model["input_size"] * vae.factor)
             try:
                 generator = make_generator(settled, mesh, target)
             except ValueError as e:
@@ -171,6 +185,13 @@ def main():
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
     restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
     state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
+    if not restored and config["init"]["weights"]:
+        try:
+            params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
+        except BaseException:
+            checkpoints.close()  # its threads would complain at exit
+            raise
+        state = replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
         checkpoints.close()
@@ -181,8 +202,8 @@ def main():
     metrics = Metrics(workdir, first)
 
     def save(step):
-        checkpoints.save(step, state, {"config": config, "data": source.identity, "train_seconds": seconds(),
-                                       "versions": {"jax": jax.__version__}})
+        checkpoints.save(step, state, {"config": config, "data": source.identity, "init": meta.get("init"),
+                                       "train_seconds": seconds(), "versions": {"jax": jax.__version__}})
 
     def seconds():
         return trained_before + time.perf_counter() - start
@@ -191,12 +212,16 @@ def main():
     start = mark = time.perf_counter()
     mark_step, pending = first, []
     progress = Progress("train", steps, "steps", done=first)
-    batches = pipeline.batches(source, seed=config["seed"], flip=config["data"]["flip"], first_step=first,
-                               last_step=steps, batch_size=batch_size, sharding=sharding.batch_sharding(mesh))
+    batches = pipeline.Batches(source, seed=config["seed"], flip=config["data"]["flip"], first_step=first,
+                               last_step=steps, batch_size=batch_size, sharding=across, num_classes=model["num_classes"])
     try:
-        for step, batch in enumerate(batches, first + 1):
+        for step in range(first + 1, steps + 1):
+            try:
+                batch = batches.get(running=pending[-1:])
+            except ValueError as e:
+                raise UserError(str(e)) from None
             with trace.step(step), jax.debug_nans(debug_nans):
-                state, values = train_step(state, batch)
+                state, values = train_step(state, model_input(batch, step - 1))
             trace.after(step, values)
             pending.append(values)
             stop, last = preemption.reached(step), step == steps
@@ -221,24 +246,26 @@ def main():
                 rate = (step - mark_step) / (now - mark)
                 record = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
                 record |= {"steps_per_second": rate, "images_per_second": rate * batch_size,
+                           "data_wait": batches.waited / (now - mark),
                            "mfu": rate * batch_size * flops.train_flops(**args) / (peak * len(jax.devices()))}
                 metrics.write(step, record)
-                mark, mark_step = now, step
+                mark, mark_step, batches.waited = now, step, 0.0
                 progress.update(step, f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} img/s, "
                                       f"MFU {record['mfu']:.0%}")
                 progress.say(f"step {step}/{steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb "
                              f"{record['vb']:.4f}  {rate:.3g} steps/s  {record['images_per_second']:.4g} images/s  "
-                             f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left")
+                             f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left"
+                             + (f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""))
             else:
                 progress.update(step)
             if keep:
                 save(step)
             if picture:
-                draw_grid(generator, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
+                draw_grid(generator, decode, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
             if (keep or picture) and metrics.main:
                 pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
             if keep or picture:
-                mark, mark_step = time.perf_counter(), step
+                mark, mark_step, batches.waited = time.perf_counter(), step, 0.0
             if stop:
                 break
     except BaseException as e:

@@ -86,7 +86,7 @@ def test_files_of_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize("change, heads, words", [
     ({}, 5, "--num_heads=5 does not divide"), ({}, None, "width 32 is none of the paper's"),
     ({"pos_embed": np.zeros(4)}, 2, "another shape"),
-    ({"y_embedder.embedding_table.weight": np.zeros((1, 32))}, 2, "1 rows of labels"),
+    ({"y_embedder.embedding_table.weight": np.zeros((0, 32))}, 2, "0 rows of labels"),
 ])
 def test_odd_geometry_is_refused(network, change, heads, words):
     with pytest.raises(UserError, match=words):

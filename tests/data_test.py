@@ -1,3 +1,5 @@
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -8,21 +10,31 @@ from dit_jax import sharding
 from dit_jax.data import pipeline, sources
 
 
+def positions(length, seed, flip, first, count):
+    """What order says of `count` rows from position `first` on, in batches of 7."""
+    rows = [pipeline.order(length, seed, flip, step, 7, np.arange(7)) for step in range((first + count) // 7 + 1)]
+    indices, flips = (np.concatenate(a)[first: first + count] for a in zip(*rows))
+    return indices, flips
+
+
 def test_every_epoch_sees_every_example_once_in_another_order():
-    order = pipeline.order(1438, seed=3, flip=True)
-    epochs = [[order[e * 1438 + i][0] for i in range(1438)] for e in range(3)]
+    indices, flips = positions(1438, 3, True, 0, 12 * 1438)
+    epochs = indices.reshape(12, 1438).tolist()
     assert all(sorted(epoch) == list(range(1438)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
-    flips = [order[i][1] for i in range(4 * 1438)]
+    assert len(set(map(tuple, epochs))) == 12 and epochs[0] != sorted(epochs[0])
     assert abs(np.mean(flips) - 0.5) < 0.03
     # The same example is mirrored in some epochs and not in others.
-    assert len({order[i][1] for i in range(12 * 1438) if order[i][0] == 7}) == 2
+    assert set(flips[indices == 7]) == {False, True}
+    assert positions(1, 3, False, 0, 10)[0].tolist() == [0] * 10
 
 
-def test_another_seed_is_another_order_and_the_same_seed_the_same():
-    first, again, other = (pipeline.order(100, seed, False) for seed in (1, 1, 2))
-    assert [first[i] for i in range(300)] == [again[i] for i in range(300)]
-    assert [first[i] for i in range(100)] != [other[i] for i in range(100)]
+def test_another_seed_is_another_order_and_any_rows_can_be_asked_for():
+    first, again, other = (positions(100, seed, False, 0, 300)[0].tolist() for seed in (1, 1, 2))
+    assert first == again and first[:100] != other[:100] and first[100:200] != other[:100]
+    assert not positions(100, 1, False, 0, 300)[1].any()
+    indices, flips = pipeline.order(100, 1, True, 5, 64, np.arange(64))
+    some = [3, 40, 41]
+    assert_array_equal(pipeline.order(100, 1, True, 5, 64, some), (indices[some], flips[some]))
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -31,12 +43,13 @@ def test_batches_are_a_function_of_seed_and_step():
 
     def read(first, devices):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        return [jax.device_get(b) for b in pipeline.batches(
-            source, seed=5, flip=True, first_step=first, last_step=30, batch_size=64,
-            sharding=sharding.batch_sharding(mesh))]
+        batches = pipeline.Batches(source, seed=5, flip=True, first_step=first, last_step=30, batch_size=64,
+                                   sharding=sharding.batch_sharding(mesh), num_classes=10)
+        found = [jax.device_get(batches.get()) for _ in range(first, 30)]
+        batches.close()
+        return found
 
     whole = read(0, 1)
-    assert len(whole) == 30
     assert len({b["x"].tobytes() for b in whole}) == 30
     for first, devices in ((0, 2), (17, 4)):
         for a, b in zip(whole[first:], read(first, devices), strict=True):
@@ -48,21 +61,58 @@ def test_an_error_while_reading_reaches_the_loop_and_a_stop_ends_the_reader():
     source, _ = sources.digits()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     kwargs = dict(seed=0, flip=False, first_step=0, last_step=10**9, batch_size=4, sharding=sharding.batch_sharding(mesh))
-    batches = pipeline.batches(source, **kwargs)
-    next(batches)
+    batches = pipeline.Batches(source, **kwargs)
+    batches.get()
     batches.close()  # would hang if the reader did not end
 
     class Broken:
+        identity = "broken"
+
         def __len__(self):
             return 10
 
-        def example(self, index, flip=False):
-            if index == 3:
+        def examples(self, indices, flips):
+            if 3 in indices:
                 raise OSError("example 3 cannot be read")
-            return source.example(index, flip)
+            return source.examples(indices, flips) | {"y": np.where(indices == 4, 10, 0)}
+
+    batches = pipeline.Batches(Broken(), **kwargs)
     with pytest.raises(OSError, match="example 3"):
-        for _ in pipeline.batches(Broken(), **kwargs):
-            pass
+        for _ in range(10):
+            batches.get()
+    for labels in (10, 0), (-1, 10):
+        Broken.examples = lambda self, indices, flips: {"x": np.zeros((len(indices), 1)), "y": np.where(indices == 4, *labels)}
+        batches = pipeline.Batches(Broken(), num_classes=10, **kwargs)
+        with pytest.raises(ValueError, match=f"broken: example .* has the label {'10' if labels[0] == 10 else '-1|10'}"):
+            for _ in range(10):
+                batches.get()
+        batches.close()
+
+
+def test_waiting_counts_only_while_the_devices_are_idle():
+    class Slow:
+        identity = "slow"
+
+        def __len__(self):
+            return 8
+
+        def examples(self, indices, flips):
+            time.sleep(0.3)
+            return {"x": np.zeros((len(indices), 1), np.float32), "y": np.zeros(len(indices), np.int32)}
+
+    class Running:  # what block_until_ready waits for
+        def block_until_ready(self):
+            time.sleep(0.6)
+
+    def waited(running):
+        batches = pipeline.Batches(Slow(), first_step=0, last_step=4, seed=0, flip=False, batch_size=4, ahead=1,
+                                   sharding=sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1])))
+        for _ in range(4):
+            batches.get(running)
+        batches.close()
+        return batches.waited
+
+    assert waited(None) > 1 and waited(Running()) < 0.5
 
 
 @pytest.mark.parametrize("make, size", [(sources.digits, 8), (lambda: sources.mnist(16), 16),
@@ -77,7 +127,9 @@ def test_embedded_pictures(make, size):
         assert set(source.y) == set(range(10)) and source.x.std() > 0.3
     seen = {x.tobytes() for x in train.x}
     assert sum(x.tobytes() in seen for x in held_out.x) <= 1
-    assert_array_equal(train.example(3, flip=True)["x"], train.example(3)["x"][:, ::-1])
+    both = train.examples([3, 3], [False, True])
+    assert_array_equal(both["x"][1], both["x"][0, :, ::-1])
+    assert both["y"].tolist() == [train.y[3]] * 2 and both["x"].dtype == np.float32
 
 
 def write(folder, x, y, mirrored=None):
@@ -89,7 +141,7 @@ def write(folder, x, y, mirrored=None):
 
 
 def load(path, source="arrays"):
-    return sources.load(source, path, size=4, channels=4, num_classes=3)[0]
+    return sources.load({"source": source, "path": path}, size=4, channels=4, num_classes=3)[0]
 
 
 def test_arrays(tmp_path):
@@ -97,13 +149,13 @@ def test_arrays(tmp_path):
     y = np.array([0, 1, 2, 0, 1, 2])
     latents = load(write(tmp_path, x, y))
     assert not latents.can_flip
-    assert_array_equal(latents.example(1)["x"], x[1].astype(np.float32))
+    assert_array_equal(latents.examples([1], [False])["x"], x[1:2].astype(np.float32))
     both = load(write(tmp_path, x, y, x + 1))
     assert both.can_flip
-    assert_array_equal(both.example(1, flip=True)["x"], (x + 1)[1].astype(np.float32))
+    assert_array_equal(both.examples([1, 1], [True, False])["x"], np.stack([x[1] + 1, x[1]]).astype(np.float32))
     (tmp_path / "images_flipped.npy").unlink()
     pictures = load(write(tmp_path, np.full((6, 4, 4, 4), 255, np.uint8), y))
-    assert pictures.can_flip and pictures.example(0)["x"].max() == 1
+    assert pictures.can_flip and pictures.examples([0], [False])["x"].max() == 1
     assert pictures.identity != latents.identity
 
 

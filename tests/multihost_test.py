@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, losses
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from dit_jax import hosts
 from dit_jax.data import pipeline, sources
@@ -23,12 +23,12 @@ WRAPPED = """
 import os, runpy, sys
 from dit_jax.data import sources
 name, rows, fault = sys.argv[1:4]
-example = sources.Arrays.example
-def noted(self, index, mirror=False):
+examples = sources.Arrays.examples
+def noted(self, indices, flips):
     with open(rows, "a") as f:
-        f.write(f"{index}\\n")
-    return example(self, index, mirror)
-sources.Arrays.example = noted
+        f.writelines(f"{index}\\n" for index in indices)
+    return examples(self, indices, flips)
+sources.Arrays.examples = noted
 exec(fault)
 sys.argv[:] = [name, *sys.argv[4:]]
 runpy.run_module(f"dit_jax.{name}", run_name="__main__", alter_sys=True)
@@ -103,11 +103,10 @@ def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, alone, tmp_path):
     assert f"preempted: step {step} of 24 is saved" in out
     assert sorted(losses(tmp_path)) == list(range(1, step + 1)) and step < 24
 
-    order = pipeline.order(len(sources.digits()[0]), 0, False)
     for i in range(2):
-        read = np.loadtxt(tmp_path / f"rows{i}", dtype=int)[2: 2 + 4 * step]  # the first two: to learn the shape
-        mine = [order[s * 8 + r][0] for s in range(step) for r in range(4 * i, 4 * i + 4)]
-        assert read.tolist() == mine
+        read = np.loadtxt(tmp_path / f"rows{i}", dtype=int)[1: 1 + 4 * step]  # the first: to learn the shape
+        mine = [pipeline.order(len(sources.digits()[0]), 0, False, s, 8, range(4 * i, 4 * i + 4))[0] for s in range(step)]
+        assert_array_equal(read, np.concatenate(mine))
 
     [(status, out, err)] = ends(start(1, *RUN, f"--workdir={tmp_path}"))
     assert status == 0 and f"goes on from step {step} of 24" in out, err
@@ -142,8 +141,8 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
 def test_errors_of_one_host_end_all(start, tmp_path):
     flags = [*RUN, f"--workdir={tmp_path}/w"]
     broken = "sources.digits = lambda: (_ for _ in ()).throw(ValueError('no such data here'))"
-    at_step = "def noted(self, index, mirror=False, seen=[]):\n    seen.append(index)\n" \
-              "    assert len(seen) < 40, 'disk'\n    return example(self, index, mirror)\nsources.Arrays.example = noted"
+    at_step = "def noted(self, indices, flips, seen=[]):\n    seen.append(indices)\n" \
+              "    assert len(seen) < 10, 'disk'\n    return examples(self, indices, flips)\nsources.Arrays.examples = noted"
     for victim, fault, word in ((0, broken, "no such data here"),
                                 (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
                                 (1, at_step, "AssertionError: disk")):

@@ -179,8 +179,9 @@ def run_steps(devices, steps=20, **mesh):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
     init, step, target = train.make_programs(config, mesh)
     state, out = init(jax.random.key(0)), []
-    for batch in pipeline.batches(sources.digits()[0], seed=0, flip=False, first_step=0, last_step=steps, batch_size=16,
-                                  sharding=sharding.batch_sharding(mesh)):
+    source, across = sources.digits()[0], sharding.batch_sharding(mesh)
+    for s in range(steps):
+        batch = pipeline.global_batch(source, s, seed=0, flip=False, batch_size=16, sharding=across)
         state, metrics = step(state, batch)
         out.append(float(metrics["loss"]))
     kernel = state.params["blocks"]["attn"]["qkv"]["kernel"]

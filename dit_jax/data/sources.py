@@ -1,5 +1,13 @@
-"""Where examples come from. A source has a length, example(i, flip) -> {"x": (H, W, C) float32, "y": int32},
-`can_flip` (whether it has the mirrored examples), and an `identity` that goes into checkpoints. Pictures lie in [-1, 1].
+"""Where examples come from. A source has
+
+    len(source)
+    source.examples(indices, flips) -> {"x": (n, ...), "y": (n,) int32}, n examples at once, mirrored where flips says so
+    source.can_flip       whether it has the mirrored examples
+    source.class_names    a list, or None where classes are numbers
+    source.identity       a string that goes into checkpoints
+
+x is what is stored: images in [-1, 1] or latents as the model takes them, float32 (n, H, W, C); pictures, uint8
+(n, S, S, 3); or posteriors of the latent cache, (n, h, w, 2C).
 """
 
 import hashlib
@@ -7,26 +15,29 @@ import os
 
 import numpy as np
 
+from dit_jax.data.latents import LatentCache
+from dit_jax.data.pictures import Folder, Pictures, Tfds
+
 
 class Arrays:
     """Examples in memory, or in a memory map. mirrored: the mirror images where they are not x[:, ::-1] (latents)."""
 
     def __init__(self, x, y, identity, mirrored=None, pictures=True):
         self.x, self.y, self.identity, self.mirrored = x, y, identity, mirrored
-        self.can_flip = pictures or mirrored is not None
+        self.can_flip, self.class_names = pictures or mirrored is not None, None
 
     def __len__(self):
         return len(self.x)
 
-    def example(self, index, flip=False):
-        if not flip:
-            x = self.x[index]
-        elif self.mirrored is not None:
-            x = self.mirrored[index]
+    def examples(self, indices, flips):
+        indices, flips = np.asarray(indices), np.asarray(flips)
+        x = self.x[indices]
+        if self.mirrored is not None:
+            x[flips] = self.mirrored[indices[flips]]
         else:
-            x = self.x[index][:, ::-1]
+            x[flips] = x[flips, :, ::-1]
         x = x / np.float32(127.5) - 1 if x.dtype == np.uint8 else x
-        return {"x": np.asarray(x, np.float32), "y": np.int32(self.y[index])}
+        return {"x": np.asarray(x, np.float32), "y": self.y[indices].astype(np.int32)}
 
 
 def _hold_out(x, y, identity):
@@ -61,15 +72,18 @@ def mnist(size):
 def synthetic(size, channels, num_classes):
     """Normal noise with labels, without end: to measure speed and memory where there are no data."""
     class Synthetic:
-        identity, can_flip = f"synthetic:{size}x{size}x{channels}", True
+        identity, can_flip, class_names = f"synthetic:{size}x{size}x{channels}", True, None
 
         def __len__(self):
             return 1 << 20
 
-        def example(self, index, flip=False):
-            rng = np.random.default_rng(index)
-            x = rng.standard_normal((size, size, channels), np.float32)
-            return {"x": x[:, ::-1] if flip else x, "y": np.int32(rng.integers(num_classes))}
+        def examples(self, indices, flips):
+            x, y = np.empty((len(indices), size, size, channels), np.float32), np.empty(len(indices), np.int32)
+            for i, (index, flip) in enumerate(zip(indices, flips)):
+                rng = np.random.default_rng(index)
+                x[i] = rng.standard_normal((size, size, channels), np.float32)[:, ::-1 if flip else 1]
+                y[i] = rng.integers(max(num_classes, 1))
+            return {"x": x, "y": y}
 
     return Synthetic()
 
@@ -107,29 +121,55 @@ def arrays(path):
                   pictures=x.dtype == np.uint8)
 
 
-def load(source, path, *, size, channels, num_classes):
-    """The source named `source` -> (training examples, held-out examples or None), checked against the model.
+def load(data, *, size, channels, num_classes, vae=None):
+    """The source of config.data -> (training examples, held-out examples or None), checked against the model.
 
-    Raises ValueError naming the field.
+    vae: an autoencoder.Autoencoder: pictures of folder and tfds are read at the size that it makes latents of
+    size x size of, and a latent cache must be of its encoder. Raises ValueError naming the field.
     """
+    source, held_out = data["source"], None
+    if vae is not None and source not in ("folder", "tfds", "latents", "arrays"):
+        raise ValueError(f"vae.path: data.source={source!r} has no latents; set vae.path=''")
     if source == "digits":
         train, held_out = digits()
     elif source == "mnist":
         train, held_out = mnist(size)
     elif source == "synthetic":
-        train, held_out = synthetic(size, channels, num_classes), None
+        train = synthetic(size, channels, num_classes)
     elif source == "arrays":
-        train, held_out = arrays(path), None
+        train = arrays(data["path"])
+    elif source == "latents":
+        if not data["path"]:
+            raise ValueError("data.path is empty: data.source='latents' needs the folder that dit_jax.encode wrote")
+        train = LatentCache(data["path"])
+        for what in ("encoder", "scale") if vae else ():
+            if train.vae[what] != vae.identity[what]:
+                raise ValueError(f"vae.path={vae.identity['name']}: its {what} ({vae.identity[what]}) is not the one that "
+                                 f"made the cache {data['path']} ({train.vae[what]}, of {train.vae['name']}): name that VAE, "
+                                 "or encode anew")
+    elif source in ("folder", "tfds"):
+        raw = Folder(data["path"]) if source == "folder" else Tfds(data["name"], data["split"], data["path"])
+        train = Pictures(raw, size * (vae.factor if vae else 1), data["max_skipped"])
+        if vae is not None:
+            train.identity += f":encoder {vae.identity['encoder']} x {vae.scale}"
     else:
-        raise ValueError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays")
-    shape = train.example(0)["x"].shape
+        raise ValueError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays, folder, tfds, latents")
+    if source in ("folder", "tfds") and vae is not None:
+        shape, shown = (size, size, vae.latent_channels), f"latents of {train.size} px"
+    elif source == "latents":
+        shape, shown = train.shape, "latents"
+    else:
+        shape, shown = train.examples([0], [False])["x"].shape[1:], "examples"
     if shape != (size, size, channels):
-        raise ValueError(f"data.source={source!r} has examples of {shape}, the model takes {(size, size, channels)}: "
+        raise ValueError(f"data.source={source!r} has {shown} of {shape}, the model takes {(size, size, channels)}: "
                          "set model.input_size and model.in_channels")
-    if isinstance(train, Arrays):
+    if isinstance(train, Arrays) and num_classes:
         low, high = int(train.y.min()), int(train.y.max())
         # The label `num_classes` is the null class: it would train silently wrong.
         if low < 0 or high >= num_classes:
             raise ValueError(f"data.source={source!r}: labels run from {low} to {high}, but "
                              f"model.num_classes={num_classes}")
+    if train.class_names is not None and 0 < num_classes < len(train.class_names):
+        raise ValueError(f"data.source={source!r} has {len(train.class_names)} classes, but model.num_classes="
+                         f"{num_classes}")
     return train, held_out

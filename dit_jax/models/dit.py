@@ -97,7 +97,8 @@ class DiT(nnx.Module):
     Args:
       input_size: height and width of x. in_channels: C.
       patch_size, hidden_size, depth, num_heads: see `model_args`.
-      num_classes: labels are 0..num_classes-1; the label `num_classes` is the null class.
+      num_classes: labels are 0..num_classes-1; the label `num_classes` is the null class. 0: unconditional, the null
+        class, label 0, alone.
       null_class: whether there is a null class at all (models trained without label dropout have none).
       block: one of blocks.BLOCKS.
       dtype: of the matrix products and activations; parameters are float32 always.
@@ -110,9 +111,11 @@ class DiT(nnx.Module):
     def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
                  null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", place=HERE, rngs):
         for field, value in dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth,
-                                 hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes).items():
+                                 hidden_size=hidden_size, num_heads=num_heads).items():
             if value < 1:
                 raise ValueError(f"{field}={value}: must be at least 1")
+        if num_classes < 0 or num_classes + null_class < 1:
+            raise ValueError(f"num_classes={num_classes}: must be at least {0 if null_class else 1}")
         if input_size % patch_size:
             raise ValueError(f"patch_size={patch_size} does not divide input_size={input_size}")
         if hidden_size % num_heads:
