@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -29,7 +30,9 @@ from dit_jax.data import latents, pictures
 from dit_jax.data.images import BadImage
 from dit_jax.data.latents import MANIFEST, SETTINGS, shard_name
 from dit_jax.logging import Progress, say
-from dit_jax.pictures import write_aside
+from dit_jax.pictures import grid, png, to_uint8, write_aside
+
+PREVIEW = 4  # pictures
 
 
 def settings_of(source, vae, *, vae_dtype, dtype, shard_size):
@@ -47,10 +50,11 @@ def check_same(out, there, settings):
         vae = fields.get("vae") or {}
         return {key: fields.get(key) for key in settings} | {"vae": {key: vae.get(key) for key in ("encoder", "scale")}}
     there, here = plain(there), plain(settings)
-    differ = [f"{key} ({str(there[key])[:80]} there, {str(here[key])[:80]} here)" for key in here if there[key] != here[key]]
+    differ = [f"{key} ({str(there[key])[:80]} there, {str(here[key])[:80]} here)" for key in here
+              if there[key] != here[key]]
     if differ:
-        raise UserError(f"{out}: this cache was made or begun with other settings: {', '.join(differ)}; use the same, or "
-                        "another --out")
+        raise UserError(f"{out}: this cache was made or begun with other settings: {', '.join(differ)}; use the same, "
+                        "or another --out")
 
 
 def read_json(path):
@@ -68,25 +72,23 @@ def beside(shard):
 
 
 def look(out, settings):
-    """What `out` holds of this cache -> (its manifest or None, {shard: record}, whether anything is left to do but the
-    shards that have no record). A record is a shard's entry in the manifest with `skipped`, its pictures that are not in it.
-    """
-    there = latents.sizes(out)
-    names = shard_names(settings)
+    """What `out` holds of this cache -> (its manifest or None, {shard: record} of the whole ones, whether anything is
+    left to do where all are). A record is a shard's entry in the manifest with `skipped`, the pictures left out."""
+    there, names = latents.sizes(out), shard_names(settings)
     foreign = [name for name in there if re.fullmatch(r"latents-\d+-of-\d+\.array_record", name) and name not in names]
     manifest = latents.read_manifest(out) if MANIFEST in there else None
     begun = manifest or (read_json(os.path.join(out, SETTINGS)) if SETTINGS in there else None)
     if begun is not None:
         check_same(out, begun, settings)
     elif SETTINGS in there:
-        raise UserError(f"{os.path.join(out, SETTINGS)}: is damaged, so that nobody can tell how what is here was made; "
+        raise UserError(f"{os.path.join(out, SETTINGS)}: is damaged, so that nobody can tell how the shards were made; "
                         "remove it to begin again, or use another --out")
     if foreign:
-        raise UserError(f"{os.path.join(out, sorted(foreign)[0])}: a shard of another cache: remove it, or use another --out")
+        raise UserError(f"{os.path.join(out, sorted(foreign)[0])}: a shard of another cache: remove it, or use another "
+                        "--out")
     if begun is None:
-        for name in there:
-            if name in map(beside, names):  # of a cache whose settings were removed
-                os.remove(os.path.join(out, name))
+        for name in there.keys() & set(map(beside, names)):  # of a cache whose settings were removed
+            os.remove(os.path.join(out, name))
         write_aside(os.path.join(out, SETTINGS), latents.to_bytes(settings))
         return None, {}, True
     records = {}
@@ -112,7 +114,20 @@ def litter(there, names):
         name.removesuffix(".part") in {MANIFEST, *mine, *names})]
 
 
-def finish(out, settings, before, records):
+def preview(out, source, vae):
+    """A picture of some of the data set's pictures, and below each what the VAE makes of its mean in the cache."""
+    cache = latents.LatentCache(out)
+    chosen = np.linspace(0, len(cache) - 1, min(PREVIEW, len(cache))).astype(int)
+    kept = np.delete(np.arange(len(source)), [s["index"] for s in cache.manifest["skipped"]])
+    originals = np.stack([source.read(int(i))[0] for i in kept[chosen]])
+    means = cache.examples(chosen, np.zeros(len(chosen), bool))["x"][..., : vae.latent_channels]
+    again = to_uint8(vae.decoder(None, source.size)(means.astype(np.float32) * cache.scale))
+    decibels = 10 * np.log10(255**2 / max(np.square(originals.astype(np.float32) - again).mean(), 1e-9))
+    write_aside(os.path.join(out, "preview.png"), png(grid(np.concatenate([originals, again]), len(chosen))))
+    say(f"preview.png: {len(chosen)} of the pictures, and what the VAE makes of their latents ({decibels:.1f} dB)")
+
+
+def finish(out, settings, before, records, source, vae):
     """The manifest, of what all hosts made; then what was only needed on the way goes."""
     names = shard_names(settings)
     shards = [{key: value for key, value in records[i].items() if key != "skipped"} for i in range(len(names))]
@@ -121,14 +136,17 @@ def finish(out, settings, before, records):
         "count": sum(shard["count"] for shard in shards), "shards": shards,
         "skipped": [s for i in range(len(names)) for s in records[i]["skipped"]]}
     if not fields["count"]:
-        raise UserError(f"none of the {settings['pictures']} pictures can be used, e.g. {fields['skipped'][0]['name']}: "
-                        f"{fields['skipped'][0]['reason']}")
+        first = fields["skipped"][0]
+        raise UserError(f"none of the {settings['pictures']} pictures can be used, e.g. {first['name']}: "
+                        f"{first['reason']}")
     latents.write_manifest(out, fields)
+    say("all shards are whole; a few pictures are decoded again, to be looked at")
+    preview(out, source, vae)
     for name in litter(latents.sizes(out), names):
         os.remove(os.path.join(out, name))
     if before and before["shards"] != shards:
-        say("what was made again is not byte for byte what it was (another kind of device, or other versions): the cache "
-            "has another identity, and a run that was trained on it will not go on with it")
+        say("what was made again is not byte for byte what it was (another kind of device, or other versions): the "
+            "cache has another identity, and a run that was trained on it will not go on with it")
     return fields
 
 
@@ -173,41 +191,29 @@ class Encoder:
         return self.run(self.params, jax.device_put(images, self.split))
 
 
-def encode_shards(todo, source, encoder, settings, out, *, left, on_batch, on_shard):
-    """Writes the shards `todo`, and beside each, once it is whole, its record; calls on_shard(shard, record), and
-    on_batch(how many more pictures are done). left: how many pictures may still be skipped."""
-    size, names = settings["shard_size"], shard_names(settings)
-    ranges = {shard: range(shard * size, min((shard + 1) * size, len(source))) for shard in todo}
-    ends = {indices[-1] for indices in ranges.values()}
-    examples = read_ahead(source.read, (i for shard in todo for i in ranges[shard]), 2 * encoder.batch_size)
-    skipped, images, labels, indices, seen, waiting, writer = [], [], [], [], 0, deque(), None
+@dataclass
+class Batch:
+    """Pictures of one shard that are encoded together."""
+    shard: int
+    images: list = field(default_factory=list)  # uint8 (S, S, 3)
+    labels: list = field(default_factory=list)
+    indices: list = field(default_factory=list)  # into the source
+    skipped: list = field(default_factory=list)  # for the manifest, seen since the batch before
+    last: bool = False  # of its shard
 
-    def write(shard, indices, labels, result, skipped_at_end, seen):
-        nonlocal writer
-        writer = writer or latents.ShardWriter(out, names[shard], settings["dtype"])
-        if indices:
-            posteriors = np.asarray(result)[: len(indices)]
-            with np.errstate(over="ignore"):
-                posteriors = posteriors.astype(settings["dtype"])
-            finite = np.isfinite(posteriors).all((1, 2, 3, 4))
-            if not finite.all():
-                raise UserError(f"{name_of(source, indices[int(np.argmin(finite))])}: its latent is not finite in "
-                                f"{settings['dtype']}: --dtype=float32 and --vae_dtype=float32 hold more; or look at the "
-                                "VAE's weights")
-            writer.add(posteriors, labels)
-        if skipped_at_end is not None:
-            record = writer.close() | {"skipped": skipped_at_end}
-            writer = None
-            write_aside(os.path.join(out, beside(names[shard])), latents.to_bytes(record))
-            on_shard(shard, record)
-        on_batch(seen)
 
-    for index, example in examples:
-        seen += 1
+def batches(todo, source, shard_size, batch_size, left):
+    """The Batches of the shards `todo`, read ahead. The last one of a shard may be short, or empty. left: how many
+    pictures may still be skipped."""
+    ranges = {shard: range(shard * shard_size, min((shard + 1) * shard_size, len(source))) for shard in todo}
+    batch = None
+    for index, example in read_ahead(source.read, (i for shard in todo for i in ranges[shard]), 2 * batch_size):
+        batch = batch or Batch(index // shard_size)
         if isinstance(example, BadImage):
-            skipped.append({"index": index, "name": example.name, "reason": example.reason})
+            batch.skipped.append({"index": index, "name": example.name, "reason": example.reason})
             if left <= 0:
-                raise UserError(f"more than --max_skipped={source.max_skipped} pictures cannot be used; the last: {example}")
+                raise UserError(f"more than --max_skipped={source.max_skipped} pictures cannot be used; the last: "
+                                f"{example}")
             left -= 1
             print(f"skipped: {example}", file=sys.stderr, flush=True)
         else:
@@ -215,23 +221,59 @@ def encode_shards(todo, source, encoder, settings, out, *, left, on_batch, on_sh
             if not 0 <= label < source.num_classes:
                 raise UserError(f"{name_of(source, index)}: its label is {label}, and there are {source.num_classes} "
                                 "classes: labels run from 0 (a split without labels has -1)")
-            images.append(image), labels.append(label), indices.append(index)
-        end = index in ends
-        if end or len(images) == encoder.batch_size:
-            # One batch is on the devices while the one before is written.
-            result = encoder(np.stack(images)) if images else None
-            waiting.append((index // size, indices, labels, result, skipped if end else None, seen))
-            images, labels, indices, seen = [], [], [], 0
-            if end:
-                skipped = []
-            if len(waiting) > 1:
-                write(*waiting.popleft())
-    while waiting:
-        write(*waiting.popleft())
+            batch.images.append(image)
+            batch.labels.append(label)
+            batch.indices.append(index)
+        batch.last = index == ranges[batch.shard][-1]
+        if batch.last or len(batch.images) == batch_size:
+            yield batch
+            batch = None
+
+
+def one_behind(encoder, batches):
+    """(batch, its posteriors) of each, of which one is on the devices while the one before is written."""
+    before = None
+    for batch in batches:
+        now = batch, encoder(np.stack(batch.images)) if batch.images else None
+        if before:
+            yield before
+        before = now
+    yield before
 
 
 def name_of(source, index):
     return source.raw[index][0]
+
+
+def to_dtype(posteriors, dtype, source, indices):
+    """In the cache's type. UserError naming the picture whose latent it does not hold."""
+    with np.errstate(over="ignore"):
+        posteriors = posteriors.astype(dtype)
+    finite = np.isfinite(posteriors).all((1, 2, 3, 4))
+    if not finite.all():
+        raise UserError(f"{name_of(source, indices[int(np.argmin(finite))])}: its latent is not finite in {dtype}: "
+                        "--dtype=float32 and --vae_dtype=float32 hold more; or look at the VAE's weights")
+    return posteriors
+
+
+def encode_shards(todo, source, encoder, settings, out, left, progress):
+    """Writes the shards `todo`, and beside each, once it is whole, its record -> {shard: record}."""
+    names, made, done = shard_names(settings), {}, 0
+    writer, skipped = None, []
+    read = batches(todo, source, settings["shard_size"], encoder.batch_size, left)
+    for batch, posteriors in one_behind(encoder, read):
+        writer = writer or latents.ShardWriter(out, names[batch.shard], settings["dtype"])
+        if batch.images:
+            posteriors = np.asarray(posteriors)[: len(batch.images)]
+            writer.add(to_dtype(posteriors, settings["dtype"], source, batch.indices), batch.labels)
+        skipped += batch.skipped
+        if batch.last:
+            made[batch.shard] = writer.close() | {"skipped": skipped}
+            write_aside(os.path.join(out, beside(names[batch.shard])), latents.to_bytes(made[batch.shard]))
+            writer, skipped = None, []
+        done += len(batch.images) + len(batch.skipped)
+        progress.update(done)
+    return made
 
 
 def verify(out):
@@ -254,15 +296,15 @@ def verify(out):
     if jax.process_index() == 0:
         for i, problem in found:
             print(f"{os.path.join(out, manifest['shards'][i]['file'])}: {problem}", file=sys.stderr)
-        print(f"error: {out}: {len(found)} of {len(manifest['shards'])} shards are damaged or missing: remove them, and the "
-              "command that made the cache makes just these again", file=sys.stderr, flush=True)
+        print(f"error: {out}: {len(found)} of {len(manifest['shards'])} shards are damaged or missing: remove them, "
+              "and the command that made the cache makes just these again", file=sys.stderr, flush=True)
     return 1
 
 
 def describe(manifest):
     total = sum(shard["bytes"] for shard in manifest["shards"])
-    return (f"{manifest['count']:,d} pictures of {manifest['size']} px and their mirror images, {len(manifest['shards'])} "
-            f"shards, {total / 1e9:.3g} GB, {len(manifest['skipped'])} skipped")
+    return (f"{manifest['count']:,d} pictures of {manifest['size']} px and their mirror images, "
+            f"{len(manifest['shards'])} shard(s), {total / 1e9:.3g} GB, {len(manifest['skipped'])} skipped")
 
 
 def open_source(source, path, name, split, size, max_skipped):
@@ -289,10 +331,10 @@ def main():
 def encode(f):
     if not f.vae:
         raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     vae = autoencoder.load(f.vae, f.vae_dtype)
     if f.size % vae.factor:
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
-    source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)
     cli.make_workdir(f.out, "out")
     check_same(f"the first host's {f.out}", hosts.share(settings)[0], settings)
@@ -303,7 +345,7 @@ def encode(f):
     skipped = sum(len(record["skipped"]) for record in records.values())
     done, skipped, unfinished = hosts.share((sorted(records), skipped, unfinished))[0]
     if not any(os.path.exists(os.path.join(f.out, name)) for name in (MANIFEST, SETTINGS)):
-        raise UserError(f"--out={f.out}: does not hold what the first host wrote there: name a folder that all hosts see")
+        raise UserError(f"--out={f.out}: does not hold what the first host wrote there: name a folder that all see")
     todo = sorted(set(range(len(shard_names(settings)))) - set(done))
     mine = todo[jax.process_index()::jax.process_count()]
     if not todo and not unfinished:
@@ -312,29 +354,22 @@ def encode(f):
     if done:
         say(f"goes on: {len(done)} of {len(done) + len(todo)} shards are there")
 
-    start, made, encoded = time.perf_counter(), {}, 0
+    start, made = time.perf_counter(), {}
+    pictures_of = {i: min(f.shard_size, len(source) - i * f.shard_size) for i in todo}
     if mine:
-        total = sum(min(f.shard_size, len(source) - i * f.shard_size) for i in mine)
         among = f" (host 1 of {jax.process_count()})" if jax.process_count() > 1 else ""
-        progress = Progress(f"encode{among}", total, "pictures")
-
-        def on_batch(count):
-            nonlocal encoded
-            encoded += count
-            progress.update(encoded)
-
-        encode_shards(mine, source, Encoder(vae, f.size), settings, f.out, left=f.max_skipped - skipped,
-                      on_batch=on_batch, on_shard=made.__setitem__)
+        progress = Progress(f"encode{among}", sum(map(pictures_of.get, mine)), "pictures")
+        made = encode_shards(mine, source, Encoder(vae, f.size), settings, f.out, f.max_skipped - skipped, progress)
         progress.close()
-    everyone = hosts.share((sorted(made.items()), encoded))
+    made = [pair for part in hosts.share(sorted(made.items())) for pair in part]
+    rate = sum(pictures_of.values()) / (time.perf_counter() - start)
     if main_process:
-        records |= {i: record for part, _ in everyone for i, record in part}
+        records |= dict(made)
         skipped = [s for _, record in sorted(records.items()) for s in record["skipped"]]
         if len(skipped) > f.max_skipped:
-            raise UserError(f"{len(skipped)} pictures cannot be used, more than --max_skipped={f.max_skipped}; the last: "
-                            f"{skipped[-1]['name']}: {skipped[-1]['reason']}")
-        manifest = finish(f.out, settings, manifest, records)
-        rate = sum(count for _, count in everyone) / (time.perf_counter() - start)
+            raise UserError(f"{len(skipped)} pictures cannot be used, more than --max_skipped={f.max_skipped}; the "
+                            f"last: {skipped[-1]['name']}: {skipped[-1]['reason']}")
+        manifest = finish(f.out, settings, manifest, records, source, vae)
         say(f"{f.out}: {describe(manifest)}; {rate:.3g} pictures/s")
     return 0
 
@@ -353,4 +388,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
     flags.DEFINE_bool("verify", False, "read every byte of the cache in --out, and name what is damaged")
     hosts.define_flags()
+    if not hosts.tpu_attached():
+        # On a CPU XLA splits sums by the number of its threads: with always the same one, so are the bytes.
+        os.environ.setdefault("PJRT_NPROC", "16")
     cli.run(main)

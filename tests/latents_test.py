@@ -8,7 +8,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import one_error
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
@@ -178,7 +177,8 @@ def folder(tmp_path_factory):
 
 
 def save_vae(path, seed):
-    args = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3)
+    args = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                in_channels=3)
     rng = np.random.default_rng(seed)
     autoencoder.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
                                                    vae.abstract(**args)[1]))
@@ -193,14 +193,15 @@ def small_vae(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(folder, small_vae):
     """encoded(out, **flags): what the command does, in this process, on its four devices -> exit status."""
-    load, make = functools.cache(autoencoder.load), functools.cache(encode.Encoder)
+    load, make, decoder = map(functools.cache, (autoencoder.load, encode.Encoder, autoencoder.Autoencoder.decoder))
 
     def run(out, **given):
-        f = dict(source="folder", path=str(folder), name=None, split="train", vae=str(small_vae), size=SIZE, out=str(out),
-                 dtype="float16", vae_dtype="float32", shard_size=8, max_skipped=100)
+        f = dict(source="folder", path=str(folder), name=None, split="train", vae=str(small_vae), size=SIZE,
+                 out=str(out), dtype="float16", vae_dtype="float32", shard_size=8, max_skipped=100)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encode, "Encoder", make)
             patch.setattr(autoencoder, "load", load)
+            patch.setattr(autoencoder.Autoencoder, "decoder", decoder)
             return encode.encode(types.SimpleNamespace(**f | given))
 
     return run
@@ -266,7 +267,7 @@ def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypa
         assert encoded(out) == 0
         assert contents(out) == contents(cache)
         kill_at += 1
-    assert kill_at == 1 + 2 * 3 + 1 + 4  # settings, shards and their records, manifest; then what is no longer needed
+    assert kill_at == 1 + 2 * 3 + 2 + 4  # settings; shards, their records; manifest, preview; what is removed
 
 
 def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsys):
@@ -317,7 +318,7 @@ def test_another_cache_than_was_begun_is_refused(cache, encoded, folder, given, 
 
 
 def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match=f"more than --max_skipped=0 pictures cannot be used; the last: {BROKEN}: no picture"):
+    with pytest.raises(UserError, match=f"more than --max_skipped=0 pictures .*; the last: {BROKEN}: no picture"):
         encoded(tmp_path / "a", max_skipped=0)
     assert encoded(tmp_path / "a") == 0  # nothing was lost
     out, err = capsys.readouterr()
@@ -329,7 +330,7 @@ def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_pat
         with pytest.raises(UserError, match=f"a/05.png: its label is {wrong}, and there are 3 classes"):
             encoded(tmp_path / "b")
     monkeypatch.setattr(Pictures, "read", read)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="a/05.png: its latent is not finite in float16"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a/05.png: its latent is not finite"):
         patch.setattr(latents.np, "isfinite", lambda x: np.arange(x.size).reshape(x.shape) // x[0].size != 5)
         encoded(tmp_path / "b")
     for name in "abc":
@@ -344,7 +345,7 @@ def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_pat
 
 @pytest.mark.slow
 def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, folder, small_vae, tmp_path):
-    """SIGKILL to the command; SIGTERM to one of two hosts; then to the end on two, and on one with three devices."""
+    """SIGKILL to the command; SIGTERM to one of two hosts; then to the end on two: as on four devices here."""
     pictures, rng = tmp_path / "pictures", np.random.default_rng(1)
     for name in ("x", "y"):
         (pictures / name).mkdir(parents=True)
@@ -355,14 +356,14 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert encoded(tmp_path / "one", **many) == 0
     expected = contents(tmp_path / "one")
 
-    def start(out, count=1, **kwargs):
+    def start(out, count=1):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
         flags = [f"--path={pictures}", f"--vae={small_vae}", f"--size={SIZE}", "--shard_size=5", f"--out={out}"]
         return [command("encode", *flags, *([f"--coordinator=localhost:{port}", f"--process_count={count}",
                                              f"--process_id={i}", "--host_timeout=10"] if count > 1 else []),
-                        wait=False, **kwargs) for i in range(count)]
+                        wait=False) for i in range(count)]
 
     def interrupt(processes, which, how, out, shards):
         done = lambda: sum(name.endswith(".array_record") for name in os.listdir(out)) if out.exists() else 0
@@ -385,13 +386,3 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert [p.returncode for p in processes] == [0, 0], results
     assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
     assert contents(out) == expected
-
-    (out / latents.shard_name(7, 160)).unlink()
-    change(out / latents.shard_name(9, 160))
-    status, _, err = command("encode", "--verify", f"--out={out}")
-    assert status == 1 and "00007" in err.splitlines()[0] and "00009" in err.splitlines()[1], err
-    (out / latents.shard_name(9, 160)).unlink()
-    [process] = start(out, devices=3)
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and contents(out) == expected
-    one_error(command("encode", "--verify", f"--out={tmp_path}/nothing"), tmp_path / "nothing", "manifest.json")

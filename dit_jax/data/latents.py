@@ -3,10 +3,11 @@
     manifest.json                               how it was made, and each shard's count, bytes and sha256
     latents-00000-of-00626.array_record, ...    in the order of the data set, `shard_size` pictures each
 
-A shard holds two records an example, 2i the picture's and 2i + 1 its mirror image's, so that only the one that is wanted
-is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32; little-endian. They are not
+A shard holds two records an example, 2i the picture's and 2i + 1 its mirror image's, so that only the one that is
+wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32; little-endian. They are not
 compressed: it would save 6 % and halve the rate of reading. Nothing in the folder says when, where or on how many
-devices it was made. While it is being made, the folder also holds settings.json, and a .json beside each whole shard.
+devices it was made. While it is being made, it also holds settings.json, and a .json beside each whole shard. In
+preview.png, which is for people, are some pictures and what the VAE makes of their latents.
 """
 
 import contextlib
@@ -50,8 +51,8 @@ def read_manifest(path):
         with open(file, "rb") as f:
             data = f.read()
     except FileNotFoundError:
-        raise ValueError(f"{file}: not there: either {path} is no latent cache, or its making was not finished (the same "
-                         "encode command goes on)") from None
+        raise ValueError(f"{file}: not there: either {path} is no latent cache, or its making was not finished (the "
+                         "same encode command goes on)") from None
     except OSError as e:
         raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
     try:
@@ -61,8 +62,8 @@ def read_manifest(path):
     except (ValueError, AttributeError):
         whole = False
     if not whole:
-        raise ValueError(f"{file}: is damaged (it does not match its own checksum): take it from a copy, or remove it and "
-                         "encode everything again")
+        raise ValueError(f"{file}: is damaged (it does not match its own checksum): take it from a copy, or remove it "
+                         "and encode everything again")
     if manifest["format"] != FORMAT:
         raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}")
     return manifest
@@ -145,8 +146,9 @@ class LatentCache:
     """The cache in the folder `path`, as a source to train on.
 
     Attributes: manifest; vae (its identity) and scale, by which a latent is multiplied; size, of the pictures; shape
-    (h, w, C) and dtype of the latents; class_names (or None), num_classes; identity; can_flip. Opening looks whether the
-    manifest and all shards are there, of their sizes; verify() looks at the bytes. Raises ValueError naming the file.
+    (h, w, C) and dtype of the latents; class_names (or None), num_classes; identity; can_flip. Opening looks whether
+    the manifest and all shards are there, of their sizes; check_shard looks at the bytes. Raises ValueError naming the
+    file.
     """
 
     can_flip = True
@@ -157,8 +159,8 @@ class LatentCache:
         bad = [(entry["file"], what) for entry in self.manifest["shards"] if (what := misfit(entry, there))]
         if bad:
             more = f" (and {len(bad) - 1} more like it)" if bad[1:] else ""
-            raise ValueError(f"{os.path.join(path, bad[0][0])}: {bad[0][1]}{more}; the encode command that made the cache "
-                             "makes it again")
+            raise ValueError(f"{os.path.join(path, bad[0][0])}: {bad[0][1]}{more}; the encode command that made the "
+                             "cache makes it again")
         m = self.manifest
         self.vae, self.scale, self.size = m["vae"], m["vae"]["scale"], m["size"]
         self.shape, self.dtype = tuple(m["shape"]), np.dtype(m["dtype"]).newbyteorder("<")
@@ -222,8 +224,8 @@ def _allow_open_files(count):
     wanted = count + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"the cache has {count} shards, and this system lets a process open {hard} files: raise the "
-                             f"limit (ulimit -Hn) to {wanted}, or encode with a larger --shard_size")
+            raise ValueError(f"the cache has {count} shards, and this system lets a process open {hard} files: raise "
+                             f"the limit (ulimit -Hn) to {wanted}, or encode with a larger --shard_size")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
