@@ -31,6 +31,7 @@ from dit_jax.data.images import BadImage
 from dit_jax.data.latents import MANIFEST, SETTINGS, shard_name
 from dit_jax.logging import Progress, say
 from dit_jax.pictures import grid, png, to_uint8, write_aside
+from dit_jax.profiling import keep_compiled
 
 PREVIEW = 4  # pictures
 
@@ -333,6 +334,7 @@ def encode(f):
         raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
     source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     vae = autoencoder.load(f.vae, f.vae_dtype)
+    keep_compiled()
     if f.size % vae.factor:
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)

@@ -12,9 +12,9 @@ from dit_jax.config import UserError
 from dit_jax.logging import say
 
 
-def keep_compiled(shared):
-    """What XLA compiles is kept for the next start: in ~/.cache/dit_jax, or, for several hosts, of which the first
-    writes, in the folder `shared`. JAX's own JAX_COMPILATION_CACHE_DIR goes first."""
+def keep_compiled(shared=None):
+    """What XLA compiles is kept for the next start: in ~/.cache/dit_jax, or, where several hosts run one program, which
+    the first of them writes, in the folder `shared`. JAX's own JAX_COMPILATION_CACHE_DIR goes first."""
     if jax.config.jax_compilation_cache_dir:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -23,7 +23,7 @@ def keep_compiled(shared):
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
             features = re.search(r"^(flags|Features)\s*:.*$", f.read(), re.MULTILINE)
             kind += "-" + hashlib.sha256(f"{platform.machine()} {features and features[0]}".encode()).hexdigest()[:12]
-    folder = os.path.join(shared if jax.process_count() > 1 else os.path.join(home, "dit_jax"), kind)
+    folder = os.path.join(shared if shared and jax.process_count() > 1 else os.path.join(home, "dit_jax"), kind)
     with contextlib.suppress(OSError):  # a home that cannot be written: no cache
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):

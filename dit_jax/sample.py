@@ -26,6 +26,7 @@ from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
 from dit_jax.models import dit
+from dit_jax.profiling import keep_compiled
 
 GRID_IMAGES = 100
 
@@ -180,6 +181,7 @@ def main():
         if f[flag].value < 1:
             raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_compiled(os.path.join(out, "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
 
     try:

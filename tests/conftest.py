@@ -95,3 +95,22 @@ def one_error(result, *words):
     assert status == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+def write_cache(path, count, mean=None, std=None, classes=10, scale=0.18215, encoder="noise"):
+    """A latent cache of two shards, of float32 posteriors (count, 2, 8, 8, 4), by default normal noise."""
+    from dit_jax.data import latents
+
+    rng, half = np.random.default_rng(0), count // 2
+    mean = rng.standard_normal((count, 2, 8, 8, 4), np.float32) if mean is None else mean
+    std = 0.1 * rng.random((count, 2, 8, 8, 4), np.float32) if std is None else std
+    posteriors, labels, shards = np.concatenate([mean, std], axis=-1), np.arange(count) % classes, []
+    os.makedirs(path)
+    for i, rows in enumerate((slice(half), slice(half, count))):
+        writer = latents.ShardWriter(path, latents.shard_name(i, 2), "float32")
+        writer.add(posteriors[rows], labels[rows])
+        shards.append(writer.close())
+    latents.write_manifest(path, {
+        "format": latents.FORMAT, "shards": shards, "count": count, "num_classes": classes, "class_names": None,
+        "size": 64, "shape": [8, 8, 4], "dtype": "float32", "skipped": [],
+        "vae": {"name": encoder, "encoder": encoder, "decoder": encoder, "sha256": encoder, "scale": scale}})

@@ -3,11 +3,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import write_cache
+from flax import nnx
 from jax.sharding import PartitionSpec as P
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
-from dit_jax import sharding
+from dit_jax import autoencoder, example, sharding
 from dit_jax.data import pipeline, sources
+from dit_jax.models.vae import VAE
 
 
 def positions(length, seed, flip, first, count):
@@ -183,6 +186,66 @@ def test_missing_and_cut_arrays_are_refused(tmp_path):
         load(str(tmp_path))
     with pytest.raises(ValueError, match="data.source='imagenet'"):
         load("", "imagenet")
+
+
+def model_inputs(source, devices, *, steps=2, vae=None, num_classes=2):
+    """What the model gets at the first steps, from a mesh of so many devices."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    across = sharding.batch_sharding(mesh)
+    prepare = pipeline.model_input(mesh, across, seed=3, scale=getattr(source, "scale", None), vae=vae)
+    batches = [pipeline.global_batch(source, s, seed=3, flip=True, batch_size=8, sharding=across, num_classes=num_classes)
+               for s in range(steps)]
+    return [jax.device_get(prepare(batch, s)) for s, batch in enumerate(batches)]
+
+
+def test_latents_are_drawn_from_the_posterior_anew_at_each_step(tmp_path):
+    mean = np.broadcast_to(np.arange(2.0).reshape(1, 2, 1, 1, 1), (16, 2, 8, 8, 4))  # 0, and 1 mirrored
+    write_cache(tmp_path / "cache", 16, mean, np.full_like(mean, 0.5), classes=2, scale=0.2)
+    cache = sources.load({"source": "latents", "path": str(tmp_path / "cache")}, size=8, channels=4, num_classes=2)[0]
+    first, second = model_inputs(cache, 1)
+    for step, batch in enumerate((first, second)):
+        indices, flips = pipeline.order(16, 3, True, step, 8, np.arange(8))
+        assert 0 < flips.sum() < 8 and batch["x"].dtype == np.float32
+        assert_array_equal(batch["y"], indices % 2)
+        noise = (batch["x"] / 0.2 - flips[:, None, None, None]) / 0.5
+        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+        assert np.unique(noise).size == noise.size
+    assert not np.isin(np.round(first["x"], 6), np.round(second["x"], 6)).all()
+    for a, b in zip((first, second), model_inputs(cache, 4)):
+        assert_array_equal(a["x"], b["x"])
+
+
+def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
+    args = dict(block_out_channels=(4, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2, in_channels=3)
+    _, state = nnx.split(VAE(**args, rngs=nnx.Rngs(0)))
+    autoencoder.save(tmp_path / "vae", args, nnx.to_pure_dict(state), 0.7)
+    vae = autoencoder.load(str(tmp_path / "vae"))
+    example.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
+    data = {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}
+    pictures, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
+    assert pictures.size == 64 and vae.identity["encoder"] in pictures.identity
+    both = jax.jit(vae.posteriors)(vae.params, np.stack([pictures.read(i)[0] for i in range(12)]))
+    mean, std = np.split(np.asarray(both), 2, axis=-1)
+    write_cache(tmp_path / "cache", 12, mean, std, scale=vae.scale, encoder=vae.identity["encoder"])
+    data = {"source": "latents", "path": str(tmp_path / "cache")}
+    cache, _ = sources.load(data, size=8, channels=4, num_classes=10, vae=vae)
+    cached = model_inputs(cache, 1, num_classes=10)
+    for devices in (1, 2):
+        for a, b in zip(model_inputs(pictures, devices, vae=vae, num_classes=3), cached, strict=True):
+            assert_allclose(a["x"], b["x"], atol=1e-5)
+
+    write_cache(tmp_path / "other", 12, mean, std, scale=vae.scale, encoder="another")
+    write_cache(tmp_path / "scaled", 12, mean, std, scale=0.18215, encoder=vae.identity["encoder"])
+    for path, what in (("other", "encoder"), ("scaled", "scale")):
+        with pytest.raises(ValueError, match=f"vae.path=vae: its {what} .* is not the one that made the cache"):
+            sources.load(data | {"path": str(tmp_path / path)}, size=8, channels=4, num_classes=10, vae=vae)
+    with pytest.raises(ValueError, match=r"latents of \(8, 8, 4\), the model takes \(32, 32, 4\)"):
+        sources.load(data, size=32, channels=4, num_classes=10)
+    with pytest.raises(ValueError, match="has 3 classes, but model.num_classes=2"):
+        sources.load({"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}, size=64, channels=3,
+                     num_classes=2)
+    with pytest.raises(ValueError, match="data.source='digits' has no latents"):
+        sources.load({"source": "digits"}, size=8, channels=1, num_classes=10, vae=vae)
 
 
 def test_sharding_rules():

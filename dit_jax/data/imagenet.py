@@ -14,7 +14,6 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 from dit_jax.config import UserError
-from dit_jax.data.pictures import import_tfds
 from dit_jax.logging import Progress, say
 from dit_jax.pictures import write_aside
 
@@ -75,7 +74,7 @@ def _validation(path, labels):
 def contents(tars, partial):
     """What the tar files in a folder hold -> {split: [Picture]}. UserError where one is missing, cut short, or holds
     another number of pictures than ILSVRC2012; with `partial`, what is there is taken."""
-    tfds = import_tfds()
+    import tensorflow_datasets as tfds
     classes = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     of_validation = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     found = {}
@@ -136,7 +135,7 @@ def prepare(tars, data_dir, partial=False):
     """Writes DATA_DIR/imagenet2012/VERSION, and returns that path. Nothing is unpacked: the pictures are read from the
     tar files in the order in which they are written. Shards are written aside, into a folder that gets its name when
     all is there; the same call goes on after a kill, with the shards that are whole. UserError says what is wrong."""
-    tfds = import_tfds()
+    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import hashing, naming
     from tensorflow_datasets.core.splits import SplitDict
     from tensorflow_datasets.core.utils import shard_utils

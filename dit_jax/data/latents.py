@@ -170,7 +170,7 @@ class LatentCache:
         self._values = 2 * int(np.prod(self.shape))
         self._readers, self._lock = {}, threading.Lock()
         self._pool = ThreadPoolExecutor(READERS)
-        _allow_open_files(len(m["shards"]))
+        allow_open_files(len(m["shards"]))
 
     def __len__(self):
         return self.manifest["count"]
@@ -218,14 +218,15 @@ class LatentCache:
                          f"({next(iter((bad or why).values()))}); look for more with encode --verify")
 
 
-def _allow_open_files(count):
-    """Every shard stays open."""
+def allow_open_files(count):
+    """Room for `count` open shards, which readers keep open; often no more than 1024 are allowed where nobody asks.
+    Raises ValueError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"the cache has {count} shards, and this system lets a process open {hard} files: raise "
-                             f"the limit (ulimit -Hn) to {wanted}, or encode with a larger --shard_size")
+            raise ValueError(f"{count} shards are to be kept open, and this system lets a process open {hard} files: raise "
+                             f"the limit (ulimit -Hn) to {wanted}, or make larger shards")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

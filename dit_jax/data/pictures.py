@@ -7,7 +7,6 @@ Raw records have `len(raw)`, `raw[i] -> (name, data: bytes of a picture file, la
 import collections
 import hashlib
 import os
-import resource
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 
 from dit_jax.data import images
 from dit_jax.data.images import BadImage
+from dit_jax.data.latents import allow_open_files
 from dit_jax.logging import say
 
 
@@ -116,24 +116,6 @@ _PREPARE = ("tfds.builder(NAME, data_dir=DIR, file_format='array_record').downlo
             "needs TensorFlow)")
 
 
-def import_tfds():
-    """The module tensorflow_datasets. Raises ValueError where it is not installed."""
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as e:
-        raise ValueError(f"data.source='tfds' lacks a package ({e}): pip install 'dit_jax[tfds]'") from None
-    return tfds
-
-
-def _allow_open_files(count):
-    """Room for `count` more open files: the reader keeps every shard open, imagenet2012 has 1024 of them, and often no
-    more files than that are allowed where nobody asks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 class Tfds:
     """Raw records of a data set that tensorflow-datasets has prepared as ArrayRecord, read without TensorFlow.
 
@@ -147,7 +129,7 @@ class Tfds:
     """
 
     def __init__(self, name, split, data_dir):
-        tfds = import_tfds()
+        import tensorflow_datasets as tfds  # takes seconds
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         builder = self._builder(name, data_dir)
@@ -177,7 +159,7 @@ class Tfds:
         self.files = [shard.filename for shard in shards]
         self.ends = np.cumsum([shard.take for shard in shards])
         self.label = f"{builder.info.name}/{split}"
-        _allow_open_files(len(shards))
+        allow_open_files(len(shards))
         self.records = ArrayRecordDataSource(shards)
         self.class_names = list(features["label"].names)
         self.identity = (f"tfds:{builder.info.full_name}:{split}:{len(self)}:{self.num_classes}:"
