@@ -322,6 +322,7 @@ def main():
     if not f.out:
         raise UserError("--out is missing: name the cache's folder")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_compiled()
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
     try:
         return verify(f.out) if f.verify else encode(f)
@@ -334,7 +335,6 @@ def encode(f):
         raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
     source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     vae = autoencoder.load(f.vae, f.vae_dtype)
-    keep_compiled()
     if f.size % vae.factor:
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)

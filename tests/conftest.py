@@ -97,6 +97,19 @@ def one_error(result, *words):
         assert str(word) in lines[0], lines[0]
 
 
+def save_vae(path, seed, block_out_channels=(8, 8, 16, 16), scale=0.18215):
+    """A small VAE of the published format with random weights, in the folder `path`, which is returned."""
+    from dit_jax import autoencoder
+    from dit_jax.models import vae
+
+    args = dict(block_out_channels=block_out_channels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                in_channels=3)
+    rng = np.random.default_rng(seed)
+    autoencoder.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
+                                                   vae.abstract(**args)[1]), scale)
+    return path
+
+
 def write_cache(path, count, mean=None, std=None, classes=10, scale=0.18215, encoder="noise"):
     """A latent cache of two shards, of float32 posteriors (count, 2, 8, 8, 4), by default normal noise."""
     from dit_jax.data import latents

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import save_vae
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
@@ -15,7 +16,6 @@ from dit_jax import autoencoder, encode, hosts
 from dit_jax.config import UserError
 from dit_jax.data import latents
 from dit_jax.data.pictures import Folder, Pictures
-from dit_jax.models import vae
 
 SHAPE = (4, 4, 3)
 
@@ -173,15 +173,6 @@ def folder(tmp_path_factory):
             Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((20, 22 + i)).save(
                 path / name / f"{i:02d}.png")
     (path / BROKEN).write_bytes(b"no picture")
-    return path
-
-
-def save_vae(path, seed):
-    args = dict(block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                in_channels=3)
-    rng = np.random.default_rng(seed)
-    autoencoder.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
-                                                   vae.abstract(**args)[1]))
     return path
 
 
