@@ -1,13 +1,16 @@
+import json
+import os
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import save_vae, write_cache
+from conftest import losses, save_vae, write_cache
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
 
-from dit_jax import autoencoder, example, sharding
+from dit_jax import autoencoder, example, pictures, sharding
 from dit_jax.data import pipeline, sources
 
 
@@ -217,15 +220,15 @@ def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
     vae = autoencoder.load(str(save_vae(tmp_path / "vae", 0, (4, 8), 0.7)))
     example.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
     data = {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}
-    pictures, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
-    assert pictures.size == 16 and vae.identity["encoder"] in pictures.identity
-    both = jax.jit(vae.posteriors)(vae.params, np.stack([pictures.read(i)[0] for i in range(12)]))
+    folder, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
+    assert folder.size == 16 and vae.identity["encoder"] in folder.identity
+    both = jax.jit(vae.posteriors)(vae.params, np.stack([folder.read(i)[0] for i in range(12)]))
     mean, std = np.split(np.asarray(both), 2, axis=-1)
     write_cache(tmp_path / "cache", 12, mean, std, scale=vae.scale, encoder=vae.identity["encoder"])
     data = {"source": "latents", "path": str(tmp_path / "cache")}
     cache, _ = sources.load(data, size=8, channels=4, num_classes=10, vae=vae)
     cached = model_inputs(cache, 1, num_classes=10)
-    for a, b in zip(model_inputs(pictures, 2, vae=vae, num_classes=3), cached, strict=True):
+    for a, b in zip(model_inputs(folder, 2, vae=vae, num_classes=3), cached, strict=True):
         assert_allclose(a["x"], b["x"], atol=1e-5)
 
     write_cache(tmp_path / "other", 12, mean, std, scale=vae.scale, encoder="another")
@@ -262,3 +265,38 @@ def test_sharding_rules():
                          (dict(data=0), "positive")):
         with pytest.raises(ValueError, match=words):
             sharding.make_mesh(**sizes)
+
+
+@pytest.mark.slow
+def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp_path):
+    """README's commands, made short: example, encode, train, resume, sample."""
+    def run(name, *flags):
+        status, out, err = command(name, *flags)
+        assert status == 0 and not err, err
+        return out
+
+    run("example", f"--out={tmp_path}", "--per_class=3", "--steps=2")
+    run("encode", f"--path={tmp_path}/pictures", f"--vae={tmp_path}/vae", "--size=64", f"--out={tmp_path}/latents")
+    flags = ["--config=configs/photos.py", f"--config.data.path={tmp_path}/latents", f"--config.vae.path={tmp_path}/vae",
+             "--config.batch_size=8", "--config.sample.every=3", "--config.sample.per_class=2", "--config.sample.steps=4",
+             "--config.model.depth=1", "--config.log_every=1", f"--workdir={tmp_path}/run"]
+    run("train", *flags, "--config.steps=3")
+    assert "goes on from step 3 of 6" in run("train", *flags, "--config.steps=6")
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
+    for step in (3, 6):
+        with Image.open(tmp_path / f"run/samples/{step:08d}.png") as grid:
+            assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # pictures of 64 px, decoded
+    run("sample", f"--workdir={tmp_path}/run", "--num=4", "--cfg_scale=1.5", "--steps=4", "--png")
+    with np.load(tmp_path / "run/out/samples.npz") as file:
+        assert file["arr_0"].shape == (4, 64, 64, 3) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 0
+    manifest = json.loads((tmp_path / "run/out/manifest.json").read_text())
+    assert manifest["vae"] == autoencoder.load(str(tmp_path / "vae")).identity
+    assert len(os.listdir(tmp_path / "run/out/png")) == 4
+
+    # Without the decoder the same samples stay latents.
+    run("sample", f"--workdir={tmp_path}/run", f"--out={tmp_path}/raw", "--num=4", "--cfg_scale=1.5", "--steps=4", "--vae=")
+    with np.load(tmp_path / "raw/samples.npz") as file:
+        vae = autoencoder.load(str(tmp_path / "vae"))
+        images = np.asarray(jax.jit(vae.decode)(vae.params, file["latents"]))
+    with np.load(tmp_path / "run/out/samples.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - pictures.to_uint8(images)).max() <= 1
