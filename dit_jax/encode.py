@@ -351,7 +351,8 @@ def encode(f):
     todo = sorted(set(range(len(shard_names(settings)))) - set(done))
     mine = todo[jax.process_index()::jax.process_count()]
     if not todo and not unfinished:
-        say(f"{f.out}: finished already: {describe(manifest)}")
+        if main_process:
+            say(f"{f.out}: finished already: {describe(manifest)}")
         return 0
     if done:
         say(f"goes on: {len(done)} of {len(done) + len(todo)} shards are there")

@@ -377,3 +377,7 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert [p.returncode for p in processes] == [0, 0], results
     assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
     assert contents(out) == expected
+    processes = start(out, count=2)
+    results = [p.communicate(timeout=60) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], results
+    assert "finished already" in results[0][0] and not any(err for _, err in results)
