@@ -261,6 +261,17 @@ def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypa
     assert kill_at == 1 + 2 * 3 + 2 + 4  # settings; shards, their records; manifest, preview; what is removed
 
 
+def test_a_shard_whose_record_is_damaged_is_made_again(cache, encoded, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(encode, "finish", lambda *_: 1 / 0)
+        encoded(tmp_path)
+    first, second, _ = (tmp_path / encode.beside(latents.shard_name(i, 3)) for i in range(3))
+    first.write_text(first.read_text().replace('"count": 8', '"count": 7'))
+    second.write_text("{}")
+    assert encoded(tmp_path) == 0 and "goes on: 1 of 3" in capsys.readouterr().out
+    assert contents(tmp_path) == contents(cache)
+
+
 def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsys):
     out = tmp_path / "cache"
     out.mkdir()
