@@ -340,6 +340,9 @@ def main():
 def encode(f):
     if not f.vae:
         raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    inside = f.path and os.path.realpath(f.out).startswith(os.path.join(os.path.realpath(f.path), ""))
+    if inside and f.source == "folder":
+        raise UserError(f"--out={f.out}: lies in --path={f.path}, and would be one of its classes: name another folder")
     source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     vae = autoencoder.load(f.vae, f.vae_dtype)
     if f.size % vae.factor:

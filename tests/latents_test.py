@@ -335,6 +335,8 @@ def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(UserError, match="a/05.png: its latent is not finite"):
         patch.setattr(latents.np, "isfinite", lambda x: np.arange(x.size).reshape(x.shape) // x[0].size != 5)
         encoded(tmp_path / "b")
+    with pytest.raises(UserError, match="would be one of its classes"):
+        encoded(folder / "latents")
     for name in "abc":
         (tmp_path / "bad" / name).mkdir(parents=True)
         (tmp_path / "bad" / name / "0.jpg").write_bytes(b"no")
