@@ -83,7 +83,7 @@ def _on_hosts(main):
 
 
 def run(main):
-    """Parses the flags and calls main(), whose value is the exit status. A UserError is one line, and status 1."""
+    """Parses the flags and calls main(), whose value is the exit status. A UserError, or Ctrl-C, is one line, and status 1."""
     _quiet_libtpu()
     enough_threads()
     logging.set_verbosity(logging.ERROR)
@@ -92,6 +92,9 @@ def run(main):
         app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: _parse_flags(argv))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         sys.exit(1)
 
 

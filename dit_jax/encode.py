@@ -72,6 +72,12 @@ def beside(shard):
     return shard.replace(".array_record", ".json")
 
 
+def read_record(path):
+    """The record in the file beside a shard, or None where a byte of it has changed."""
+    fields = read_json(path) or {}
+    return fields.get("record") if latents.seal({"record": fields.get("record")}) == fields else None
+
+
 def look(out, settings):
     """What `out` holds of this cache -> (its manifest or None, {shard: record} of the whole ones, whether anything is
     left to do where all are). A record is a shard's entry in the manifest with `skipped`, the pictures left out."""
@@ -94,7 +100,7 @@ def look(out, settings):
         return None, {}, True
     records = {}
     for i, name in enumerate(names):
-        record = read_json(os.path.join(out, beside(name))) if beside(name) in there else None
+        record = read_record(os.path.join(out, beside(name))) if beside(name) in there else None
         if record is None and manifest:
             record = manifest["shards"][i] | {"skipped": [s for s in manifest["skipped"]
                                                           if s["index"] // settings["shard_size"] == i]}
@@ -270,7 +276,8 @@ def encode_shards(todo, source, encoder, settings, out, left, progress):
         skipped += batch.skipped
         if batch.last:
             made[batch.shard] = writer.close() | {"skipped": skipped}
-            write_aside(os.path.join(out, beside(names[batch.shard])), latents.to_bytes(made[batch.shard]))
+            write_aside(os.path.join(out, beside(names[batch.shard])),
+                        latents.to_bytes(latents.seal({"record": made[batch.shard]})))
             writer, skipped = None, []
         done += len(batch.images) + len(batch.skipped)
         progress.update(done)
@@ -333,6 +340,9 @@ def main():
 def encode(f):
     if not f.vae:
         raise UserError("--vae is missing: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    inside = f.path and os.path.realpath(f.out).startswith(os.path.join(os.path.realpath(f.path), ""))
+    if inside and f.source == "folder":
+        raise UserError(f"--out={f.out}: lies in --path={f.path}, and would be one of its classes: name another folder")
     source = open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
     vae = autoencoder.load(f.vae, f.vae_dtype)
     if f.size % vae.factor:
@@ -351,7 +361,8 @@ def encode(f):
     todo = sorted(set(range(len(shard_names(settings)))) - set(done))
     mine = todo[jax.process_index()::jax.process_count()]
     if not todo and not unfinished:
-        say(f"{f.out}: finished already: {describe(manifest)}")
+        if main_process:
+            say(f"{f.out}: finished already: {describe(manifest)}")
         return 0
     if done:
         say(f"goes on: {len(done)} of {len(done) + len(todo)} shards are there")

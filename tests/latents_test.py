@@ -261,6 +261,17 @@ def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypa
     assert kill_at == 1 + 2 * 3 + 2 + 4  # settings; shards, their records; manifest, preview; what is removed
 
 
+def test_a_shard_whose_record_is_damaged_is_made_again(cache, encoded, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(encode, "finish", lambda *_: 1 / 0)
+        encoded(tmp_path)
+    first, second, _ = (tmp_path / encode.beside(latents.shard_name(i, 3)) for i in range(3))
+    first.write_text(first.read_text().replace('"count": 8', '"count": 7'))
+    second.write_text("{}")
+    assert encoded(tmp_path) == 0 and "goes on: 1 of 3" in capsys.readouterr().out
+    assert contents(tmp_path) == contents(cache)
+
+
 def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsys):
     out = tmp_path / "cache"
     out.mkdir()
@@ -324,6 +335,8 @@ def test_what_cannot_be_encoded_stops_the_run_naming_it(encoded, folder, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(UserError, match="a/05.png: its latent is not finite"):
         patch.setattr(latents.np, "isfinite", lambda x: np.arange(x.size).reshape(x.shape) // x[0].size != 5)
         encoded(tmp_path / "b")
+    with pytest.raises(UserError, match="would be one of its classes"):
+        encoded(folder / "latents")
     for name in "abc":
         (tmp_path / "bad" / name).mkdir(parents=True)
         (tmp_path / "bad" / name / "0.jpg").write_bytes(b"no")
@@ -377,3 +390,7 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     assert [p.returncode for p in processes] == [0, 0], results
     assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
     assert contents(out) == expected
+    processes = start(out, count=2)
+    results = [p.communicate(timeout=60) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], results
+    assert "finished already" in results[0][0] and not any(err for _, err in results)
