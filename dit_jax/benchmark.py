@@ -59,7 +59,7 @@ def make_pictures(path, count):
 
 
 def ours(source, rows):
-    """Seconds to have batches of `rows` examples on the devices, in all: order, reading, placing."""
+    """Seconds an example to have batches of `rows` examples on the devices: order, reading, placing."""
     mesh = sharding.make_mesh()
     steps = max(1, rows // BATCH)
     batches = pipeline.Batches(source, first_step=0, last_step=steps, seed=int(time.time()), flip=True, batch_size=BATCH,
@@ -103,25 +103,21 @@ class Jpegs:
 
     def __getitem__(self, i):
         _, data, label = self.raw[i]
-        return images.center_crop(images.decode(data), SIZE), label
+        return images.center_crop(images.decode(data), SIZE).copy(), label
 
 
-def torch_loader(dataset, rows, workers):
-    """Seconds an example of a DataLoader with so many worker processes, after its first batch (they must start)."""
+def torch_loader(dataset, workers):
+    """Seconds an example of a second pass through a DataLoader with so many worker processes, which are running then."""
     from torch.utils.data import DataLoader
 
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True,
                         persistent_workers=bool(workers))
-    steps, done, start = max(1, rows // BATCH), 0, None
-    while done < steps:
-        for _ in loader:
-            if start is None:
-                start = time.perf_counter()
-                continue
-            done += 1
-            if done == steps:
-                break
-    return (time.perf_counter() - start) / (steps * BATCH)
+    for _ in loader if workers else ():
+        pass
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return (time.perf_counter() - start) / (len(loader) * BATCH)
 
 
 def main():
@@ -139,22 +135,22 @@ def main():
             make_cache(cache, f.num_latents)
         if folder is None:
             folder = os.path.join(scratch, "pictures")
-            make_pictures(folder, 2 * BATCH)
+            make_pictures(folder, 4 * BATCH)
         try:
             cache, raw = latents.LatentCache(cache), Folder(folder)
         except ValueError as e:
             raise UserError(str(e)) from None
         if min(len(cache), len(raw)) < 2 * BATCH:
             raise UserError(f"--cache and --pictures need {2 * BATCH} examples at least, for two batches")
-        rows = {"latents": f.num_latents, "JPEG": 2 * BATCH}
+        rows = {"latents": f.num_latents, "JPEG": 4 * BATCH}
         runs = {("latents", "dit_jax"): lambda: ours(cache, rows["latents"]),
                 ("JPEG", "dit_jax"): lambda: ours(Pictures(raw, SIZE), rows["JPEG"])}
         if torch is not None:
             npy = Npy(os.path.join(scratch, "npy"), f.num_latents)
             for workers in sorted({0, cores}):
                 name = f"torch DataLoader, {workers} workers"
-                runs["latents", f"{name}, a .npy a sample"] = lambda w=workers: torch_loader(npy, rows["latents"], w)
-                runs["JPEG", name] = lambda w=workers: torch_loader(Jpegs(raw), rows["JPEG"], w)
+                runs["latents", f"{name}, a .npy a sample"] = lambda w=workers: torch_loader(npy, w)
+                runs["JPEG", name] = lambda w=workers: torch_loader(Jpegs(raw), w)
         else:
             say("PyTorch is not installed: nothing to set beside (pip install -e '.[torch]')")
         seconds, progress = {key: [] for key in runs}, Progress("benchmark", f.rounds * len(runs), "timings")

@@ -218,6 +218,12 @@ def test_refused(case):
 def test_cut_short_or_damaged():
     """Whatever happens to a file, decode returns a picture or raises BadImage."""
     noise = RNG.integers(0, 256, (40, 60, 3), np.uint8)
+    for kind in ("JPEG", "PNG"):  # space was made for the file, but not filled to the end
+        data = encoded(noise, kind)
+        np.testing.assert_array_equal(decode(data + bytes(500)), decode(data))
+        for end in (len(data) // 2, len(data) - 40, len(data) - 20):
+            with pytest.raises(BadImage, match="cut short: it ends in zeros"):
+                decode(data[:end] + bytes(len(data) - end))
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"):
         data = encoded(noise, kind)
         for end in (len(data) // 3, len(data) * 9 // 10):

@@ -71,6 +71,13 @@ def _rgb(data):
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+def _is_whole(data):
+    """Whether a JPEG or PNG that ends in zeros has its end mark before them. Without it space was made for the file, which
+    was then not filled: a decoder takes zeros for grey or black."""
+    mark = b"\xff\xd9" if data.startswith(b"\xff\xd8") else b"IEND\xaeB`\x82" if data.startswith(b"\x89PNG") else b""
+    return any(data[-16:]) or data.rstrip(b"\0").endswith(mark)
+
+
 def decode(data):
     """The bytes of a JPEG, PNG, WebP, BMP, TIFF, PPM or still GIF file -> PIL image of mode RGB, upright by its EXIF
     orientation.
@@ -81,6 +88,8 @@ def decode(data):
     """
     if not data:
         raise BadImage("an empty file")
+    if not _is_whole(data):
+        raise BadImage("cut short: it ends in zeros, before the picture does")
     try:
         return _rgb(data)
     except BadImage:
