@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -26,7 +25,6 @@ from dit_jax.pictures import write_aside
 FORMAT = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 DTYPES = ("float16", "float32")
-READERS = 2  # threads a batch; several batches are read at a time
 
 
 def shard_name(index, num_shards):
@@ -169,7 +167,6 @@ class LatentCache:
         self._starts = np.concatenate([[0], np.cumsum([entry["count"] for entry in m["shards"]])]).astype(np.int64)
         self._values = 2 * int(np.prod(self.shape))
         self._readers, self._lock = {}, threading.Lock()
-        self._pool = ThreadPoolExecutor(READERS)
         allow_open_files(len(m["shards"]))
 
     def __len__(self):
@@ -187,13 +184,10 @@ class LatentCache:
         order = np.argsort(shards, kind="stable")
         by_shard = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else []
 
-        def read(part):
-            for rows in part:
-                for row, data in zip(rows, self._read(shards[rows[0]], records[rows].tolist())):
-                    x[row] = np.frombuffer(data, self.dtype, self._values)
-                    y[row] = int.from_bytes(data[-4:], "little", signed=True)
-
-        list(self._pool.map(read, [by_shard[i::READERS] for i in range(READERS)]))
+        for rows in by_shard:
+            for row, data in zip(rows, self._read(shards[rows[0]], records[rows].tolist())):
+                x[row] = np.frombuffer(data, self.dtype, self._values)
+                y[row] = int.from_bytes(data[-4:], "little", signed=True)
         h, w, channels = self.shape
         return {"x": x.reshape(-1, h, w, 2 * channels), "y": y}
 

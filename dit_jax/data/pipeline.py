@@ -73,7 +73,7 @@ class Batches:
     """The batches of steps first_step .. last_step - 1, `ahead` of them being read and sent to the devices by threads.
     kwargs: of global_batch. To be closed."""
 
-    def __init__(self, source, *, first_step, last_step, ahead=2, **kwargs):
+    def __init__(self, source, *, first_step, last_step, ahead=3, **kwargs):
         self.waited = 0.0  # seconds in which the devices had nothing to do because no batch was there
         self._pool = ThreadPoolExecutor(ahead)
         self._coming = (self._pool.submit(global_batch, source, step, **kwargs) for step in range(first_step, last_step))
