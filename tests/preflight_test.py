@@ -112,7 +112,7 @@ def test_the_train_step_costs_what_the_model_costs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v5p-16", "v6e-8"])
+@pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v6e-8"])
 def test_every_generation(topology):
     """Their programs are written differently."""
     r = preflight.examine(tiny_config(**{"model.scan": False}), topology)
@@ -219,14 +219,3 @@ def test_the_papers_run_on_the_papers_pod(command, tmp_path):
     assert r["bounds_s"]["arithmetic"] == pytest.approx(11.6e-3, rel=0.01)
     assert r["step_time_bound_s"] < 16e-3 and r["xla_estimate_s"] < 22e-3
     assert r["hbm_peak_bytes"] < 2**30 and r["hbm_capacity_bytes"] == int(CHIPS["TPU v3"].hbm)
-
-
-@pytest.mark.slow
-def test_512_px_fits_one_board(command, tmp_path):
-    """Half of XL/2's blocks, which take more than half of its memory, and half the time to compile."""
-    out = tmp_path / "report.json"
-    status, _, err = command("preflight", "--config=configs/xl2_512.py", "--topology=v3-8", "--config.model.depth=14",
-                             "--config.model.remat=full", f"--out={out}")
-    assert status == 0, err
-    r = json.loads(out.read_text())
-    assert r["fits"] is True and 2 * r["hbm_peak_bytes"] < r["hbm_capacity_bytes"]
