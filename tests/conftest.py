@@ -18,6 +18,11 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 GOLDEN = Path(os.environ.get("DIT_JAX_GOLDEN", Path(__file__).parent / "golden"))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first: begun last, it would run on while the other process has nothing left to do."""
+    items.sort(key=lambda item: "fresh_clone" not in item.name)
+
+
 def nhwc(a):
     """Golden images are N, C, H, W (also behind further leading axes)."""
     return np.moveaxis(np.asarray(a), -3, -1)
