@@ -4,8 +4,10 @@
     latents-00000-of-00626.array_record, ...    in the order of the data set, `shard_size` pictures each
 
 A shard holds two records an example, 2i the picture's and 2i + 1 its mirror image's, so that only the one that is
-wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32; little-endian. They are not
-compressed: it would save 6 % and halve the rate of reading. Nothing in the folder says when, where or on how many
+wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32, then the CRC-32 of all that,
+a uint32; little-endian. Any reader of ArrayRecord reads them. They are not compressed: it would save 6 %, and all being
+of one length, each is then found by arithmetic and read by one system call into its row of the batch, without the
+interpreter's lock: four times as fast as through array_record's own reader. Nothing in the folder says when, where or on how many
 devices it was made. While it is being made, it also holds settings.json, and a .json beside each whole shard. In
 preview.png, which is for people, are some pictures and what the VAE makes of their latents.
 """
@@ -16,13 +18,14 @@ import json
 import os
 import resource
 import threading
+import zlib
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from dit_jax.pictures import write_aside
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 DTYPES = ("float16", "float32")
 
@@ -65,6 +68,11 @@ def read_manifest(path):
     if manifest["format"] != FORMAT:
         raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}")
     return manifest
+
+
+def record_length(shape, dtype):
+    """Bytes of a record: two of each number of a latent of `shape`, the label, the checksum."""
+    return 2 * int(np.prod(shape)) * np.dtype(dtype).itemsize + 8
 
 
 def sizes(path):
@@ -110,7 +118,9 @@ class ShardWriter:
         with _os_errors():
             for both, label in zip(np.asarray(posteriors, dtype), np.asarray(labels, "<i4"), strict=True):
                 for posterior in both:
-                    self.writer.write(posterior.tobytes() + label.tobytes())
+                    data = posterior.tobytes() + label.tobytes()
+                    self.writer.write(data + zlib.crc32(data).to_bytes(4, "little"))
+                    self.length = len(data) + 4
         self.count += len(labels)
 
     def close(self):
@@ -119,25 +129,44 @@ class ShardWriter:
             self.writer.close()
         with open(f"{self.path}.part", "rb+") as f:
             os.fsync(f.fileno())
+            if self.count and _read([f.fileno()], [2 * self.count - 1], self.length)[1]:
+                raise RuntimeError(f"{self.path}: array_record places records elsewhere than it used to; take the "
+                                   "version that setup.py asks for")
         entry = {"file": self.name, "count": self.count, "bytes": os.path.getsize(f"{self.path}.part"),
                  "sha256": sha256(f"{self.path}.part")}
         os.replace(f"{self.path}.part", self.path)
         return entry
 
 
-def _open(file):
-    return ArrayRecordReader(file, "readahead_buffer_size:0", file_reader_buffer_size=32768)
+# Of Riegeli, the format below ArrayRecord: what of a block of 64 KiB is not its header, and the header's bytes.
+_BLOCK, _HEADER = 65512, 24
+_SKIPPED = memoryview(bytearray(_HEADER))
 
 
-def _unreadable(file, records):
-    """{record: why} of those that cannot be read, each tried with a reader of its own."""
-    bad = {}
-    for record in records:
-        try:
-            _open(file).read([int(record)])
-        except Exception as e:
-            bad[record] = str(e).split(" (computed")[0]
-    return bad
+def _places(records, length):
+    """Where these records (n,) begin in an uncompressed ArrayRecord file with one record a chunk and all records of
+    `length` bytes -> (n,) positions, headers of blocks not counted."""
+    header = 40  # of the file's signature and of every chunk
+    sizes = 2 + -(-length.bit_length() // 7)  # kind of compression, length of the lengths, the record's as a varint
+    return header + (header + sizes) * (records + 1) + length * records
+
+
+def _read(fds, records, length):
+    """Records (n,) of the shards open as the descriptors fds (n,) -> (n, length) uint8, and the rows of them that are
+    not as they were written. Raises OSError."""
+    rows, bad = np.empty((len(records), length), np.uint8), []
+    places = _places(np.asarray(records, np.int64), length)
+    firsts, within = (places + _HEADER * (places // _BLOCK + 1)).tolist(), (places % _BLOCK).tolist()
+    for fd, first in zip(fds, firsts):  # a disk that is asked for all of them at once has them sooner
+        os.posix_fadvise(fd, first, length, os.POSIX_FADV_WILLNEED)
+    for i, row in enumerate(map(memoryview, rows)):
+        parts = [row[: _BLOCK - within[i]]]
+        for start in range(_BLOCK - within[i], length, _BLOCK):
+            parts += [_SKIPPED, row[start: start + _BLOCK]]
+        whole = os.preadv(fds[i], parts, firsts[i]) == length + _HEADER * (len(parts) // 2)
+        if not whole or zlib.crc32(row[:-4]) != int.from_bytes(row[-4:], "little"):
+            bad.append(i)
+    return rows, bad
 
 
 class LatentCache:
@@ -165,8 +194,8 @@ class LatentCache:
         self.class_names, self.num_classes = m["class_names"], m["num_classes"]
         self.identity = f"latents:{m['count']}:{m['sha256'][:16]}"
         self._starts = np.concatenate([[0], np.cumsum([entry["count"] for entry in m["shards"]])]).astype(np.int64)
-        self._values = 2 * int(np.prod(self.shape))
-        self._readers, self._lock = {}, threading.Lock()
+        self._length = record_length(self.shape, self.dtype)
+        self._files, self._lock = {}, threading.Lock()
         allow_open_files(len(m["shards"]))
 
     def __len__(self):
@@ -178,40 +207,30 @@ class LatentCache:
         indices, flips = np.asarray(indices, np.int64), np.asarray(flips, bool)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"examples {indices.min()} to {indices.max()} of {len(self)} in {self.path}")
-        x, y = np.empty((len(indices), self._values), self.dtype), np.empty(len(indices), np.int32)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         records = 2 * (indices - self._starts[shards]) + flips
-        order = np.argsort(shards, kind="stable")
-        by_shard = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else []
-
-        for rows in by_shard:
-            for row, data in zip(rows, self._read(shards[rows[0]], records[rows].tolist())):
-                x[row] = np.frombuffer(data, self.dtype, self._values)
-                y[row] = int.from_bytes(data[-4:], "little", signed=True)
-        h, w, channels = self.shape
-        return {"x": x.reshape(-1, h, w, 2 * channels), "y": y}
-
-    def _reader(self, shard):
-        with self._lock:
-            if shard not in self._readers:
-                self._readers[shard] = _open(os.path.join(self.path, self.manifest["shards"][shard]["file"]))
-            return self._readers[shard]
-
-    def _read(self, shard, records):
         try:
-            # One by one: a list of records is read through a pool of threads, at three times the processor's time.
-            reader = self._reader(shard)
-            found = [reader.read(record, record + 1)[0] for record in records]
-            if all(len(data) == self._values * self.dtype.itemsize + 4 for data in found):
-                return found
-            why = {"": "a record of another length"}
-        except Exception as e:
-            why = {"": str(e)}
-        file = os.path.join(self.path, self.manifest["shards"][shard]["file"])
-        bad = _unreadable(file, records)
-        which = ", ".join(str(self._starts[shard] + record // 2) for record in bad)
-        raise ValueError(f"{file}: is damaged: example {which or 'unknown'} cannot be read "
-                         f"({next(iter((bad or why).values()))}); look for more with encode --verify")
+            rows, bad = _read([self._open(shard) for shard in shards.tolist()], records, self._length)
+        except OSError as e:
+            raise ValueError(f"{e.filename or self.path}: cannot be read ({e.strerror})") from None
+        if bad:
+            shard = shards[bad[0]]
+            which = ", ".join(str(indices[i]) for i in bad if shards[i] == shard)
+            raise ValueError(f"{self._file(shard)}: is damaged: example {which} is not as it was written; look "
+                             "for more with encode --verify")
+        h, w, channels = self.shape
+        return {"x": rows[:, :-8].view(self.dtype).reshape(-1, h, w, 2 * channels),
+                "y": rows[:, -8:-4].copy().view("<i4")[:, 0].astype(np.int32)}
+
+    def _file(self, shard):
+        return os.path.join(self.path, self.manifest["shards"][shard]["file"])
+
+    def _open(self, shard):
+        if shard not in self._files:
+            with self._lock:
+                if shard not in self._files:
+                    self._files[shard] = open(self._file(shard), "rb", buffering=0)
+        return self._files[shard].fileno()
 
 
 def allow_open_files(count):
@@ -238,12 +257,20 @@ def check_shard(path, manifest, index, there):
     except OSError as e:
         return f"cannot be read ({e.strerror})"
     start = sum(other["count"] for other in manifest["shards"][:index])
-    bad = sorted({start + record // 2 for record in _unreadable(file, range(2 * entry["count"]))})
+    length, bad = record_length(manifest["shape"], manifest["dtype"]), set()
+    try:
+        with open(file, "rb") as f:
+            for record in range(2 * entry["count"]):
+                if _read([f.fileno()], [record], length)[1]:
+                    bad.add(start + record // 2)
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    bad = sorted(bad)
     if not bad:
-        return "is damaged: its checksum is another, though every example can be read"
+        return "is damaged: its checksum is another, though every example is as it was written"
     if len(bad) == entry["count"]:
-        return f"is damaged: none of its examples ({bad[0]} to {bad[-1]}) can be read"
-    return (f"is damaged: {len(bad)} of its {entry['count']} examples cannot be read: "
+        return f"is damaged: none of its examples ({bad[0]} to {bad[-1]}) is as it was written"
+    return (f"is damaged: {len(bad)} of its {entry['count']} examples are not as they were written: "
             f"{', '.join(map(str, bad[:10]))}{', ...' if bad[10:] else ''}")
 
 
