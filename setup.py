@@ -24,7 +24,6 @@ setup(
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "grain>=0.2.18",
         "array_record>=0.8.3",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4.5",  # tensorflow-datasets imports it and does not declare it

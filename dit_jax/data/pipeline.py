@@ -14,27 +14,29 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dit_jax.autoencoder import batch_size
 
 
-@functools.lru_cache
-def _epoch_seed(seed, epoch):
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+@functools.lru_cache(maxsize=2)
+def _permutation(length, seed, epoch):
+    # Of raw random bits, which NumPy promises never to change; its own shuffle may.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(length), kind="stable")
 
 
 def order(length, seed, flip, step, batch_size, rows):
     """Which examples the rows (n,) of the global batch of `step` are -> (indices into the source, whether mirrored)."""
-    indices = []
-    for row in rows:
-        epoch, i = divmod(step * batch_size + int(row), length)
-        indices.append(index_shuffle(i, length - 1, _epoch_seed(seed, epoch), 4))
+    rows = np.asarray(rows)
+    epochs, places = np.divmod(step * batch_size + rows, length)
+    indices = np.empty(len(rows), np.int64)
+    for epoch in np.unique(epochs):
+        now = epochs == epoch
+        indices[now] = _permutation(length, seed, int(epoch))[places[now]]
     # Drawn for the whole batch: which rows are read here does not matter.
     flips = np.random.Generator(np.random.Philox(key=[seed, step])).random(batch_size) < 0.5 if flip else np.zeros(
         batch_size, bool)
-    return np.array(indices), flips[np.asarray(rows)]
+    return indices, flips[rows]
 
 
 def _check_labels(source, indices, y, num_classes):
