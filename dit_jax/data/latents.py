@@ -7,9 +7,9 @@ A shard holds two records an example, 2i the picture's and 2i + 1 its mirror ima
 wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32, then the CRC-32 of all that,
 a uint32; little-endian. Any reader of ArrayRecord reads them. They are not compressed: it would save 6 %, and all being
 of one length, each is then found by arithmetic and read by one system call into its row of the batch, without the
-interpreter's lock. Nothing in the folder says when, where or on how many devices it was made. While it is being made, it
-also holds settings.json, and a .json beside each whole shard. In preview.png, which is for people, are some pictures and
-what the VAE makes of their latents.
+interpreter's lock. Nothing in the folder says when, where or on how many devices it was made. While it is being made,
+it also holds settings.json, and a .json beside each whole shard. In preview.png, which is for people, are some
+pictures and what the VAE makes of their latents.
 """
 
 import contextlib
