@@ -166,52 +166,85 @@ def write_pictures(out, arrays, labels, single):
         first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
 
 
+class Sampler:
+    """What the flags of define_flags ask for.
+
+    Attributes: args (of DiT), labels (num,), latent (whether images are latents, there being no decoder), manifest (all
+    that the images depend on). make(part) -> images of these indices, uint8 pictures or float32 latents; on several
+    hosts all make the same. Raises UserError.
+    """
+
+    def __init__(self):
+        f = flags.FLAGS
+        if (f.workdir is None) == (f.weights is None):
+            raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+        if f.workdir is not None and not f.workdir.strip():
+            raise UserError("--workdir is empty: name a run's folder")
+        if f.weights and f.step is not None:
+            raise UserError("--step is of a run's checkpoints: it goes with --workdir")
+        for flag in ("num", "batch_size"):
+            if f[flag].value < 1:
+                raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
+        try:
+            mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
+            if f.workdir is not None:
+                args, params, shardings, source, vae_path = load_run(f.workdir, f.step, f.which, mesh)
+            else:
+                args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
+                                                                         mesh)
+            vae_path = vae_path if f.vae is None else f.vae
+            vae = autoencoder.load(vae_path) if vae_path else None
+            if vae and vae.latent_channels != args["in_channels"]:
+                raise UserError(f"--vae={vae_path}: decodes {vae.latent_channels} channels, and the model makes "
+                                f"{args['in_channels']}")
+            self.decode = vae and vae.decoder(mesh, args["input_size"] * vae.factor)
+            self.latent = not vae and not pictures.is_picture(args["in_channels"])
+            self.labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
+            self.generator = Generator(
+                args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
+                eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
+                batch_size=min(f.batch_size, f.num), on_step=lambda step: self.on_step(int(step)))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        self.args, self.params, self.mesh, self.on_step = args, params, mesh, lambda step: None
+        self.manifest = source | {
+            "num": f.num, "classes": f.classes if args["num_classes"] else None, "seed": f.seed, "sampler": f.sampler,
+            "steps": f.steps, "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
+            "dtype": args["dtype"].name, "vae": vae and vae.identity}
+
+    def make(self, part):
+        images = self.generator(self.params, self.labels[part], part)
+        if not np.isfinite(images).all():
+            raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
+                            "lower --cfg_scale, or look at the weights")
+        images = self.decode(images) if self.decode else images
+        return images if self.latent else pictures.to_uint8(images)
+
+    def batches(self, start=0):
+        """The images from `start` on, a batch at a time, with progress."""
+        num, size, steps = len(self.labels), self.generator.batch_size, len(self.generator.schedule)
+        starts = range(start, num, size)
+        progress = Progress("sample", len(starts) * steps, "steps")
+        for n, first in enumerate(starts):
+            self.on_step = lambda step: progress.update(n * steps + step)
+            yield self.make(np.arange(first, min(first + size, num)))
+        progress.close()
+
+
 def main():
     f = flags.FLAGS
-    if (f.workdir is None) == (f.weights is None):
-        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
-    if f.workdir is not None and not f.workdir.strip():
-        raise UserError("--workdir is empty: name a run's folder")
-    if f.weights and f.step is not None:
-        raise UserError("--step is of a run's checkpoints: it goes with --workdir")
     out = f.out or (f.workdir and os.path.join(f.workdir, "out"))
-    if not out:
-        raise UserError("--out is missing: name a folder for the samples")
-    for flag in ("num", "batch_size"):
-        if f[flag].value < 1:
-            raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    keep_compiled(os.path.join(out, "compiled"))
+    if f.weights and not out:
+        raise UserError("--out is missing: name a folder for the samples")
+    if out:
+        keep_compiled(os.path.join(out, "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
-
-    try:
-        mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
-        if f.workdir is not None:
-            args, params, shardings, source, vae_path = load_run(f.workdir, f.step, f.which, mesh)
-        else:
-            args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes, mesh)
-        vae_path = vae_path if f.vae is None else f.vae
-        vae = autoencoder.load(vae_path) if vae_path else None
-        if vae and vae.latent_channels != args["in_channels"]:
-            raise UserError(f"--vae={vae_path}: decodes {vae.latent_channels} channels, and the model makes "
-                            f"{args['in_channels']}")
-        decode = vae and vae.decoder(mesh, args["input_size"] * vae.factor)
-        latent = not vae and not pictures.is_picture(args["in_channels"])
-        if latent and f.png:
-            raise UserError(f"--png: this is a model of latents ({args['in_channels']} channels): name a decoder with "
-                            "--vae")
-        labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
-        generator = Generator(
-            args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
-            eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
-            batch_size=min(f.batch_size, f.num), on_step=lambda step: progress.update(before + int(step)))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-
-    classes = f.classes if args["num_classes"] else None
-    manifest = source | {"num": f.num, "classes": classes, "seed": f.seed, "sampler": f.sampler, "steps": f.steps,
-                         "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
-                         "dtype": args["dtype"].name, "vae": vae and vae.identity}
+    sampler = Sampler()
+    labels, latent, manifest = sampler.labels, sampler.latent, sampler.manifest
+    if latent and f.png:
+        raise UserError(f"--png: this is a model of latents ({sampler.args['in_channels']} channels): name a decoder "
+                        "with --vae")
     cli.make_workdir(out, "out")
     manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
     key = "latents" if latent else "arr_0"
@@ -226,19 +259,9 @@ def main():
     if not finished:
         if done:
             say(f"goes on from image {done} of {f.num}")
-        starts = range(done, f.num, generator.batch_size)
-        progress = Progress("sample", len(starts) * len(generator.schedule), "steps")
-        for n, start in enumerate(starts):
-            before = n * len(generator.schedule)
-            part = np.arange(start, min(start + generator.batch_size, f.num))
-            images = generator(params, labels[part], part)
-            if not np.isfinite(images).all():
-                raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
-                                "lower --cfg_scale, or look at the weights")
-            images = decode(images) if decode else images
+        for images in sampler.batches(done):
             if main_process:
-                parts.append(images if latent else pictures.to_uint8(images))
-        progress.close()
+                parts.append(images)
         if main_process:
             write_pictures(out, map(np.load, parts.files), labels, f.png)
             parts.write_npz(npz, key)
@@ -249,7 +272,8 @@ def main():
     say(f"{f.num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if f.png else ""))
 
 
-if __name__ == "__main__":
+def define_flags(num, classes, cfg_scale):
+    """The flags of what is sampled; the arguments are defaults."""
     flags.DEFINE_string("workdir", None, "a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
@@ -259,10 +283,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
     flags.DEFINE_string("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
                         "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
-    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
-    flags.DEFINE_integer("num", 16, "how many images")
-    flags.DEFINE_string("classes", "balanced", "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
-    flags.DEFINE_float("cfg_scale", 4.0, "classifier-free guidance; 1 is none")
+    flags.DEFINE_integer("num", num, "how many images")
+    flags.DEFINE_string("classes", classes, "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
+    flags.DEFINE_float("cfg_scale", cfg_scale, "classifier-free guidance; 1 is none")
     flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
     flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
     flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
@@ -271,6 +294,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
     flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
     flags.DEFINE_integer("tensor", 1, "devices that share a layer")
-    flags.DEFINE_bool("png", False, "also single pictures")
     hosts.define_flags()
+
+
+if __name__ == "__main__":
+    define_flags(num=16, classes="balanced", cfg_scale=4.0)
+    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
+    flags.DEFINE_bool("png", False, "also single pictures")
     cli.run(main)
