@@ -4,7 +4,10 @@ from scipy import linalg
 
 from dit_jax.data import sources
 from dit_jax.metrics import judge
-from dit_jax.metrics.frechet import frechet_distance, statistics
+from dit_jax.metrics.frechet import Moments, frechet_distance, statistics
+from dit_jax.metrics.inception_score import inception_score
+from dit_jax.metrics.kid import kid
+from dit_jax.metrics import precision_recall as pr
 
 
 @pytest.mark.parametrize("n", [500, 20])  # 20: singular covariances
@@ -38,3 +41,76 @@ def test_judge_features_are_those_it_decides_by():
     j = judge.Judge(train.x, train.y)
     logits = j.features(held_out.x) @ j.network.coefs_[-1] + j.network.intercepts_[-1]
     np.testing.assert_array_equal(logits.argmax(1), j.recognise(held_out.x))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5])
+def test_moments_of_batches_are_those_of_all_at_once(mean):
+    x = np.random.default_rng(0).standard_normal((500, 20)).astype(np.float32) + np.float32(mean)
+    mu, sigma = np.asarray(x, np.float64).mean(0), np.cov(x.astype(np.float64), rowvar=False)
+    for size in (1, 7, 500):
+        for order in (slice(None), slice(None, None, -1)):
+            moments = Moments()
+            for start in range(0, 500, size):
+                moments.add(x[order][start: start + size])
+            np.testing.assert_allclose(moments.statistics()[0], mu, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(moments.statistics()[1], sigma, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_refuse_what_has_no_covariance():
+    moments = Moments()
+    moments.add(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="two pictures"):
+        moments.statistics()
+    with pytest.raises(ValueError, match="picture 2 are not finite"):
+        moments.add(np.array([[0, 0, 0], [0, np.nan, 0]]))
+
+
+def test_precision_and_recall_against_every_distance_one_by_one(monkeypatch):
+    monkeypatch.setattr(pr, "ROWS", 16)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((90, 5)) + 300, 1.3 * rng.standard_normal((70, 5)) + 300.5
+    a[10:13], b[5:9] = a[9], b[20]  # twins, with a radius of 0 where there are as many as neighbours
+    a[30] = b[20]
+    a, b = a.astype(np.float32), b.astype(np.float32)
+
+    def distance(x, y):
+        return [[np.sqrt(np.square(p.astype(np.float64) - q).sum()) for q in y.astype(np.float64)] for p in x]
+
+    radii = [np.sort(distance(x, x), axis=1)[:, 3] for x in (a, b)]
+    across = np.array(distance(a, b))
+    expected = (across <= radii[1]).any(1).mean(), (across <= radii[0][:, None]).any(0).mean()
+    assert radii[1].min() == 0 and 0.2 < expected[0] < 0.99 and 0.2 < expected[1] < 0.99
+    assert pr.precision_recall(a, b) == expected
+    order = rng.permutation(90)
+    assert pr.precision_recall(a[order], b[::-1]) == expected
+    with pytest.raises(ValueError, match="4 pictures of each set, and there are 3 samples and 70"):
+        pr.precision_recall(a[:3], b)
+
+
+def test_the_metrics_against_torch_fidelity():
+    torch = pytest.importorskip("torch")
+    fid, isc, prc, mmd = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "isc", "prc", "kid"))
+    rng = np.random.default_rng(1)
+    a, b = (rng.standard_normal((n, 50)).astype(np.float32) @ rng.standard_normal((50, 50)).astype(np.float32) + 3 * i
+            for i, n in enumerate((700, 400)))
+    logits = 3 * rng.standard_normal((700, 30)).astype(np.float32)
+    theirs = [fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    np.testing.assert_allclose(
+        frechet_distance(*statistics(a), *statistics(b)),
+        fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"], rtol=1e-6)
+    np.testing.assert_allclose(
+        inception_score(logits, 100),
+        isc.isc_features_to_metric(torch.from_numpy(logits), splits=7, shuffle=False)["inception_score_mean"], rtol=1e-6)
+    out = prc.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), prc_neighborhood=3, prc_batch_size=100,
+                                     verbose=False, save_cpu_ram=False)
+    np.testing.assert_allclose(pr.precision_recall(a, b), (out["precision"], out["recall"]), atol=1e-3)
+    # The whole of both sets, in one subset of each: nothing is left to chance.
+    same = mmd.polynomial_mmd(a[:400].astype(np.float64), b.astype(np.float64), 3, None, 1)
+    np.testing.assert_allclose(kid(a[:400], b, subsets=1, size=400), same, rtol=1e-6)
+
+
+def test_the_inception_score_of_what_is_sure_and_even():
+    logits = 1000 * np.eye(10)[np.arange(40) % 10]
+    assert inception_score(logits) == pytest.approx(10)
+    assert inception_score(np.ones((40, 10))) == pytest.approx(1)
+    assert inception_score(logits, 35) == pytest.approx((10 * np.exp(0) + 5) / 2, rel=0.02)  # the last split: five
