@@ -90,32 +90,33 @@ class Conv(nnx.Module):
         return jax.nn.relu(self.bn(self.conv(x)))
 
 
+def named(branch, steps):
+    """The steps of a branch with names -> [a key of POOLS, or [(name, convolution), ...], those side by side]. The only
+    convolution has the branch's name; of several, the second is NAME_2, and in its place a fork NAME_2a and NAME_2b."""
+    convs = [step for step in steps if not isinstance(step, str)]
+    result = [step for step in steps if isinstance(step, str)]  # a pool comes first
+    for i, step in enumerate(convs, 1):
+        name = branch if len(convs) == 1 else f"{branch}_{i}"
+        result.append([(name + end, conv) for end, conv in zip("ab", FORK)] if step is FORK else [(name, step)])
+    return result
+
+
 class Mixed(nnx.Module):
-    """Branches side by side. outputs: channels of all together. A branch's only convolution has its name; of several, the
-    second has NAME_2, and the two of a fork there NAME_2a and NAME_2b."""
+    """Branches side by side, a value of MIXED. outputs: the channels of all."""
 
     def __init__(self, inputs, branches, precision, rngs):
-        self.outputs, self.order = 0, []
-
-        def add(name, channels, outputs, kernel, stride=1):
-            setattr(self, name, Conv(channels, outputs, kernel, stride, "SAME" if stride == 1 else "VALID", precision,
-                                     rngs))
-            return name
-
+        self.outputs, order = 0, []
         for branch, steps in branches.items():
-            channels, order = inputs, []
-            convs = [step for step in steps if not isinstance(step, str)]
-            for i, step in enumerate(convs, 1):
-                name = branch if len(convs) == 1 else f"{branch}_{i}"
-                if step is FORK:
-                    order.append(tuple(add(name + end, channels, *conv) for end, conv in zip("ab", FORK)))
-                    channels = sum(conv[0] for conv in FORK)
-                else:
-                    order.append((add(name, channels, *step),))
-                    channels = step[0]
-            self.order.append(tuple([step for step in steps if isinstance(step, str)] + order))
+            channels, steps = inputs, named(branch, steps)
+            for step in steps:
+                if not isinstance(step, str):
+                    for name, (outputs, kernel, *stride) in step:
+                        how = (stride[0], "VALID") if stride else (1, "SAME")
+                        setattr(self, name, Conv(channels, outputs, kernel, *how, precision, rngs))
+                    channels = sum(conv[0] for _, conv in step)
+            order.append(tuple(step if isinstance(step, str) else tuple(name for name, _ in step) for step in steps))
             self.outputs += channels
-        self.order = tuple(self.order)
+        self.order = tuple(order)  # a branch: keys of POOLS, and tuples of convolutions' names
 
     def __call__(self, x):
         results = []
