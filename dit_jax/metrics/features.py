@@ -3,9 +3,9 @@
     features = Features(mesh, load_inception("pt_inception-2015-12-05-6726825d.pth"), batch_size=32)
     rows = features(images)       # .pool (n, 2048), .spatial (n, 2023), .logits (n, 1008), NumPy float32
 
-Networks: the paper's evaluator's InceptionV3, whose weights the user has to bring, and EfficientNet-Lite0, whose weights
-a Python package brings (the extra `fd`). What is measured with the latter is FD-EffLite0: it compares runs with each
-other where there is no network, and with nobody's FID.
+Networks: the paper's evaluator's InceptionV3, whose weights the user has to bring, and EfficientNet-Lite0, whose
+weights a Python package brings (the extra `fd`). What is measured with the latter is FD-EffLite0: it compares runs with
+each other where InceptionV3's weights cannot be had, and with nobody's FID.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network with its weights. name: what its Fréchet distance is called. apply(params, images (N, H, W, 3) 0..255) ->
-    Rows, a pure function. sha256: of the weights' file."""
+    """A network with its weights. name: what its Fréchet distance is called. apply(params, images (N, H, W, 3), uint8
+    or float 0..255) -> Rows, a pure function. sha256: of the weights' file."""
     name: str
     apply: Callable
     params: dict
@@ -57,8 +57,8 @@ def load_inception(path, precision=inception.HIGHEST):
     """The InceptionV3 of FID -> Extractor "FID", with pool, spatial and logits.
 
     path: the file of pytorch-fid, or torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which has the same
-    names; or an .npz or .safetensors of these names. Raises ValueError: no file; a file that ends in the first 8 digits
-    of its sha256, as published ones do, and does not have this sha256; a name that is missing or left over, or a shape.
+    names; or an .npz or .safetensors of these names. Raises ValueError: no file; a file whose name ends in 8
+    digits of a sha256, as published ones do, and that has another; a name that is missing or left over, or a shape.
     """
     if path is None:
         raise ValueError(f"FID needs the weights of InceptionV3, which no package carries: fetch {INCEPTION_URL} and "
@@ -84,8 +84,8 @@ def load_efflite0(precision=efficientnet.HIGHEST):
 
 
 def _load(path, target, prefix="", unused=r"$"):
-    """-> (arrays as in `target`, sha256 of the file). prefix: of the parts of published names. unused: what names of the
-    file begin with that the network does without."""
+    """-> (arrays as in `target`, sha256 of the file). prefix: of the parts of published names. unused: a pattern of
+    what names of the file begin with that the network does without."""
     with open(path, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path)
@@ -101,10 +101,11 @@ def _load(path, target, prefix="", unused=r"$"):
             ("unknown", [name for name in flat if name not in leaves]),
             ("of another shape", [name for name, leaf in leaves.items() if arrays[name].shape != leaf.shape]
              if leaves.keys() == flat.keys() else []),
-            ("not finite numbers", [name for name, a in flat.items() if not np.isfinite(a).all()])):
+            ("not finite numbers", [name for name, a in flat.items()
+                                    if a.dtype.kind != "f" or not np.isfinite(a).all()])):
         if names:
-            raise ValueError(f"{path}: {len(names)} arrays are {problem}: {', '.join(names[:3])}"
-                             f"{', ...' if len(names) > 3 else ''}: these are weights of another network")
+            raise ValueError(f"{path}: {len(names)} of its arrays are {problem}: {', '.join(names[:3])}"
+                             f"{', ...' if len(names) > 3 else ''}: take the published file")
     return jax.tree_util.tree_map_with_path(
         lambda place, leaf: np.ascontiguousarray(arrays[_published(place, prefix)], np.float32), target), sha256
 
@@ -125,14 +126,14 @@ def _read(path):
     except UserError as e:
         raise ValueError(str(e)) from None
     except (*UNREADABLE, safetensors.SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0]}): fetch it again") from None
+        raise ValueError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0]}): is it whole?") from None
 
 
 class Features:
     """features(images) -> Rows, the same on every host.
 
-    mesh: of sharding.make_mesh; each of its devices runs the same program on `batch_size` pictures at a time, so that the
-    rows do not depend on how many devices there are. Pictures of another size compile it anew. extractor: of
+    mesh: of sharding.make_mesh; each of its devices runs the same program on `batch_size` pictures at a time, so that
+    the rows do not depend on how many devices there are. Pictures of another size compile it anew. extractor: of
     load_inception or load_efflite0; its name and sha256 are kept.
     """
 

@@ -57,9 +57,9 @@ POOLS = {
 
 
 def interpolation(size, target=SIZE):
-    """The matrix (target, size), float32, that resizes one axis as TensorFlow 1 does: bilinear, output i from the source
-    position i * size / target in float32 (no half pixel, no antialiasing), the upper neighbour no further than the last
-    pixel."""
+    """The matrix (target, size), float32, that resizes one axis as TensorFlow 1 does: bilinear, output i from the
+    source position i * size / target in float32 (no half pixel, no antialiasing), the upper neighbour no further than
+    the last pixel."""
     position = np.arange(target, dtype=np.float32) * np.float32(size / target)
     lower = position.astype(np.int64)
     weight = position - lower.astype(np.float32)
