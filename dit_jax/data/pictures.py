@@ -254,3 +254,14 @@ class Pictures:
         read = list(self._pool.map(self._readable, [int(i) for i in indices]))
         return {"x": np.stack([x[:, ::-1] if flip else x for (x, _), flip in zip(read, flips, strict=True)]),
                 "y": np.array([label for _, label in read], np.int32)}
+
+    def present(self, indices):
+        """-> uint8 (n, size, size, 3): the pictures at these indices, those left out that cannot be used."""
+        def read(index):
+            try:
+                return self.read(index)[0]
+            except BadImage as e:
+                self._skip(e)
+
+        found = [x for x in self._pool.map(read, [int(i) for i in indices]) if x is not None]
+        return np.stack(found) if found else np.empty((0, self.size, self.size, 3), np.uint8)

@@ -1,0 +1,159 @@
+"""FID, sFID, Inception Score, precision, recall and KID: python -m dit_jax.evaluate
+
+    python -m dit_jax.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --inception=FILE.pth
+    python -m dit_jax.evaluate --workdir=runs/xl2 --cfg_scale=1.5 --reference=... --inception=...   # sampled on the way
+    python -m dit_jax.evaluate --samples=runs/photos/run/out/png --reference=ref.npz --features=efflite0 --num=12
+
+Samples are an .npz with `arr_0` (N, H, W, 3) uint8, a folder of PNGs, or come straight from the sampler (--workdir or
+--weights). Prints a table, beside the paper's numbers where the paper has this run, and writes --out, a JSON file that
+says how they came about. FID-50K takes exactly 50,000 samples: --num=N for another number, 0 for all that there are.
+"""
+
+import json
+import os
+import platform
+import signal
+
+import jax
+import numpy as np
+from absl import flags
+
+from dit_jax import __version__, cli, hosts, paper, pictures, sample, sharding
+from dit_jax.config import UserError
+from dit_jax.data import samples as files
+from dit_jax.logging import Progress, say
+from dit_jax.metrics import evaluation, features, inception_score, kid, precision_recall
+from dit_jax.profiling import keep_compiled
+
+EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
+
+
+def load_features(mesh, kind, inception, batch_size=32):
+    """The network that --features and --inception ask for, over the mesh. Raises ValueError."""
+    extractor = features.load_inception(inception) if kind == "inception" else features.load_efflite0()
+    return features.Features(mesh, extractor, batch_size)
+
+
+def shown(kind, count):
+    """{metric: what it is called} for so many samples; what is not measured by Inception says so."""
+    n = "50K" if count == 50_000 else f"{count}"
+    if kind == "inception":
+        return {"fid": f"FID-{n}", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision",
+                "recall": "recall", "kid": "KID"}
+    return {"fid": f"FD-EffLite0-{n}", "precision": "precision-EffLite0", "recall": "recall-EffLite0",
+            "kid": "KD-EffLite0"}
+
+
+def keys(kind):
+    """{metric: its name in the JSON}."""
+    return {name: name for name in evaluation.NAMES} if kind == "inception" else {
+        "fid": "fd_efflite0", "precision": "precision_efflite0", "recall": "recall_efflite0", "kid": "kd_efflite0"}
+
+
+def _file_samples(path, num):
+    """-> (a source of data.samples of `num` pictures, what is known of how they were made)."""
+    source = files.load(path)
+    if num and source.shape[0] != num:
+        what = "FID-50K takes 50,000" if num == 50_000 else f"--num={num} asks for {num:,}"
+        raise ValueError(f"{path}: holds {source.shape[0]:,} pictures, and {what}; sample the rest, or say "
+                         f"--num={source.shape[0]} (a number that cannot be compared with FID-50K)")
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), "manifest.json")
+    try:
+        with open(beside) as f:
+            manifest = dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        manifest = {}
+    return source, manifest if manifest.get("num") == source.shape[0] else {}
+
+
+def table(values, names, expected):
+    """Lines: a metric's name, its value, and the paper's where it has one."""
+    where, theirs = expected or ("", {})
+    lines = [f"{'':22s} {'here':>12s}" + (f" {'paper, ' + where:>16s}" if theirs else "")]
+    for metric, name in names.items():
+        value = "-" if values[metric] is None else f"{values[metric]:.4f}"
+        lines.append(f"{name:22s} {value:>12s}" + (f" {theirs[metric]:>16g}" if metric in theirs else ""))
+    return lines
+
+
+def main():
+    f = flags.FLAGS
+    given = [flag for flag in ("samples", "workdir", "weights") if f[flag].value]
+    if len(given) != 1:
+        raise UserError("say --samples=FILE, --workdir=RUN or --weights=FILE, one of them")
+    if not f.reference:
+        raise UserError("--reference is missing: name the .npz to compare with (the published one, or one that "
+                        "dit_jax.reference made), or a folder of PNGs")
+    if f.features == "inception" and not f.inception:
+        raise UserError(f"--inception is missing: FID needs the weights of InceptionV3, which no package carries: fetch "
+                        f"{features.INCEPTION_URL} (the first digits of its sha256 are in its name); or say "
+                        "--features=efflite0 for FD-EffLite0, which is no FID")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_compiled(os.path.join(os.path.dirname(f.out or "") or ".", "compiled"))
+    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
+    sampler, args = None, None
+    try:
+        mesh = sharding.make_mesh()
+        network = load_features(mesh, f.features, f.inception, f.features_batch_size)
+        width, spatial = (2048, 2023) if f.features == "inception" else (1280, None)
+        reference = evaluation.load_reference(f.reference, network.name, network.sha256, width, spatial)
+        if f.samples:
+            source, manifest = _file_samples(f.samples, f.num)
+            total, batches = source.shape[0], source.batches(256)
+        else:
+            sampler = sample.Sampler()
+            if sampler.latent:
+                raise UserError(f"this is a model of latents ({sampler.args['in_channels']} channels): name a decoder with "
+                                "--vae")
+            total, manifest, batches, args = f.num, sampler.manifest, sampler.batches(), sampler.args
+        if total < 4:
+            raise UserError(f"{total} samples: at least 4 are needed, and FID means little below thousands")
+        progress = Progress("features", total, "pictures")
+        measured = evaluation.measure(network, batches, on_count=progress.update)
+        progress.close()
+        if reference.images is not None:
+            progress = Progress("reference", reference.images.shape[0], "pictures")
+        values = evaluation.compare(network, measured, reference, on_count=progress.update)
+        progress.close()
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    names = shown(f.features, measured.count)
+    expected = None
+    if args and f.features == "inception":
+        expected = paper.row(manifest, args, measured.shape[0])
+    say(f"{measured.count:,} samples of {f.samples or f.workdir or f.weights} against {reference.identity['file']}")
+    say("\n".join(table(values, names, expected)))
+    if reference.images is None:
+        say("precision, recall and KID need the reference's pictures (arr_0), which it does not hold")
+    report = {
+        "metrics": {key: values[metric] for metric, key in keys(f.features).items()},
+        "paper": expected and {"where": expected[0], **expected[1]},
+        "samples": {"count": measured.count, "size": list(measured.shape[:2]), "sha256": measured.sha256,
+                    "from": os.path.basename(os.path.abspath(f.samples)) if f.samples else "the sampler",
+                    "made": manifest or None},
+        "reference": reference.identity,
+        "features": {"name": network.name, "sha256": network.sha256, "products": "float32, highest precision"},
+        "choices": {"evaluator": EVALUATOR if f.features == "inception" else network.name,
+                    "split": inception_score.SPLIT, "neighbours": precision_recall.NEIGHBOURS,
+                    "kid_subsets": kid.SUBSETS, "kid_subset_size": kid.SUBSET_SIZE},
+        "versions": {"dit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__,
+                     "python": platform.python_version(), "device": jax.devices()[0].device_kind}}
+    if f.out and jax.process_index() == 0:
+        pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
+        say(f"how they came about: {f.out}")
+
+
+def define_features():
+    flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
+                      "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
+    flags.DEFINE_string("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
+    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1)
+
+
+if __name__ == "__main__":
+    sample.define_flags(num=50_000, classes="random", cfg_scale=1.5)
+    define_features()
+    flags.DEFINE_string("samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of a run or weights")
+    flags.DEFINE_string("reference", None, "the .npz to compare with, or a folder of PNGs")
+    flags.DEFINE_string("out", None, "a JSON file for the numbers and how they came about")
+    cli.run(main)

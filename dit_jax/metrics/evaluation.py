@@ -1,0 +1,199 @@
+"""Pictures -> statistics -> FID, sFID, Inception Score, precision, recall and KID, as the paper's evaluator takes them."""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from dit_jax.data import samples
+from dit_jax.metrics import inception_score, kid, precision_recall
+from dit_jax.metrics.frechet import Moments, frechet_distance
+from dit_jax.pictures import write_aside
+
+KEYS = ("mu", "sigma", "mu_s", "sigma_s")
+# Names of the metrics in Inception's features; in others' they bear those features' name, lest they be taken for these.
+NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+
+
+@dataclass
+class Measured:
+    """What is kept of pictures that went through a network.
+
+    count; shape (H, W, 3) of each; sha256 of all their pixels in order (of a stream that every host has whole); pool and
+    spatial: Moments; rows (N, D) float32 of pool, and logits (N, 1008), where they were asked for.
+    """
+    count: int = 0
+    shape: tuple = ()
+    sha256: str = ""
+    pool: Moments = field(default_factory=Moments)
+    spatial: Moments | None = None
+    rows: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+def _of_size(batches, size):
+    """The same pictures, `size` at a time, whatever the batches they come in: so that the rounding is the same too."""
+    held, count = [], 0
+    for images in batches:
+        held.append(images)
+        count += len(images)
+        while count >= size:
+            joined = np.concatenate(held)
+            yield joined[:size]
+            held, count = [joined[size:]], count - size
+    if count:
+        yield np.concatenate(held)
+
+
+def _ahead(batches):
+    """The same, the next one being read by a thread meanwhile."""
+    batches = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (now := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield now
+
+
+def measure(features, batches, keep=True, on_count=lambda count: None):
+    """Features of a stream of pictures, uint8 (n, H, W, 3) at a time, that every host has whole -> Measured.
+
+    features: metrics.features.Features. keep: rows and logits as well, 12 KiB a picture.
+    """
+    digest = hashlib.sha256()
+
+    def shares():
+        for images in _of_size(batches, 4 * len(features.owners)):
+            digest.update(np.ascontiguousarray(images))
+            yield np.array_split(images, jax.process_count())[jax.process_index()]
+
+    measured = measure_shares(features, _ahead(shares()), keep, on_count)
+    measured.sha256 = digest.hexdigest()
+    return measured
+
+
+def measure_shares(features, shares, keep=False, on_count=lambda count: None):
+    """The same of a stream of which every host has its share."""
+    measured, rows, logits = Measured(), [], []
+    for share in shares:
+        now = features(share)
+        measured.shape = share.shape[1:]
+        measured.pool.add(now.pool)
+        if now.spatial is not None:
+            measured.spatial = measured.spatial or Moments()
+            measured.spatial.add(now.spatial)
+        if keep:
+            rows.append(now.pool)
+            logits.append(now.logits)
+        measured.count += len(now.pool)
+        on_count(measured.count)
+    if keep and rows:
+        measured.rows = np.concatenate(rows)
+        measured.logits = None if logits[0] is None else np.concatenate(logits)
+    return measured
+
+
+@dataclass
+class Reference:
+    """What is compared with. mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source of
+    data.samples, or None; identity: what a report says of it."""
+    mu: np.ndarray | None
+    sigma: np.ndarray | None
+    mu_s: np.ndarray | None
+    sigma_s: np.ndarray | None
+    images: object
+    identity: dict
+
+
+def load_reference(path, name, sha256, width, spatial_width):
+    """A reference from a folder of PNGs, or from an .npz with `mu`, `sigma`, `mu_s`, `sigma_s` (as published, or of
+    dit_jax.reference), with pictures `arr_0`, or with both.
+
+    name, sha256: of the network with which it shall be compared; a file of our own says with which it was made. width: of
+    its features, and spatial_width (or None). Raises ValueError naming the file.
+    """
+    identity = {"file": os.path.basename(os.path.abspath(path))}
+    if os.path.isdir(path):
+        images = samples.Pngs(path)
+        return Reference(None, None, None, None, images, identity | {"images": images.shape[0]})
+    arrays, images = dict.fromkeys(KEYS), None
+    try:
+        with open(path, "rb") as f:
+            identity["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+        with np.load(path) as file:
+            there = file.files
+            for key in KEYS:
+                arrays[key] = file[key] if key in there else None
+            identity |= {"made": json.loads(str(file["manifest"]))} if "manifest" in there else {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file: name a reference, an .npz or a folder of PNGs") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{path}: is no reference, cut short or damaged ({' '.join(str(e).split())[:150]})") from None
+    made = identity.get("made")
+    if made and (made["features"], made["features_sha256"]) != (name, sha256):
+        raise ValueError(f"{path}: was made for {made['features']} with weights of sha256 {made['features_sha256'][:16]}..., "
+                         f"not for {name} with {sha256[:16]}...: make it again with dit_jax.reference")
+    if samples.KEY in there:
+        images = samples.Npz(path)
+        identity["images"] = images.shape[0]
+    if arrays["mu"] is None and images is None:
+        raise ValueError(f"{path}: holds neither mu and sigma nor pictures arr_0: this is no reference")
+    for mean, cov, size in (("mu", "sigma", width), ("mu_s", "sigma_s", spatial_width)):
+        mu, sigma = arrays[mean], arrays[cov]
+        if mu is None or size is None:
+            continue
+        if mu.shape != (size,) or sigma is None or sigma.shape != (size, size):
+            shape = None if sigma is None else sigma.shape
+            raise ValueError(f"{path}: {mean} is of {mu.shape} and {cov} of {shape}; the features of {name} take {(size,)} "
+                             f"and {(size, size)}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"{path}: {mean} or {cov} holds numbers that are not finite")
+    return Reference(*(arrays[key] for key in KEYS), images, identity)
+
+
+def save_reference(path, measured, images, manifest):
+    """Writes an .npz of `mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0` (images, or None) and `manifest` (JSON)."""
+    arrays = dict(zip(KEYS, measured.pool.statistics()))
+    if measured.spatial is not None:
+        arrays |= dict(zip(KEYS[2:], measured.spatial.statistics()))
+    if images is not None:
+        arrays[samples.KEY] = images
+    data = io.BytesIO()
+    np.savez(data, manifest=json.dumps(manifest, sort_keys=True), **arrays)
+    write_aside(path, data.getbuffer())
+
+
+def compare(features, measured, reference, on_count=lambda count: None):
+    """Measured samples against a Reference -> {metric: float, or None where the reference has not what it takes}.
+
+    The reference's pictures, where it has some, go through the network too: for precision, recall and KID, and where it
+    has no statistics for these. Raises ValueError where their size is not the samples'.
+    """
+    real = None
+    if reference.images is not None:
+        if tuple(reference.images.shape[1:]) != tuple(measured.shape):
+            raise ValueError(f"{reference.images.path}: its pictures are of {reference.images.shape[2]} x "
+                             f"{reference.images.shape[1]} pixels, and the samples of {measured.shape[1]} x "
+                             f"{measured.shape[0]}: name a reference of their size")
+        real = measure(features, reference.images.batches(256), on_count=on_count)
+    mu, sigma, mu_s, sigma_s = reference.mu, reference.sigma, reference.mu_s, reference.sigma_s
+    if mu is None:
+        mu, sigma = real.pool.statistics()
+        mu_s, sigma_s = real.spatial.statistics() if real.spatial else (None, None)
+    values = dict.fromkeys(NAMES)
+    values["fid"] = frechet_distance(*measured.pool.statistics(), mu, sigma)
+    if measured.spatial is not None and mu_s is not None:
+        values["sfid"] = frechet_distance(*measured.spatial.statistics(), mu_s, sigma_s)
+    if measured.logits is not None:
+        values["inception_score"] = inception_score.inception_score(measured.logits)
+    if real is not None:
+        values["precision"], values["recall"] = precision_recall.precision_recall(measured.rows, real.rows)
+        values["kid"] = kid.kid(measured.rows, real.rows)
+    return values

@@ -1,0 +1,72 @@
+"""The statistics that samples are compared with, of any data: python -m dit_jax.reference
+
+    python -m dit_jax.reference --source=tfds --name=imagenet2012 --path=/data/tfds --inception=FILE.pth --out=ref256.npz
+    python -m dit_jax.reference --path=pictures --size=64 --features=efflite0 --images=1000 --out=ref.npz
+
+Pictures are decoded and cropped as for training, over all devices and hosts; the file has the published one's keys:
+`mu`, `sigma`, `mu_s`, `sigma_s`, and with --images `arr_0`, so many of the pictures, evenly spread, for precision and
+recall; also `manifest`, how it was made.
+"""
+
+import os
+import signal
+
+import jax
+import numpy as np
+from absl import flags
+
+from dit_jax import __version__, cli, encode, evaluate, hosts, sharding
+from dit_jax.config import UserError
+from dit_jax.logging import Progress, say
+from dit_jax.metrics import evaluation
+from dit_jax.profiling import keep_compiled
+
+
+def shares(source, size):
+    """This host's part of every `size` pictures of the source, those left out that cannot be used."""
+    for start in range(0, len(source), size):
+        indices = np.array_split(np.arange(start, min(start + size, len(source))), jax.process_count())
+        yield source.present(indices[jax.process_index()])
+
+
+def main():
+    f = flags.FLAGS
+    if not f.path or not f.out:
+        raise UserError(f"--{'path' if not f.path else 'out'} is missing")
+    if not f.out.endswith(".npz"):
+        raise UserError(f"--out={f.out}: must end in .npz")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    cli.make_workdir(os.path.dirname(os.path.abspath(f.out)), "out")
+    keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
+    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
+    try:
+        network = evaluate.load_features(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
+        source = encode.open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
+        if f.images > len(source):
+            raise UserError(f"--images={f.images}: there are {len(source)} pictures")
+        progress = Progress("reference", len(source), "pictures")
+        measured = evaluation.measure_shares(network, shares(source, 4 * len(network.owners)), on_count=progress.update)
+        progress.close()
+        skipped = sum(hosts.share(len(source.skipped)))
+        if skipped > f.max_skipped:
+            raise UserError(f"{skipped} pictures cannot be used, more than --max_skipped={f.max_skipped}")
+        if jax.process_index():
+            return
+        spread = np.linspace(0, len(source) - 1, f.images).round().astype(int) if f.images else None
+        images = source.present(spread) if f.images else None
+        evaluation.save_reference(f.out, measured, images, {
+            "data": source.identity, "count": measured.count, "skipped": skipped, "size": f.size,
+            "features": network.name, "features_sha256": network.sha256, "versions": {
+                "dit_jax": __version__, "jax": jax.__version__}})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    say(f"{measured.count:,} pictures, {skipped} skipped: {f.out}")
+
+
+if __name__ == "__main__":
+    evaluate.define_features()
+    encode.define_source()
+    flags.DEFINE_string("out", None, "the .npz file")
+    flags.DEFINE_integer("images", 0, "so many pictures are kept in the file", lower_bound=0)
+    hosts.define_flags()
+    cli.run(main)
