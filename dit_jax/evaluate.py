@@ -93,12 +93,13 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     sampler, args = None, None
     try:
+        if f.samples:
+            source, manifest = _file_samples(f.samples, f.num)
         mesh = sharding.make_mesh()
         network = load_features(mesh, f.features, f.inception, f.features_batch_size)
         width, spatial = (2048, 2023) if f.features == "inception" else (1280, None)
         reference = evaluation.load_reference(f.reference, network.name, network.sha256, width, spatial)
         if f.samples:
-            source, manifest = _file_samples(f.samples, f.num)
             total, batches = source.shape[0], source.batches(256)
         else:
             sampler = sample.Sampler()
@@ -107,7 +108,7 @@ def main():
                                 "--vae")
             total, manifest, batches, args = f.num, sampler.manifest, sampler.batches(), sampler.args
         if total < 4:
-            raise UserError(f"{total} samples: at least 4 are needed, and FID means little below thousands")
+            raise UserError(f"{total} samples: at least 4 are needed, and a distance means little below thousands")
         progress = Progress("features", total, "pictures")
         measured = evaluation.measure(network, batches, on_count=progress.update)
         progress.close()

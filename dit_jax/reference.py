@@ -29,6 +29,16 @@ def shares(source, size):
         yield source.present(indices[jax.process_index()])
 
 
+def spread(source, count):
+    """`count` pictures of the source, evenly spread; for those that cannot be used, others."""
+    order = np.linspace(0, len(source) - 1, count).round().astype(int)
+    order, found = np.concatenate([order, np.setdiff1d(np.arange(len(source)), order)]), []
+    while len(order) and count:
+        found.append(source.present(order[:count]))
+        order, count = order[count:], count - len(found[-1])
+    return np.concatenate(found)
+
+
 def main():
     f = flags.FLAGS
     if not f.path or not f.out:
@@ -52,8 +62,7 @@ def main():
             raise UserError(f"{skipped} pictures cannot be used, more than --max_skipped={f.max_skipped}")
         if jax.process_index():
             return
-        spread = np.linspace(0, len(source) - 1, f.images).round().astype(int) if f.images else None
-        images = source.present(spread) if f.images else None
+        images = spread(source, f.images) if f.images else None
         evaluation.save_reference(f.out, measured, images, {
             "data": source.identity, "count": measured.count, "skipped": skipped, "size": f.size,
             "features": network.name, "features_sha256": network.sha256, "versions": {

@@ -1,0 +1,208 @@
+"""The evaluation: commands as users give them, the same numbers in every form, references, what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, one_error
+from inception_test import SHAPES, drawn
+from scipy import linalg
+
+from dit_jax import paper, pictures, sharding
+from dit_jax.metrics import evaluation
+from dit_jax.metrics.features import Extractor, Features, Rows, load_inception
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.npz"
+    np.savez(path, **{name: drawn(name) for name in SHAPES if not name.endswith("num_batches_tracked")})
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory):
+    """The workdir of a run, with samples in out/samples.npz and out/png."""
+    workdir = tmp_path_factory.mktemp("run")
+    assert command("train", *TINY, "--config.steps=2", f"--workdir={workdir}")[0] == 0
+    status, _, err = command("sample", f"--workdir={workdir}", f"--num={COUNT}", "--classes=random", "--steps=4",
+                             "--cfg_scale=1.5", "--png")
+    assert status == 0, err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of class folders of pictures of 8 x 8, one of which is broken."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(9):
+        picture = pictures.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        pictures.write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
+    return folder
+
+
+def toy(mesh, batch_size=2, name="FID"):
+    """A network of 3 numbers, 2 spatial ones and 4 logits a picture."""
+    def apply(params, x):
+        x = x.astype(np.float32)
+        pool = x.mean((1, 2))
+        return Rows(pool, x[:, 0, 0, :2], x[:, :2, :2, 0].reshape(-1, 4) / 64)
+
+    return Features(mesh, Extractor(name, apply, {}, "0" * 64), batch_size)
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
+
+
+def test_every_form_of_the_same_samples_gives_the_same_numbers(run, folder, inception, command, tmp_path):
+    flags = [f"--inception={inception}", "--features_batch_size=4"]
+    reference = tmp_path / "ref.npz"
+    status, _, err = command("reference", f"--path={folder}", "--size=8", "--images=6", f"--out={reference}", *flags)
+    assert status == 0 and "skipped 1 of at most 100" in err, err
+    with np.load(reference) as ref:
+        assert ref["mu"].shape == (2048,) and ref["sigma_s"].shape == (2023, 2023) and ref["arr_0"].shape == (6, 8, 8, 3)
+        assert json.loads(str(ref["manifest"]))["count"] == 8
+    reports = []
+    for form, devices in ((["--samples", run / "out/samples.npz"], 1), (["--samples", run / "out/png"], 2),
+                          (["--workdir", run, "--steps=4", "--batch_size=5"], 1)):
+        out = tmp_path / "report.json"
+        status, printed, err = command("evaluate", *form, f"--num={COUNT}", f"--reference={reference}", f"--out={out}",
+                                       *flags, devices=devices)
+        assert status == 0, err
+        assert f"FID-{COUNT} " in printed and "FID-50K" not in printed
+        reports.append(json.loads(out.read_text()))
+    for report in reports[1:]:
+        assert report["samples"]["sha256"] == reports[0]["samples"]["sha256"]
+        assert report["samples"]["made"] == reports[0]["samples"]["made"] or report["samples"]["from"] == "png"
+        for name, value in report["metrics"].items():
+            np.testing.assert_allclose(value, reports[0]["metrics"][name], rtol=1e-5)
+    made = reports[2]["samples"]["made"]
+    assert made["cfg_scale"] == 1.5 and made["steps"] == "4" and made["cfg_channels"] == 3 and made["step"] == 2
+    assert reports[0]["paper"] is None and len(reports[0]["features"]["sha256"]) == 64
+
+    # The same by hand.
+    samples = np.load(run / "out/samples.npz")["arr_0"]
+    network = Features(sharding.make_mesh(), load_inception(str(inception)), 4)
+    rows = network(samples)
+    with np.load(reference) as ref:
+        for metric, features, mu, sigma in (("fid", rows.pool, "mu", "sigma"), ("sfid", rows.spatial, "mu_s", "sigma_s")):
+            features = features.astype(np.float64)
+            own = np.cov(features, rowvar=False)
+            # Eigenvalues of the product, where SciPy's root of a singular matrix fails.
+            trace = np.sqrt(np.maximum(linalg.eigvals(own @ ref[sigma]).real, 0)).sum()
+            expected = np.square(features.mean(0) - ref[mu]).sum() + np.trace(own) + np.trace(ref[sigma]) - 2 * trace
+            np.testing.assert_allclose(reports[0]["metrics"][metric], expected, rtol=1e-3)
+    p = np.exp(rows.logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    np.testing.assert_allclose(reports[0]["metrics"]["inception_score"], score, rtol=1e-5)
+
+
+def test_numbers_do_not_depend_on_batches_devices_and_order(tmp_path):
+    samples, real = images(50), images(40, 1)
+    np.savez(tmp_path / "ref.npz", arr_0=real)
+    found = []
+    for devices, batch_size, split, order in ((1, 2, 50, slice(None)), (4, 1, 7, slice(None)), (2, 8, 1, slice(None)),
+                                              (1, 2, 50, slice(None, None, -1))):
+        network = toy(sharding.make_mesh(devices=jax.devices()[:devices]), batch_size)
+        ordered = samples[order]
+        measured = evaluation.measure(network, (ordered[i: i + split] for i in range(0, 50, split)))
+        assert measured.count == 50
+        reference = evaluation.load_reference(str(tmp_path / "ref.npz"), network.name, network.sha256, 3, 2)
+        found.append(evaluation.compare(network, measured, reference))
+    for values in found[1:]:
+        for name in evaluation.NAMES:
+            if name not in ("inception_score", "kid") or values is not found[3]:  # splits and subsets go by index
+                np.testing.assert_allclose(values[name], found[0][name], rtol=1e-5)
+
+
+def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
+    samples, real, network = images(30), images(20, 1), toy(sharding.make_mesh())
+    measured = evaluation.measure(network, [samples])
+    np.savez(tmp_path / "pictures.npz", arr_0=real)
+    for i, image in enumerate(real):
+        pictures.write_aside(str(tmp_path / "png" / f"{i:03d}.png"), pictures.png(image))
+    manifest = {"features": "FID", "features_sha256": "0" * 64}
+    evaluation.save_reference(str(tmp_path / "both.npz"), evaluation.measure(network, [real]), real, manifest)
+    evaluation.save_reference(str(tmp_path / "statistics.npz"), evaluation.measure(network, [real]), None, manifest)
+    values = {name: evaluation.compare(network, measured, evaluation.load_reference(
+        str(tmp_path / name), network.name, network.sha256, 3, 2)) for name in (
+            "pictures.npz", "png", "both.npz", "statistics.npz")}
+    assert values["pictures.npz"] == values["png"] == values["both.npz"]
+    alone = values["statistics.npz"]
+    assert alone["precision"] is alone["recall"] is alone["kid"] is None
+    assert all(alone[name] == values["png"][name] for name in ("fid", "sfid", "inception_score"))
+
+
+def test_a_reference_that_does_not_fit_is_refused(tmp_path):
+    network, file = toy(sharding.make_mesh()), tmp_path / "ref.npz"
+    manifest = {"features": "FID", "features_sha256": "0" * 64}
+    measured = evaluation.measure(network, [images(20)])
+
+    def error(width=3, sha256="0" * 64):
+        with pytest.raises(ValueError) as e:
+            evaluation.load_reference(str(file), "FID", sha256, width, 2)
+        assert str(file) in str(e.value)
+        return str(e.value)
+
+    assert "no such file" in error()
+    evaluation.save_reference(str(file), measured, None, manifest)
+    assert "take (2048,) and (2048, 2048)" in error(width=2048)
+    assert "was made for FID with weights of sha256 0000" in error(sha256="1" * 64)
+    whole = file.read_bytes()
+    for length in (0, 100, len(whole) - 30):
+        file.write_bytes(whole[:length])
+        assert "cut short or damaged" in error()
+    file.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    assert "cut short or damaged" in error()
+    np.savez(file, something=np.zeros(3))
+    assert "holds neither mu and sigma nor pictures" in error()
+    np.savez(file, mu=np.full(3, np.nan), sigma=np.eye(3))
+    assert "not finite" in error()
+    np.savez(file, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
+        evaluation.compare(network, measured, evaluation.load_reference(str(file), "FID", "0" * 64, 3, 2))
+
+
+def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
+    reference, npz = tmp_path / "ref.npz", run / "out/samples.npz"
+    np.savez(reference, arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    flags = [f"--reference={reference}", f"--inception={inception}"]
+    one_error(command("evaluate", f"--samples={npz}", *flags), npz, "holds 12 pictures, and FID-50K takes 50,000")
+    one_error(command("evaluate", f"--samples={npz}", f"--reference={reference}"), "--inception", "sha256", "https://")
+    one_error(command("evaluate", f"--samples={npz}", f"--inception={inception}"), "--reference is missing")
+    one_error(command("evaluate", *flags), "--samples", "--workdir", "--weights")
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((COUNT, 8, 8, 3), np.float32))
+    one_error(command("evaluate", f"--samples={tmp_path / 'float.npz'}", *flags), "float.npz", "float32", "uint8")
+    one_error(command("evaluate", f"--samples={npz}", "--num=0", *flags), reference, "16 x 16", "8 x 8")
+
+
+def test_the_papers_values_beside_its_runs_alone():
+    args = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, num_classes=1000, in_channels=4, block="adaln_zero")
+    manifest = dict(num=50_000, sampler="ddpm", steps="250", which="ema", classes="random", cfg_scale=1.5, cfg_channels=3,
+                    weights="DiT-XL-2-256x256.pt", vae={"name": "stabilityai/sd-vae-ft-ema"})
+    where, values = paper.row(manifest, args, 256)
+    assert where == "table 2" and values["fid"] == 2.27 and values["recall"] == 0.57
+    assert paper.row(manifest | {"vae": {"name": "stabilityai/sd-vae-ft-mse"}}, args, 256)[1]["fid"] == 2.30
+    for change in ({"num": 10_000}, {"steps": "100"}, {"cfg_channels": 0}, {"cfg_scale": 4.0}, {"which": "raw"},
+                   {"weights": "mine.pt"}, {"vae": None}, {"classes": "3"}):
+        assert paper.row(manifest | change, args, 256) is None
+    run = {key: value for key, value in manifest.items() if key != "weights"} | {"cfg_scale": 1.0, "step": 400_000}
+    assert paper.row(run, args, 256) == ("table 4", {"fid": 19.47})
+    assert paper.row(run, args | {"block": "in_context"}, 256) == ("table 4", {"fid": 35.24})
+    assert paper.row(run | {"step": 7_000_000}, args, 256)[1]["fid"] == 9.62
+    assert paper.row(run | {"step": 500_000}, args, 256) is None
+
+
+def test_the_papers_tables_name_configs_and_flags_that_exist():
+    import re
+
+    from conftest import ROOT
+    text = "\n".join(paper.listing())
+    for config in re.findall(r"--config=(\S+)", text):
+        assert (ROOT / config).exists(), config
+    assert text.count("[not run]") == len(paper.GUIDED) + len(paper.AT_400K) + len(paper.DECODERS)
