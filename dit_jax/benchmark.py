@@ -122,7 +122,8 @@ def torch_loader(dataset, workers):
 
 def main():
     f = flags.FLAGS
-    cores, report = len(os.sched_getaffinity(0)), {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    report = {}
     try:
         import torch
         torch.set_num_threads(1)

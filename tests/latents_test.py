@@ -84,6 +84,32 @@ def test_records_are_where_array_records_own_reader_finds_them(tmp_path, shape, 
         assert record == data + zlib.crc32(data).to_bytes(4, "little")
 
 
+def test_reads_that_give_less_than_was_asked_for_are_gone_on_with(tmp_path, monkeypatch):
+    """As on network file systems; and without posix_fadvise, as on macOS. A file that ends early is damaged still."""
+    x = np.random.default_rng(0).standard_normal((5, 2, 160, 130, 8), np.float32).astype(np.float16)
+    y, preadv = np.arange(5), os.preadv
+
+    def short(fd, parts, position):
+        left, some = 50_001, []
+        for part in parts:
+            some.append(part[:left])
+            left -= len(some[-1])
+        return preadv(fd, some, position)
+
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(os, "preadv", short)
+    path = make(tmp_path / "c", x, y, 5)
+    cache = latents.LatentCache(path)
+    for flipped in (False, True):
+        batch = cache.examples(y, y * 0 + flipped)
+        assert_array_equal(batch["x"], x[:, int(flipped)])
+        assert_array_equal(batch["y"], y)
+    shard = tmp_path / "c" / latents.shard_name(0, 1)
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(ValueError, match="is damaged: example 2, 3, 4 is not"):
+        cache.examples(y, y > 0)
+
+
 def test_the_same_latents_are_the_same_bytes_and_identity(posteriors, tmp_path):
     x, y = posteriors
     a, b, other = (latents.LatentCache(make(tmp_path / name, x, labels, 100))

@@ -66,7 +66,8 @@ def read_manifest(path):
         raise ValueError(f"{file}: is damaged (it does not match its own checksum): take it from a copy, or remove it "
                          "and encode everything again")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}")
+        raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}: encode anew, into "
+                         "another folder")
     return manifest
 
 
@@ -157,16 +158,30 @@ def _read(fds, records, length):
     rows, bad = np.empty((len(records), length), np.uint8), []
     places = _places(np.asarray(records, np.int64), length)
     firsts, within = (places + _HEADER * (places // _BLOCK + 1)).tolist(), (places % _BLOCK).tolist()
-    for fd, first in zip(fds, firsts):  # a disk that is asked for all of them at once has them sooner
-        os.posix_fadvise(fd, first, length, os.POSIX_FADV_WILLNEED)
+    if hasattr(os, "posix_fadvise"):  # a disk that is asked for all of them at once has them sooner; macOS lacks it
+        for fd, first in zip(fds, firsts):
+            os.posix_fadvise(fd, first, length, os.POSIX_FADV_WILLNEED)
     for i, row in enumerate(map(memoryview, rows)):
         parts = [row[: _BLOCK - within[i]]]
         for start in range(_BLOCK - within[i], length, _BLOCK):
             parts += [_SKIPPED, row[start: start + _BLOCK]]
-        whole = os.preadv(fds[i], parts, firsts[i]) == length + _HEADER * (len(parts) // 2)
-        if not whole or zlib.crc32(row[:-4]) != int.from_bytes(row[-4:], "little"):
+        if not _fill(fds[i], parts, firsts[i]) or zlib.crc32(row[:-4]) != int.from_bytes(row[-4:], "little"):
             bad.append(i)
     return rows, bad
+
+
+def _fill(fd, parts, position):
+    """Reads a file from `position` on into these buffers -> whether it holds so much. Raises OSError."""
+    while parts:
+        count = os.preadv(fd, parts, position)  # may be less than was asked for: network file systems do so
+        if not count:
+            return False
+        position += count
+        while parts and count >= len(parts[0]):
+            count -= len(parts.pop(0))
+        if count:
+            parts[0] = parts[0][count:]
+    return True
 
 
 class LatentCache:
