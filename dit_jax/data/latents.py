@@ -66,8 +66,8 @@ def read_manifest(path):
         raise ValueError(f"{file}: is damaged (it does not match its own checksum): take it from a copy, or remove it "
                          "and encode everything again")
     if manifest["format"] != FORMAT:
-        raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}: encode anew, into "
-                         "another folder")
+        raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}: encode anew, "
+                         "into another folder")
     return manifest
 
 
