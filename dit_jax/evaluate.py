@@ -28,28 +28,6 @@ from dit_jax.profiling import keep_compiled
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
 
 
-def load_features(mesh, kind, inception, batch_size=32):
-    """The network that --features and --inception ask for, over the mesh. Raises ValueError."""
-    extractor = features.load_inception(inception) if kind == "inception" else features.load_efflite0()
-    return features.Features(mesh, extractor, batch_size)
-
-
-def shown(kind, count):
-    """{metric: what it is called} for so many samples; what is not measured by Inception says so."""
-    n = "50K" if count == 50_000 else f"{count}"
-    if kind == "inception":
-        return {"fid": f"FID-{n}", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision",
-                "recall": "recall", "kid": "KID"}
-    return {"fid": f"FD-EffLite0-{n}", "precision": "precision-EffLite0", "recall": "recall-EffLite0",
-            "kid": "KD-EffLite0"}
-
-
-def keys(kind):
-    """{metric: its name in the JSON}."""
-    return {name: name for name in evaluation.NAMES} if kind == "inception" else {
-        "fid": "fd_efflite0", "precision": "precision_efflite0", "recall": "recall_efflite0", "kid": "kd_efflite0"}
-
-
 def _file_samples(path, num):
     """-> (a source of data.samples of `num` pictures, what is known of how they were made)."""
     source = files.load(path)
@@ -96,9 +74,8 @@ def main():
         if f.samples:
             source, manifest = _file_samples(f.samples, f.num)
         mesh = sharding.make_mesh()
-        network = load_features(mesh, f.features, f.inception, f.features_batch_size)
-        width, spatial = (2048, 2023) if f.features == "inception" else (1280, None)
-        reference = evaluation.load_reference(f.reference, network.name, network.sha256, width, spatial)
+        network = features.load(mesh, f.features, f.inception, f.features_batch_size)
+        reference = evaluation.load_reference(f.reference, network)
         if f.samples:
             total, batches = source.shape[0], source.batches(256)
         else:
@@ -107,8 +84,8 @@ def main():
                 raise UserError(f"this is a model of latents ({sampler.args['in_channels']} channels): name a decoder with "
                                 "--vae")
             total, manifest, batches, args = f.num, sampler.manifest, sampler.batches(), sampler.args
-        if total < 4:
-            raise UserError(f"{total} samples: at least 4 are needed, and a distance means little below thousands")
+        if total < evaluation.LEAST:
+            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little below thousands")
         progress = Progress("features", total, "pictures")
         measured = evaluation.measure(network, batches, on_count=progress.update)
         progress.close()
@@ -118,7 +95,7 @@ def main():
         progress.close()
     except ValueError as e:
         raise UserError(str(e)) from None
-    names = shown(f.features, measured.count)
+    names = evaluation.shown(f.features, measured.count)
     expected = None
     if args and f.features == "inception":
         expected = paper.row(manifest, args, measured.shape[0])
@@ -127,7 +104,7 @@ def main():
     if reference.images is None:
         say("precision, recall and KID need the reference's pictures (arr_0), which it does not hold")
     report = {
-        "metrics": {key: values[metric] for metric, key in keys(f.features).items()},
+        "metrics": {key: values[metric] for metric, key in evaluation.keys(f.features).items()},
         "paper": expected and {"where": expected[0], **expected[1]},
         "samples": {"count": measured.count, "size": list(measured.shape[:2]), "sha256": measured.sha256,
                     "from": os.path.basename(os.path.abspath(f.samples)) if f.samples else "the sampler",

@@ -18,7 +18,7 @@ from absl import flags
 from dit_jax import __version__, cli, encode, evaluate, hosts, sharding
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
-from dit_jax.metrics import evaluation
+from dit_jax.metrics import evaluation, features
 from dit_jax.profiling import keep_compiled
 
 
@@ -50,7 +50,7 @@ def main():
     keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     try:
-        network = evaluate.load_features(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
+        network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
         source = encode.open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
         if f.images > len(source):
             raise UserError(f"--images={f.images}: there are {len(source)} pictures")

@@ -44,14 +44,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def toy(mesh, batch_size=2, name="FID"):
+def toy(mesh, batch_size=2, width=3, sha256="0" * 64):
     """A network of 3 numbers, 2 spatial ones and 4 logits a picture."""
     def apply(params, x):
         x = x.astype(np.float32)
-        pool = x.mean((1, 2))
+        pool = x.mean((1, 2)).repeat(2, axis=1)[:, :width] if width > 3 else x.mean((1, 2))
         return Rows(pool, x[:, 0, 0, :2], x[:, :2, :2, 0].reshape(-1, 4) / 64)
 
-    return Features(mesh, Extractor(name, apply, {}, "0" * 64), batch_size)
+    return Features(mesh, Extractor("FID", apply, {}, sha256), batch_size)
 
 
 def images(count, seed=0):
@@ -112,7 +112,7 @@ def test_numbers_do_not_depend_on_batches_devices_and_order(tmp_path):
         ordered = samples[order]
         measured = evaluation.measure(network, (ordered[i: i + split] for i in range(0, 50, split)))
         assert measured.count == 50
-        reference = evaluation.load_reference(str(tmp_path / "ref.npz"), network.name, network.sha256, 3, 2)
+        reference = evaluation.load_reference(str(tmp_path / "ref.npz"), network)
         found.append(evaluation.compare(network, measured, reference))
     for values in found[1:]:
         for name in evaluation.NAMES:
@@ -130,8 +130,7 @@ def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
     evaluation.save_reference(str(tmp_path / "both.npz"), evaluation.measure(network, [real]), real, manifest)
     evaluation.save_reference(str(tmp_path / "statistics.npz"), evaluation.measure(network, [real]), None, manifest)
     values = {name: evaluation.compare(network, measured, evaluation.load_reference(
-        str(tmp_path / name), network.name, network.sha256, 3, 2)) for name in (
-            "pictures.npz", "png", "both.npz", "statistics.npz")}
+        str(tmp_path / name), network)) for name in ("pictures.npz", "png", "both.npz", "statistics.npz")}
     assert values["pictures.npz"] == values["png"] == values["both.npz"]
     alone = values["statistics.npz"]
     assert alone["precision"] is alone["recall"] is alone["kid"] is None
@@ -143,15 +142,17 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     manifest = {"features": "FID", "features_sha256": "0" * 64}
     measured = evaluation.measure(network, [images(20)])
 
-    def error(width=3, sha256="0" * 64):
+    def error(**other):
         with pytest.raises(ValueError) as e:
-            evaluation.load_reference(str(file), "FID", sha256, width, 2)
+            evaluation.load_reference(str(file), toy(network.mesh, **other))
         assert str(file) in str(e.value)
         return str(e.value)
 
     assert "no such file" in error()
+    np.savez(file, arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    assert "holds 3 pictures" in error()
     evaluation.save_reference(str(file), measured, None, manifest)
-    assert "take (2048,) and (2048, 2048)" in error(width=2048)
+    assert "take (5,) and (5, 5)" in error(width=5)
     assert "was made for FID with weights of sha256 0000" in error(sha256="1" * 64)
     whole = file.read_bytes()
     for length in (0, 100, len(whole) - 30):
@@ -165,7 +166,7 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     assert "not finite" in error()
     np.savez(file, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
-        evaluation.compare(network, measured, evaluation.load_reference(str(file), "FID", "0" * 64, 3, 2))
+        evaluation.compare(network, measured, evaluation.load_reference(str(file), network))
 
 
 def test_what_is_refused_in_one_line(run, inception, command, tmp_path):

@@ -20,6 +20,23 @@ from dit_jax.pictures import write_aside
 KEYS = ("mu", "sigma", "mu_s", "sigma_s")
 # Names of the metrics in Inception's features; in others' they bear those features' name, lest they be taken for these.
 NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+LEAST = 4  # pictures on either side: a row, and the three neighbours of precision and recall
+
+
+def shown(kind, count):
+    """{metric: what it is called} for so many samples; what is not measured by Inception says so."""
+    n = "50K" if count == 50_000 else f"{count}"
+    if kind == "inception":
+        return {"fid": f"FID-{n}", "sfid": "sFID", "inception_score": "Inception Score", "precision": "precision",
+                "recall": "recall", "kid": "KID"}
+    return {"fid": f"FD-EffLite0-{n}", "precision": "precision-EffLite0", "recall": "recall-EffLite0",
+            "kid": "KD-EffLite0"}
+
+
+def keys(kind):
+    """{metric: its name in the JSON}."""
+    return {name: name for name in NAMES} if kind == "inception" else {
+        "fid": "fd_efflite0", "precision": "precision_efflite0", "recall": "recall_efflite0", "kid": "kd_efflite0"}
 
 
 @dataclass
@@ -103,25 +120,33 @@ def measure_shares(features, shares, keep=False, on_count=lambda count: None):
 @dataclass
 class Reference:
     """What is compared with. mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source of
-    data.samples, or None; identity: what a report says of it."""
+    data.samples, or None; identity: what a report says of it; real: Measured of the images, once they were."""
     mu: np.ndarray | None
     sigma: np.ndarray | None
     mu_s: np.ndarray | None
     sigma_s: np.ndarray | None
     images: object
     identity: dict
+    real: Measured | None = None
 
 
-def load_reference(path, name, sha256, width, spatial_width):
+def load_reference(path, features):
     """A reference from a folder of PNGs, or from an .npz with `mu`, `sigma`, `mu_s`, `sigma_s` (as published, or of
     dit_jax.reference), with pictures `arr_0`, or with both.
 
-    name, sha256: of the network with which it shall be compared; a file of our own says with which it was made. width: of
-    its features, and spatial_width (or None). Raises ValueError naming the file.
+    features: metrics.features.Features, with which it shall be compared; a file of our own says with which it was made.
+    Raises ValueError naming the file.
     """
+    name, sha256, (width, spatial_width) = features.name, features.sha256, features.widths
     identity = {"file": os.path.basename(os.path.abspath(path))}
+
+    def enough(images):
+        if images.shape[0] < LEAST:
+            raise ValueError(f"{path}: holds {images.shape[0]} pictures; a reference takes {LEAST} at least")
+        return images
+
     if os.path.isdir(path):
-        images = samples.Pngs(path)
+        images = enough(samples.Pngs(path))
         return Reference(None, None, None, None, images, identity | {"images": images.shape[0]})
     arrays, images = dict.fromkeys(KEYS), None
     try:
@@ -141,7 +166,7 @@ def load_reference(path, name, sha256, width, spatial_width):
         raise ValueError(f"{path}: was made for {made['features']} with weights of sha256 {made['features_sha256'][:16]}..., "
                          f"not for {name} with {sha256[:16]}...: make it again with dit_jax.reference")
     if samples.KEY in there:
-        images = samples.Npz(path)
+        images = enough(samples.Npz(path))
         identity["images"] = images.shape[0]
     if arrays["mu"] is None and images is None:
         raise ValueError(f"{path}: holds neither mu and sigma nor pictures arr_0: this is no reference")
@@ -173,16 +198,16 @@ def save_reference(path, measured, images, manifest):
 def compare(features, measured, reference, on_count=lambda count: None):
     """Measured samples against a Reference -> {metric: float, or None where the reference has not what it takes}.
 
-    The reference's pictures, where it has some, go through the network too: for precision, recall and KID, and where it
-    has no statistics for these. Raises ValueError where their size is not the samples'.
+    The reference's pictures, where it has some, go through the network too, once: for precision, recall and KID, and
+    where it has no statistics for these. Raises ValueError where their size is not the samples'.
     """
-    real = None
     if reference.images is not None:
         if tuple(reference.images.shape[1:]) != tuple(measured.shape):
             raise ValueError(f"{reference.images.path}: its pictures are of {reference.images.shape[2]} x "
                              f"{reference.images.shape[1]} pixels, and the samples of {measured.shape[1]} x "
                              f"{measured.shape[0]}: name a reference of their size")
-        real = measure(features, reference.images.batches(256), on_count=on_count)
+        reference.real = reference.real or measure(features, reference.images.batches(256), on_count=on_count)
+    real = reference.real
     mu, sigma, mu_s, sigma_s = reference.mu, reference.sigma, reference.mu_s, reference.sigma_s
     if mu is None:
         mu, sigma = real.pool.statistics()

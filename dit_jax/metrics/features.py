@@ -83,6 +83,12 @@ def load_efflite0(precision=efficientnet.HIGHEST):
     return Extractor("FD-EffLite0", lambda params, x: Rows(nnx.merge(graphdef, params)(x), None, None), params, sha256)
 
 
+def load(mesh, kind, inception, batch_size=32):
+    """Features over the mesh, of kind "inception", whose weights are the file `inception`, or "efflite0". Raises
+    ValueError."""
+    return Features(mesh, load_inception(inception) if kind == "inception" else load_efflite0(), batch_size)
+
+
 def _load(path, target, prefix="", unused=r"$"):
     """-> (arrays as in `target`, sha256 of the file). prefix: of the parts of published names. unused: a pattern of
     what names of the file begin with that the network does without."""
@@ -134,13 +140,15 @@ class Features:
 
     mesh: of sharding.make_mesh; each of its devices runs the same program on `batch_size` pictures at a time, so that
     the rows do not depend on how many devices there are. Pictures of another size compile it anew. extractor: of
-    load_inception or load_efflite0; its name and sha256 are kept.
+    load_inception or load_efflite0; its name and sha256 are kept. Attribute widths: (of pool, of spatial or None).
     """
 
     def __init__(self, mesh, extractor, batch_size=32):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.name, self.sha256, self.mesh = extractor.name, extractor.sha256, mesh
+        rows = jax.eval_shape(extractor.apply, extractor.params, jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8))
+        self.widths = rows.pool.shape[1], None if rows.spatial is None else rows.spatial.shape[1]
         whole = sharding.replicated(mesh)
         self.params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__),
                                    extractor.params)

@@ -7,33 +7,42 @@ from scipy import linalg
 class Moments:
     """Mean and covariance of features that come in batches, float64: what np.mean and np.cov give of all at once.
 
-    Attributes: count; mean (D,). By the pairwise update of Chan, Golub and LeVeque (1979): no large numbers are
-    subtracted, whatever the features' mean.
+    Attribute: count. By the pairwise update of Chan, Golub and LeVeque (1979): no large numbers are subtracted, whatever
+    the features' mean. Rows are kept until there are ROWS, since an update costs much the same for few as for many.
     """
 
+    ROWS = 8192
+
     def __init__(self):
-        self.count, self.mean, self._scatter = 0, 0.0, 0.0
+        self.count, self._done, self._mean, self._scatter, self._held = 0, 0, 0.0, 0.0, []
 
     def add(self, features):
         """features (N, D), any float. Raises ValueError where one is not finite."""
-        features = np.array(features, np.float64)
-        n = len(features)
-        if not n:
-            return
-        if not np.isfinite(features).all():
-            raise ValueError(f"the features of picture {self.count + int(np.argmin(np.isfinite(features).all(1)))} are "
-                             "not finite")
+        features = np.array(features)  # a copy: the caller's may change
+        finite = np.isfinite(features).all(1)
+        if not finite.all():
+            raise ValueError(f"the features of picture {self.count + int(np.argmin(finite))} are not finite")
+        self._held.append(features)
+        self.count += len(features)
+        if self.count - self._done >= self.ROWS:
+            self._update()
+
+    def _update(self):
+        features, self._held = np.concatenate(self._held).astype(np.float64), []
+        n, total = len(features), self.count
         mean = features.mean(0)
         features -= mean
-        delta, total = mean - self.mean, self.count + n
-        self._scatter = self._scatter + features.T @ features + np.outer(delta, delta) * (self.count * n / total)
-        self.mean, self.count = self.mean + delta * (n / total), total
+        delta = mean - self._mean
+        self._scatter = self._scatter + features.T @ features + np.outer(delta, delta) * (self._done * n / total)
+        self._mean, self._done = self._mean + delta * (n / total), total
 
     def statistics(self):
         """Mean (D,) and covariance (D, D) with N - 1. Raises ValueError where there are fewer than two."""
         if self.count < 2:
             raise ValueError(f"a covariance takes two pictures at least, and there are {self.count}")
-        return self.mean, self._scatter / (self.count - 1)
+        if self.count > self._done:
+            self._update()
+        return self._mean, self._scatter / (self.count - 1)
 
 
 def statistics(features):
