@@ -143,7 +143,7 @@ def main():
             raise UserError(str(e)) from None
         if min(len(cache), len(raw)) < 2 * BATCH:
             raise UserError(f"--cache and --pictures need {2 * BATCH} examples at least, for two batches")
-        rows = {"latents": f.num_latents, "JPEG": 4 * BATCH}
+        rows = {"latents": 8 * f.num_latents, "JPEG": 4 * BATCH}  # about as long as the others take
         runs = {("latents", "dit_jax"): lambda: ours(cache, rows["latents"]),
                 ("JPEG", "dit_jax"): lambda: ours(Pictures(raw, SIZE), rows["JPEG"])}
         if torch is not None:

@@ -1,10 +1,10 @@
+import errno
 import functools
 import os
 import signal
 import socket
 import time
 import types
-import zlib
 
 import jax
 import numpy as np
@@ -81,23 +81,65 @@ def test_records_are_where_array_records_own_reader_finds_them(tmp_path, shape, 
     records = ArrayRecordReader(str(tmp_path / "c" / latents.shard_name(0, 1))).read_all()
     for record, posterior, label in zip(records, x.reshape(-1, h, w, 2 * channels), y.repeat(2), strict=True):
         data = posterior.astype("<f2").tobytes() + int(label).to_bytes(4, "little")
-        assert record == data + zlib.crc32(data).to_bytes(4, "little")
+        assert record == data + checksum(data).to_bytes(8, "little")
 
 
-def test_reads_that_give_less_than_was_asked_for_are_gone_on_with(tmp_path, monkeypatch):
-    """As on network file systems; and without posix_fadvise, as on macOS. A file that ends early is damaged still."""
+def checksum(data):
+    """Of latents and label, word by word in whole numbers."""
+    first, of_label, *others = (int(m) | 1 for m in np.random.Philox(key=3).random_raw(1 + len(data) // 4))
+    words = [int.from_bytes(data[i: i + 4], "little") for i in range(0, len(data), 4)]
+    return (first + sum(m * word for m, word in zip((*others, of_label), words, strict=True))) % 2**64
+
+
+def test_no_change_of_a_record_goes_unseen():
+    x, label = np.random.default_rng(0).integers(0, 256, (1, 64), np.uint8), np.array([7], np.int32)
+    before = latents.checksums(x, label)
+    changed = [x.copy() for _ in range(64 * 8)]
+    for bit, copy in enumerate(changed):
+        copy[0, bit // 8] ^= 1 << bit % 8
+    pairs = [a ^ b ^ x for a in changed[::5] for b in changed if (a != b).any()]  # two bits of one record
+    swapped, cut = x.reshape(1, 16, 4)[:, ::-1].reshape(1, 64), x * (np.arange(64) < 32)
+    many = np.concatenate([*changed, *pairs, swapped, cut, x * 0])
+    assert (latents.checksums(many, label.repeat(len(many))) != before).all()
+    assert all(latents.checksums(x, label ^ (1 << bit)) != before for bit in range(31))
+    assert latents.checksums(x * 0, label * 0) != 0  # a record of zeros is none
+
+
+def in_pieces(preadv, fd, parts, position, flags):
+    left, some = 50_001, []
+    for part in parts:
+        some.append(part[:left])
+        left -= len(some[-1])
+    return preadv(fd, some, position)
+
+
+def not_in_memory(preadv, fd, parts, position, flags):
+    if flags:
+        raise BlockingIOError(errno.EAGAIN, "")
+    return preadv(fd, parts, position)
+
+
+def half_in_memory(preadv, fd, parts, position, flags):
+    return preadv(fd, [parts[0][:1000]] if flags else parts, position)
+
+
+def nobody_can_tell(preadv, fd, parts, position, flags):
+    if flags:
+        raise OSError(errno.EOPNOTSUPP, "")
+    return preadv(fd, parts, position)
+
+
+@pytest.mark.parametrize("how", [in_pieces, not_in_memory, half_in_memory, nobody_can_tell])
+@pytest.mark.parametrize("bare", [False, True], ids=["linux", "macos"])
+def test_what_a_disk_does_not_give_at_once_is_read_all_the_same(tmp_path, monkeypatch, how, bare):
+    """In pieces, as on network file systems; where it is not in the page cache; and without what macOS lacks. A file
+    that ends early is damaged still."""
     x = np.random.default_rng(0).standard_normal((5, 2, 160, 130, 8), np.float32).astype(np.float16)
     y, preadv = np.arange(5), os.preadv
-
-    def short(fd, parts, position):
-        left, some = 50_001, []
-        for part in parts:
-            some.append(part[:left])
-            left -= len(some[-1])
-        return preadv(fd, some, position)
-
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    monkeypatch.setattr(os, "preadv", short)
+    if bare:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+        monkeypatch.setattr(latents, "_NOWAIT", 0)
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, position, flags=0: how(preadv, fd, parts, position, flags))
     path = make(tmp_path / "c", x, y, 5)
     cache = latents.LatentCache(path)
     for flipped in (False, True):
@@ -108,6 +150,16 @@ def test_reads_that_give_less_than_was_asked_for_are_gone_on_with(tmp_path, monk
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(ValueError, match="is damaged: example 2, 3, 4 is not"):
         cache.examples(y, y > 0)
+
+
+def test_a_disk_that_fails_is_one_line(posteriors, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    cache = latents.LatentCache(make(tmp_path / "c", *posteriors, 100))
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(ValueError, match=r"cannot be read \(Input/output error\)"):
+        cache.examples([1, 2], [False, True])
 
 
 def test_the_same_latents_are_the_same_bytes_and_identity(posteriors, tmp_path):
@@ -179,9 +231,10 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_format(posteriors, tmp
             latents.LatentCache(path)
     fields = latents.json.loads(whole)
     del fields["sha256"]
-    latents.write_manifest(path, fields | {"format": 99})
-    with pytest.raises(ValueError, match="format 99"):
-        latents.LatentCache(path)
+    for other in (2, 99):
+        latents.write_manifest(path, fields | {"format": other})
+        with pytest.raises(ValueError, match=f"format {other}, and this program reads format 3: encode anew"):
+            latents.LatentCache(path)
     manifest.unlink()
     with pytest.raises(ValueError, match="manifest.json: not there"):
         latents.LatentCache(path)

@@ -15,7 +15,7 @@ import numpy as np
 
 from dit_jax.data import images
 from dit_jax.data.images import BadImage
-from dit_jax.data.latents import allow_open_files
+from dit_jax.data.latents import allow_open_files, empty
 from dit_jax.logging import say
 
 
@@ -218,7 +218,7 @@ class Pictures:
         self.identity = f"{raw.identity}:{size}px"
         self.skipped = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor()
+        self._pool = ThreadPoolExecutor(os.cpu_count() + 1)  # of more, each waits longer for the interpreter's lock
 
     def __len__(self):
         return len(self.raw)
@@ -251,9 +251,15 @@ class Pictures:
 
     def examples(self, indices, flips):
         """-> {"x": uint8 (n, size, size, 3), "y": int32 (n,)}, decoded in threads; flips mirror left to right."""
-        read = list(self._pool.map(self._readable, [int(i) for i in indices]))
-        return {"x": np.stack([x[:, ::-1] if flip else x for (x, _), flip in zip(read, flips, strict=True)]),
-                "y": np.array([label for _, label in read], np.int32)}
+        x, y = empty((len(indices), self.size, self.size, 3), np.uint8), np.empty(len(indices), np.int32)
+
+        def read(row, index, flip):
+            image, y[row] = self._readable(int(index))
+            x[row] = image[:, ::-1] if flip else image
+
+        for _ in self._pool.map(read, range(len(x)), indices, flips):
+            pass
+        return {"x": x, "y": y}
 
     def present(self, indices):
         """-> uint8 (n, size, size, 3): the pictures at these indices, those left out that cannot be used."""

@@ -77,7 +77,7 @@ class Batches:
 
     def __init__(self, source, *, first_step, last_step, ahead=3, **kwargs):
         self.waited = 0.0  # seconds in which the devices had nothing to do because no batch was there
-        self._pool = ThreadPoolExecutor(ahead)
+        self._pool = ThreadPoolExecutor(2)  # one reads while the other checks what it has read
         self._coming = (self._pool.submit(global_batch, source, step, **kwargs) for step in range(first_step, last_step))
         self._ready = deque(itertools.islice(self._coming, ahead))
 
