@@ -198,18 +198,21 @@ def _read(fds, records, length):
             parts = [rows[i * width: (i + 1) * width], ends[i * TAIL.itemsize: (i + 1) * TAIL.itemsize]]
             if room < length:
                 parts = _around_headers(parts, room)
-            try:
-                whole = os.preadv(fd, parts, first, _NOWAIT) == span
-            except OSError:  # not in memory, or a file system that cannot tell
-                whole = False
-            if not whole:
+            if slow or not _at_once(fd, parts, first, span):  # after one that is not in memory, no other is tried
                 slow.append((i, fd, first, parts))
-    if hasattr(os, "posix_fadvise"):  # a disk that is asked for all of them at once has them sooner; macOS lacks it
-        for _, fd, first, _ in slow:
-            os.posix_fadvise(fd, first, length, os.POSIX_FADV_WILLNEED)
+                if hasattr(os, "posix_fadvise"):  # a disk asked for many at once has them sooner; macOS lacks it
+                    os.posix_fadvise(fd, first, span, os.POSIX_FADV_WILLNEED)
     bad = {i for i, fd, first, parts in slow if not _fill(fd, parts, first)}
     labels = tails["label"].astype(np.int32)
     return x, labels, sorted(bad.union(np.flatnonzero(checksums(x, labels) != tails["checksum"]).tolist()))
+
+
+def _at_once(fd, parts, position, span):
+    """Reads `span` bytes of a file into these buffers, if no disk is needed for it -> whether it did."""
+    try:
+        return os.preadv(fd, parts, position, _NOWAIT) == span
+    except OSError:  # not in memory, or a file system that cannot tell
+        return False
 
 
 def _around_headers(parts, room):
