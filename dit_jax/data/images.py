@@ -84,7 +84,8 @@ def decode(data):
 
     Alpha is dropped, not blended; CMYK is converted without a colour profile (both as Pillow's convert does, and so the
     published code); 16-bit values keep their high byte; of an MPO the first picture is taken. Raises BadImage for what
-    is animated, cut short, damaged, empty, larger than MAX_PIXELS, or no picture.
+    is animated, cut short, damaged, empty, larger than MAX_PIXELS, or no picture. A BMP, uncompressed TIFF, PPM or WebP
+    whose tail was never filled cannot be told from a picture that is black there.
     """
     if not data:
         raise BadImage("an empty file")

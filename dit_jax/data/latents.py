@@ -4,10 +4,10 @@
     latents-00000-of-00626.array_record, ...    in the order of the data set, `shard_size` pictures each
 
 A shard holds two records an example, 2i the picture's and 2i + 1 its mirror image's, so that only the one that is
-wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32, then the checksum of all that,
-a uint64 (see `checksums`); little-endian. Any reader of ArrayRecord reads them. They are not compressed: it would save
-6 %, and all being of one length, each is then found by arithmetic and read by one system call into its row of the batch.
-Nothing in the folder says when, where or on how many devices it was made. While it is being made, it also holds
+wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32, then the checksum of all
+that, a uint64 (see `checksums`); little-endian. Any reader of ArrayRecord reads them. They are not compressed: it would
+save 6 %, and all being of one length, each is then found by arithmetic and read by one system call into its row of the
+batch. Nothing in the folder says when, where or on how many devices it was made. While it is being made, it also holds
 settings.json, and a .json beside each whole shard. In preview.png, which is for people, are some pictures and what the
 VAE makes of their latents.
 """
@@ -91,11 +91,11 @@ def _multipliers(count):
 
 
 def checksums(x, labels):
-    """Of posteriors x (n, bytes) uint8 and labels (n,) int32 -> (n,) uint64: the sum of all words of 4 bytes, each times
-    its own odd random number, modulo 2**64.
+    """Of posteriors x (n, bytes) uint8 and labels (n,) int32 -> (n,) uint64: a fixed random number, and all words of 4
+    bytes, each times its own odd random number, added modulo 2**64.
 
-    One word that differs always shows, being multiplied by an odd number; of all else that may differ, less than one
-    case in 2**31 goes unseen. One call of NumPy for a batch costs half of a CRC-32 a record, and needs no package.
+    One word that differs always shows, being multiplied by an odd number; of all else that may differ, about one case
+    in 2**32 at most goes unseen. One call of NumPy for a batch costs half of a CRC-32 a record, and needs no package.
     """
     words = x.view("<u4")
     m = _multipliers(2 + words.shape[1])

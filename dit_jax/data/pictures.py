@@ -7,6 +7,7 @@ Raw records have `len(raw)`, `raw[i] -> (name, data: bytes of a picture file, la
 import collections
 import hashlib
 import os
+import stat
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -89,9 +90,12 @@ class Folder:
             self.others[os.path.splitext(entry.name)[1].lower()] += 1
             return
         try:
-            found.append((entry.path[len(self.path):], entry.stat().st_size))
+            status = entry.stat()
         except OSError as e:
             raise ValueError(f"{entry.path}: cannot be read ({e.strerror})") from None
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+            raise ValueError(f"{entry.path}: not a file but a pipe, socket or device: remove it")
+        found.append((entry.path[len(self.path):], status.st_size))
 
     @property
     def num_classes(self):
