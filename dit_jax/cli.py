@@ -1,5 +1,7 @@
 """What the commands share: flags, configs from files, and errors in one line."""
 
+import contextlib
+import fcntl
 import os
 import sys
 import uuid
@@ -109,3 +111,25 @@ def make_workdir(path, flag="workdir"):
         os.remove(probe)
     except OSError as e:
         raise UserError(f"--{flag}={path}: cannot be written ({e.strerror})") from None
+
+
+@contextlib.contextmanager
+def locked(path, flag):
+    """Holds the folder against a second command that would write there as well; on the first host. Nothing is left in
+    it, and a process that dies lets go. Some network file systems have no locks: there nothing is held."""
+    if jax.process_index():
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(f"--{flag}={path}: another process is writing there: wait for its end, or name another folder"
+                        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)

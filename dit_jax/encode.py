@@ -349,6 +349,12 @@ def encode(f):
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)
     cli.make_workdir(f.out, "out")
+    with cli.locked(f.out, "out"):
+        return make(f, source, vae, settings)
+
+
+def make(f, source, vae, settings):
+    """The cache, or what is left of it to be made."""
     check_same(f"the first host's {f.out}", hosts.share(settings)[0], settings)
 
     # The first process looks what is there; each then makes every n-th of the shards that are not.

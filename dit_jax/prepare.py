@@ -16,7 +16,8 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # nothing here needs a TPU, which another process may be using
     cli.make_workdir(f.path, "path")
     try:
-        out = imagenet.prepare(f.tars, f.path, f.partial)
+        with cli.locked(f.path, "path"):
+            out = imagenet.prepare(f.tars, f.path, f.partial)
     except ValueError as e:
         raise UserError(str(e)) from None
     print(f"{out}: done. To train on it: --config.data.source=tfds --config.data.name=imagenet2012 "

@@ -13,7 +13,7 @@ from conftest import save_vae
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from dit_jax import autoencoder, encode, hosts
+from dit_jax import autoencoder, cli, encode, hosts
 from dit_jax.config import UserError
 from dit_jax.data import latents
 from dit_jax.data.pictures import Folder, Pictures
@@ -389,6 +389,24 @@ def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsy
     first.unlink()
     assert encoded(out) == 0
     assert contents(out) == contents(cache) and "another identity" not in capsys.readouterr().out
+
+
+def test_two_at_once_on_one_folder(cache, encoded, tmp_path, monkeypatch):
+    def twice(*args):
+        with pytest.raises(UserError, match=f"--out={tmp_path}: another process is writing there"):
+            encoded(tmp_path)
+        return finish(*args)
+
+    finish = encode.finish
+    monkeypatch.setattr(encode, "finish", twice)
+    assert encoded(tmp_path) == 0 and contents(tmp_path) == contents(cache)
+    assert encoded(tmp_path) == 0
+
+    def no_locks(*_):
+        raise OSError(errno.EBADF, "")  # of a folder on NFS
+
+    monkeypatch.setattr(cli.fcntl, "flock", no_locks)
+    assert encoded(tmp_path) == 0
 
 
 @pytest.mark.parametrize("given, word", [
