@@ -1,30 +1,19 @@
-"""How fast data come: python -m dit_jax.benchmark
+"""How fast data come: batches of 256 from a latent cache, and of pictures decoded and cropped to 256 px, as the trainer
+reads them; and beside them a PyTorch DataLoader over one .npy a sample, as PyTorch ports of DiT keep their latents, and
+over the same JPEGs."""
 
-    python -m dit_jax.benchmark                                     # on a latent cache and JPEGs that it makes itself
-    python -m dit_jax.benchmark --cache=/data/imagenet-latents --pictures=/data/imagenet/train --out=report.json
-
-Batches of 256 from a latent cache, and of pictures decoded and cropped to 256 px, as the trainer reads them; and beside
-them, where PyTorch is installed, a DataLoader over one .npy a sample, as PyTorch ports of DiT keep their latents, and
-over the same JPEGs. Each is timed in turn, `--rounds` times; medians and ranges are printed.
-"""
-
-import json
 import os
-import statistics
-import tempfile
 import time
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from dit_jax import cli, pictures, sharding
-from dit_jax.config import UserError
 from dit_jax.data import images, latents, pipeline
 from dit_jax.data.pictures import Folder, Pictures
 from dit_jax.example import photographs
-from dit_jax.logging import Progress, say
+from dit_jax.timing.child import Timed, serve
 
 BATCH, SIZE, SHAPE = 256, 256, (32, 32, 4)
 PICTURE = (375, 500)  # height and width: about ImageNet's mean
@@ -75,8 +64,11 @@ def ours(source, rows):
 class Npy:
     """Latents and labels in one .npy file each, a sample."""
 
-    def __init__(self, path, count):
-        self.path, self.count = path, count
+    def __init__(self, path):
+        self.path, self.count = path, len(os.listdir(os.path.join(path, "labels")))
+
+    @staticmethod
+    def make(path, count):
         rng = np.random.default_rng(0)
         for kind in ("features", "labels"):
             os.makedirs(os.path.join(path, kind))
@@ -120,68 +112,19 @@ def torch_loader(dataset, workers):
     return (time.perf_counter() - start) / (len(loader) * BATCH)
 
 
-def main():
-    f = flags.FLAGS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    report = {}
-    try:
-        import torch
-        torch.set_num_threads(1)
-    except ImportError:
-        torch = None
-    with tempfile.TemporaryDirectory(dir=f.scratch) as scratch:
-        cache, folder = f.cache, f.pictures
-        if cache is None:
-            cache = os.path.join(scratch, "cache")
-            make_cache(cache, f.num_latents)
-        if folder is None:
-            folder = os.path.join(scratch, "pictures")
-            make_pictures(folder, 4 * BATCH)
-        try:
-            cache, raw = latents.LatentCache(cache), Folder(folder)
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        if min(len(cache), len(raw)) < 2 * BATCH:
-            raise UserError(f"--cache and --pictures need {2 * BATCH} examples at least, for two batches")
-        rows = {"latents": f.num_latents, "JPEG": 4 * BATCH}
-        runs = {("latents", "dit_jax"): lambda: ours(cache, rows["latents"]),
-                ("JPEG", "dit_jax"): lambda: ours(Pictures(raw, SIZE), rows["JPEG"])}
-        if torch is not None:
-            npy = Npy(os.path.join(scratch, "npy"), f.num_latents)
-            for workers in sorted({0, cores}):
-                name = f"torch DataLoader, {workers} workers"
-                runs["latents", f"{name}, a .npy a sample"] = lambda w=workers: torch_loader(npy, w)
-                runs["JPEG", name] = lambda w=workers: torch_loader(Jpegs(raw), w)
-        else:
-            say("PyTorch is not installed: nothing to set beside (pip install -e '.[torch]')")
-        seconds, progress = {key: [] for key in runs}, Progress("benchmark", f.rounds * len(runs), "timings")
-        for i in range(f.rounds):
-            for j, (key, run) in enumerate(runs.items()):
-                seconds[key].append(run())
-                progress.update(i * len(runs) + j + 1)
-        progress.close()
-    say(f"{cores} cores, {f.rounds} rounds; examples a second, median (lowest to highest)")
-    for kind in rows:
-        others = []
-        for (of, name), values in seconds.items():
-            if of == kind:
-                rates = sorted(1 / v for v in values)
-                median = statistics.median(rates)
-                report.setdefault(kind, {})[name] = {"median": median, "lowest": rates[0], "highest": rates[-1]}
-                others += [median] if name != "dit_jax" else []
-                say(f"  {kind:8s} {name:48s} {median:10,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})")
-        if others:
-            report[kind]["ratio"] = report[kind]["dit_jax"]["median"] / max(others)
-            say(f"  {kind:8s} {report[kind]['ratio']:.1f} times the better DataLoader")
-    if f.out:
-        pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
+def make(spec):
+    """spec: kind, "latents" or "JPEG"; path, of a cache or a folder, or of the .npy files; workers: of the DataLoader,
+    None: as the trainer reads; rows: how many examples a call reads then."""
+    kind, path, workers = spec["kind"], spec["path"], spec["workers"]
+    if workers is None:
+        source = latents.LatentCache(path) if kind == "latents" else Pictures(Folder(path), SIZE)
+        return Timed(lambda: {"seconds": ours(source, spec["rows"])}, {"images": 1})
+    import torch
+
+    torch.set_num_threads(1)
+    dataset = Npy(path) if kind == "latents" else Jpegs(Folder(path))
+    return Timed(lambda: {"seconds": torch_loader(dataset, workers)}, {"images": 1})
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("cache", None, "a latent cache; by default one of noise is made, 256 px")
-    flags.DEFINE_string("pictures", None, "a folder of class folders; by default crops of photographs are made")
-    flags.DEFINE_integer("num_latents", 8192, "how many latents are made and read", lower_bound=2 * BATCH)
-    flags.DEFINE_integer("rounds", 5, "timings of each", lower_bound=1)
-    flags.DEFINE_string("scratch", None, "folder for what is made; by default the system's, for temporary files")
-    flags.DEFINE_string("out", None, "a JSON file for the report")
-    cli.run(main)
+    cli.run(lambda: serve(make))
