@@ -1,13 +1,14 @@
 """How fast a config runs on this machine: python -m dit_jax.benchmark
 
     python -m dit_jax.benchmark --config=configs/s2.py --config.batch_size=8
-    python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers --out=bench
+    python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers
     python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
-    python -m dit_jax.benchmark --report --out=benchmarks            # the project's benchmarks.md, half an hour on 2 cores
+    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, half an hour on 2 cores
 
---what: train (forward, backward, AdamW, EMA), denoise (one guided step), sample (a whole run, and its steps alone), decode
-(the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and evaluation stand
-beside their usual forms; --against=diffusers sets PyTorch beside the others (pip install -e '.[benchmark]').
+--what: train (forward, backward, AdamW, EMA), denoise (one guided step), sample (a whole run, and its steps alone),
+decode (the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
+evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside train, denoise, decode and scaling
+(pip install -e '.[benchmark]').
 
 --out gets parts/, one JSON file of each thing timed, and made of all that are there report.json, benchmarks.md and
 scaling.png: a part can be timed again alone, and with --what= the page is only made anew.
@@ -44,7 +45,7 @@ WHAT = ("train", "denoise", "sample", "decode", "data", "evaluation", "scaling")
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
           ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("data", "DiT-S/2", 8),
           ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
-OURS, THEIRS = "dit_jax.timing.ours", "dit_jax.timing.theirs"
+OURS, THEIRS, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in ("ours", "theirs", "data", "evaluation"))
 
 
 @dataclass
@@ -82,8 +83,8 @@ def beside(config, spec):
     if not (flags.FLAGS.against or flags.FLAGS.report):
         return {}
     if model["block"] != "adaln_zero" or not model["num_classes"]:
-        raise UserError(f"model.block={model['block']}, model.num_classes={model['num_classes']}: --against=diffusers has "
-                        "adaln_zero alone, with classes")
+        raise UserError(f"model.block={model['block']}, model.num_classes={model['num_classes']}: --against=diffusers "
+                        "has adaln_zero alone, with classes")
     return {page.DIFFUSERS: (THEIRS, {**spec, "threads": cores()})}
 
 
@@ -93,7 +94,8 @@ def model_parts(what, config, images):
     model = config["model"]["name"] or "DiT"
     if what == "train":
         spec = {"what": what, "config": config}
-        return [Part(f"train {model}, batch {n}", what, model, {page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
+        return [Part(f"train {model}, batch {n}", what, model, {
+            page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
     if what == "scaling":
         return scaling_parts(config, model)
     if sample["cfg_scale"] == 1 or not config["model"]["num_classes"]:
@@ -107,8 +109,8 @@ def model_parts(what, config, images):
     if what == "denoise":
         return [Part(f"denoise {model}, {images} guided", what, model, {
             page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
-    return [Part(f"sample {model}, {images} guided, {steps} steps", what, model, {
-        page.OURS: (OURS, {**spec, "what": "sampler"}), page.BARE: (OURS, {**spec, "steps": steps})}, f.rounds, warm=False)]
+    sides = {page.OURS: (OURS, {**spec, "what": "sampler"}), page.BARE: (OURS, {**spec, "steps": steps})}
+    return [Part(f"sample {model}, {images} guided, {steps} steps", what, model, sides, f.rounds, warm=False)]
 
 
 def scaling_parts(config, model):
@@ -169,22 +171,25 @@ def data_parts(scratch):
     else:
         say("PyTorch is not installed: no DataLoader to set beside (pip install -e '.[torch]')")
     parts = []
-    for kind, path, other, rows in (("latents", cache, npy, 8 * f.num_latents), ("JPEG", folder, folder, 4 * data.BATCH)):
-        sides = {page.OURS: ("dit_jax.timing.data", {"kind": kind, "path": path, "workers": None, "rows": rows})}
+    for kind, path, other, rows in (
+            ("latents", cache, npy, 8 * f.num_latents),  # about as long as the others take
+            ("JPEG", folder, folder, 4 * data.BATCH)):
+        spec = {"kind": kind, "path": other}
+        sides = {page.OURS: (DATA, {**spec, "path": path, "workers": None, "rows": rows})}
         for workers in sorted({0, cores()}) if torch else ():
-            sides[f"DataLoader, {workers} workers"] = ("dit_jax.timing.data", {"kind": kind, "path": other, "workers": workers})
+            sides[f"DataLoader, {workers} workers"] = DATA, {**spec, "workers": workers}
         parts.append(Part(f"data, {kind}", "data", "", sides, f.rounds, warm=False))
     return parts
 
 
 def evaluation_parts():
     f, parts = flags.FLAGS, []
-    for metric, usual in (("FID", "np.cov, scipy's sqrtm"), ("precision, recall", "scikit-learn's neighbours")):
-        spec = {"metric": metric, "samples": f.samples, "reference": f.references, "width": f.width}
-        parts.append(Part(f"{metric} of {f.samples:,d}" + (f" x {f.references:,d}" if metric != "FID" else ""), "evaluation",
-                          "", {label: ("dit_jax.timing.evaluation", {**spec, "usual": label != page.OURS})
-                               for label in (page.OURS, usual)},
-                          min(f.rounds, 3 if metric == "FID" else 1), warm=False))
+    for metric, usual, n, rounds in (("FID", "np.cov, scipy's sqrtm", max(f.references, f.width + 1), 3),
+                                     ("precision, recall", "scikit-learn's neighbours", f.references, 1)):
+        spec = {"metric": metric, "shapes": [(f.samples, f.width), (n, f.width)]}
+        sides = {label: (EVALUATION, {**spec, "usual": label != page.OURS}) for label in (page.OURS, usual)}
+        parts.append(Part(f"{metric}, {f.samples:,d} samples" + ("" if metric == "FID" else f", {n:,d} references"),
+                          "evaluation", "", sides, min(f.rounds, rounds), warm=False))
     return parts
 
 
@@ -200,8 +205,9 @@ def measure(part):
                 children[label] = child = stack.enter_context(Child(module, spec))
                 if page.DIFFUSERS in part.sides and label == page.OURS and (
                         child.info["platform"] != "cpu" or child.info["dtype"] != "float32"):
-                    raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs {child.info['dtype']} on "
-                                    f"{child.info['device']}: set JAX_PLATFORMS=cpu and --config.model.dtype=float32")
+                    raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs "
+                                    f"{child.info['dtype']} on {child.info['device']}: set JAX_PLATFORMS=cpu and "
+                                    "--config.model.dtype=float32")
                 if part.warm:
                     child.ask()
                 calls[label] = max(1, math.ceil(flags.FLAGS.seconds / child.ask()["seconds"])) if part.warm else 1
@@ -225,7 +231,7 @@ def measure(part):
     work = {key: sides[page.OURS].pop(key, None) for key in ("images", "flop")}  # of a call, the same on all sides
     return {"name": part.name, "what": part.what, "model": part.model, **work, "sides": sides,
             "idle": None if idle is None else idle / at_work, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
-            **part.about}
+            "command": " ".join(["python -m dit_jax.benchmark", *sys.argv[1:]]), **part.about}
 
 
 def load_parts(folder, here):
@@ -247,14 +253,14 @@ def load_parts(folder, here):
     return [part for *_, part in sorted(parts, key=lambda p: p[:2])]
 
 
-def write(parts, out, command):
+def write(parts, out):
     found, scaling = page.targets(parts), [part for part in parts if part["what"] == "scaling"]
-    report = {"machine": machine(), "command": command, "parts": parts, "targets": found}
+    report = {"machine": machine(), "parts": parts, "targets": found}
     pictures.write_aside(os.path.join(out, "report.json"), (json.dumps(report, indent=1) + "\n").encode())
     if scaling:
         page.scaling_plot(scaling, os.path.join(out, "scaling.png"))
     pictures.write_aside(os.path.join(out, "benchmarks.md"),
-                         page.page(parts, found, machine(), command, bool(scaling)).encode())
+                         page.page(parts, found, machine(), bool(scaling)).encode())
     say(f"{out}/benchmarks.md, report.json" + (" and scaling.png" if scaling else ""))
 
 
@@ -285,7 +291,7 @@ def chosen(what, scratch):
 
 def main():
     f = flags.FLAGS
-    jax.config.update("jax_platforms", "cpu")  # of this process alone: a TPU belongs to one process, and that is a child
+    jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what
     for kind in what:
         if kind not in WHAT:
@@ -297,7 +303,8 @@ def main():
     if f.report or f.against:
         for package in ("torch", "diffusers"):
             if importlib.util.find_spec(package) is None:
-                raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e '.[benchmark]'")
+                raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e "
+                                "'.[benchmark]'")
     here = machine()
     folder = f.out and os.path.join(f.out, "parts")
     if f.out:
@@ -318,7 +325,7 @@ def main():
     if found := page.targets(parts):
         say(f"\n{page.target_table(found)}\n")
     if f.out:
-        write(parts, f.out, "python -m dit_jax.benchmark " + " ".join(sys.argv[1:]))
+        write(parts, f.out)
 
 
 if __name__ == "__main__":
@@ -332,9 +339,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
     flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
     flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
-    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs are made")
-    flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made and read", lower_bound=2 * data.BATCH)
-    flags.DEFINE_string("scratch", None, "for data: folder for what is made; by default the system's, for temporary files")
+    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
+    flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=2 * data.BATCH)
+    flags.DEFINE_string("scratch", None, "for data: a folder for what is made; by default the system's temporary one")
     flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
     flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
     flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)

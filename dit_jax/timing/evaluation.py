@@ -1,5 +1,5 @@
-"""How long the metrics take, on noise in the place of features: FID with its statistics, precision and recall; and beside
-them their usual forms: np.cov with scipy's sqrtm, and scikit-learn's neighbours."""
+"""The child that times the metrics, on noise in the place of features: FID with its statistics, precision and recall;
+and beside them their usual forms: np.cov with scipy's sqrtm, and scikit-learn's neighbours."""
 
 import numpy as np
 
@@ -38,9 +38,9 @@ def usual_precision_recall(samples, reference):
 
 
 def make(spec):
-    """spec: metric, "FID" or "precision, recall"; usual: whether in the usual form; samples, reference, width: counts."""
+    """spec: metric, "FID" or "precision, recall"; usual: in the usual form; shapes: of samples and reference."""
     rng = np.random.default_rng(0)
-    samples, reference = (rng.standard_normal((spec[kind], spec["width"]), np.float32) for kind in ("samples", "reference"))
+    samples, reference = (rng.standard_normal(shape, np.float32) for shape in spec["shapes"])
     if spec["metric"] == "FID":
         function, known = usual_fid if spec["usual"] else fid, frechet.statistics(reference)
         reference = None

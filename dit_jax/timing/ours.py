@@ -27,8 +27,8 @@ def timed(call, compiled_in, dtype, flop, images):
     """flop: floating-point operations of a call, over all devices."""
     dtype = jnp.dtype(dtype)
     devices = jax.devices()
-    info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "device": devices[0].device_kind,
-            "devices": len(devices), "platform": devices[0].platform,
+    info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
+            "device": devices[0].device_kind, "platform": devices[0].platform,
             "data_sheet": flops.data_sheet() and flops.data_sheet() * len(devices)}
     return Timed(call, info, rate=lambda: flops.measured_flops(dtype) * len(devices), memory=device_memory)
 
@@ -138,7 +138,10 @@ def decode(config, path):
     images = mesh.size * autoencoder.batch_size(side * codec.factor)
     latents = np.random.default_rng(0).standard_normal((images, side, side, codec.latent_channels), np.float32)
     program, seconds = compiled(autoencoder.over_devices(codec.decode, mesh), params, latents)
-    call = lambda: jax.block_until_ready(program(params, latents)) and None
+
+    def call():
+        jax.block_until_ready(program(params, latents))
+
     return timed(call, seconds, "float32", program.cost_analysis()["flops"] * mesh.size, images)
 
 

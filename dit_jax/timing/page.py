@@ -1,4 +1,4 @@
-"""From what was timed to numbers, targets, tables and the plot. A part is a plain dict, as benchmark.measure makes it."""
+"""From what was timed to targets, tables and the plot. A part is a plain dict, as benchmark.measure makes it."""
 
 import io
 import statistics
@@ -15,12 +15,13 @@ SHARE = {("train", "DiT-S/2", 8): 0.8, ("denoise", "DiT-S/2", None): 0.8, ("deno
 OVERHEAD, ROUNDS = 0.03, 5
 
 NOTES = """\
-Each side is a process of its own, which waits while the other is timed; their rounds alternate. A time is the median over
-rounds, with the lowest and the highest. *Share* is of the rate of a large matrix product, which each side measures with
-its own library after every round; recomputed arithmetic is not counted. *Memory* is the most the process ever held,
-compilation and initialisation included. *diffusers* is PyTorch on that package's DiT, eager, with scaled dot product
-attention, fused AdamW and the EMA in one call for all arrays; timesteps and labels are embedded once for all blocks, as in
-the paper, and not, as theirs, in every block again."""
+Each side is a process of its own, which waits while the other is timed; their rounds alternate. A time is the median
+over rounds, with the lowest and the highest. *Share* is of the rate of a large matrix product, which each side measures
+with its own library after every round; recomputed arithmetic is not counted. *Memory* is the most that the process ever
+held, compilation and initialisation included. *diffusers* is PyTorch on that package's DiT, made the same function:
+float32, eager, scaled dot product attention, fused AdamW, the EMA in one call for all arrays, inference mode while
+denoising; timesteps and labels are embedded once for all blocks, as in the paper, where that package embeds them in
+every block again."""
 
 
 def median(side):
@@ -37,7 +38,8 @@ def share(part, label, data_sheet=False):
 
 
 def targets(parts):
-    """Every target that these parts tell of -> [{target, measured, bound, met}]; met is None where rounds are too few."""
+    """Every target that these parts tell of -> [{target, measured, bound, met, shown}]. met: None where rounds are too
+    few; shown: the measured value as text."""
     found = []
 
     def judge(part, text, measured, bound, good, shown):
@@ -46,7 +48,8 @@ def targets(parts):
                       "shown": shown})
 
     def of(table, part):
-        return table.get((part["what"], part["model"], part["images"]), table.get((part["what"], part["model"], None)))
+        key = part["what"], part["model"]
+        return table.get((*key, part["images"]), table.get((*key, None)))
 
     for part in parts:
         sides = part["sides"]
@@ -57,24 +60,28 @@ def targets(parts):
             judge(part, "no more memory than PyTorch", memory, 1.0, memory <= 1, f"{memory:.2f} times")
         if DIFFUSERS in sides and (bound := of(SHARE, part)):
             measured = share(part, OURS)
-            judge(part, f"at least {bound:.0%} of the matrix rate", measured, bound, measured >= bound, f"{measured:.0%}")
+            judge(part, f"at least {bound:.0%} of the matrix rate", measured, bound, measured >= bound,
+                  f"{measured:.0%}")
         if BARE in sides:
             over = median(sides[OURS]) / median(sides[BARE]) - 1
-            judge(part, f"less than {OVERHEAD:.0%} beyond its steps alone", over, OVERHEAD, over < OVERHEAD, f"{over:+.1%}")
+            judge(part, f"less than {OVERHEAD:.0%} beyond its steps alone", over, OVERHEAD, over < OVERHEAD,
+                  f"{over:+.1%}")
     return found
 
 
 def _time(seconds):
-    for unit, scale in (("s", 1), ("ms", 1e3)):
-        if seconds * scale >= 1 or unit == "ms":
-            return f"{seconds * scale:.3g} {unit}"
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 1:
+            break
+        seconds *= 1000
+    return f"{seconds:.3g} {unit}"
 
 
 def _table(header, rows):
     """Markdown whose columns are aligned as plain text too."""
     rows = [header, ["---"] * len(header), *rows]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
-    return "\n".join("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
 
 
 def _count(value):
@@ -86,17 +93,17 @@ def results(parts):
     rows = []
     for part in parts:
         for label, side in part["sides"].items() if part["what"] != "scaling" else ():
-            seconds, rate = side["seconds"], statistics.median(side["rates"]) if None not in side["rates"] else None
-            shares = [f"{value:.0%}{end}" for value, end in (
-                (share(part, label), ""), (share(part, label, data_sheet=True), " of the data sheet's")) if value is not None]
+            seconds, rate = side["seconds"], None if None in side["rates"] else statistics.median(side["rates"])
+            shares = [f"{value:.0%}{end}" for value, end in ((share(part, label), ""), (
+                share(part, label, data_sheet=True), " of the data sheet's")) if value is not None]
             rows.append([
                 part["name"] if label == OURS else "", label,
                 f"{_time(median(side))} ({_time(min(seconds))} to {_time(max(seconds))})",
                 "" if label == OURS else f"{median(side) / median(part['sides'][OURS]):.2f}",
                 _count(part["images"] / median(side)), _count(rate / 1e9) if rate else "", ", ".join(shares),
                 f"{side['memory'] / GIB:.2f}", f"{side['compile']:.1f} s" if "compile" in side else ""])
-    return _table(["", "", "time (range)", "times dit_jax's", "images/s", "matrix rate, GFLOP/s", "share", "memory, GiB",
-                   "compiled in"], rows)
+    return _table(["", "", "time (range)", "times dit_jax's", "images/s", "matrix rate, GFLOP/s", "share",
+                   "memory, GiB", "compiled in"], rows)
 
 
 def target_table(found):
@@ -104,15 +111,16 @@ def target_table(found):
     return _table(["target", "measured", ""], [[t["target"], t["shown"], met[t["met"]]] for t in found])
 
 
-def page(parts, found, machine, command, plot):
+def page(parts, found, machine, plot):
     """benchmarks.md"""
-    dates = sorted(part["date"] for part in parts)
+    dates, commands = sorted(part["date"] for part in parts), dict.fromkeys(part["command"] for part in parts)
     busy = max((part["idle"] for part in parts if part["idle"] is not None), default=None)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    text = ["# Benchmarks", f"`{command}` made this page, on {machine['cores']} cores of {machine['cpu']} ("
-            f"{machine['system']}), {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else "") + f"; {versions}.",
-            NOTES + (f" A waiting process took at most {busy:.1%} of the time of the one at work." if busy is not None
-                     else ""), results(parts)]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    notes = NOTES if busy is None else f"{NOTES} What waits took at most {busy:.1%} of a core while another was timed."
+    text = ["# Benchmarks",
+            f"On {machine['cores']} cores of {machine['cpu']} ({machine['system']}), {when}, {versions}; timed by",
+            "\n".join(["```sh", *commands, "```"]), results(parts), notes]
     if found:
         text += [target_table(found)]
     if plot:
@@ -130,7 +138,8 @@ def scaling_plot(parts, path):
     base, model = parts[0]["base"], parts[0]["model"]
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
     for axes, (key, label) in zip(panels, (("batch", "batch"), ("tokens", "tokens an image"), ("depth", "blocks"))):
-        line = sorted((p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)), key=lambda p: p["at"][key])
+        line = [p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)]
+        line.sort(key=lambda p: p["at"][key])
         x = [p["at"][key] for p in line]
         for name in line[0]["sides"]:
             y = [median(p["sides"][name]) for p in line]

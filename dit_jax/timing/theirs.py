@@ -1,9 +1,9 @@
 """The child that times PyTorch on the diffusers package's DiT. Nothing of JAX is imported here.
 
-Their class is made the paper's network: the timesteps' frequencies divide by 128 and the second norm's eps is 1e-6 (theirs:
-127 and 1e-5), and the embeddings of timestep and label, of which they keep a copy in every block, are one for all,
-computed once, as the paper has it; labels are dropped outside. Otherwise it is what its user runs: eager, with scaled dot
-product attention; fused AdamW, the EMA in one call for all arrays, no gradients kept while denoising.
+Their class is made the paper's network: the timesteps' frequencies divide by 128 and the second norm's eps is 1e-6
+(theirs: 127 and 1e-5), and the embeddings of timestep and label, of which they keep a copy in every block, are one for
+all, computed once, as the paper has it; labels are dropped outside. Otherwise it is what its user runs: eager, with
+scaled dot product attention; fused AdamW, the EMA in one call for all arrays, inference mode while denoising.
 """
 
 import math
