@@ -133,8 +133,8 @@ def test_nothing_of_jax_in_pytorchs_process():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.depth=2", "--config.model.hidden_size=32",
-        "--config.sample.steps=4", "--seconds=0"]
+TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.depth=2",
+        "--config.model.hidden_size=32", "--config.sample.steps=4", "--seconds=0"]
 
 
 def test_the_command_beside_pytorch(command, tmp_path):
@@ -154,7 +154,8 @@ def test_the_command_beside_pytorch(command, tmp_path):
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", part["date"]) and part["images"] > 0
         assert (part["idle"] >= 0) and len(part["sides"]) == 2
         for label, side in part["sides"].items():
-            assert len(side["seconds"]) == (1 if part["name"].startswith("precision") else 2) and min(side["seconds"]) > 0
+            assert len(side["seconds"]) == (1 if part["name"].startswith("precision") else 2)
+            assert min(side["seconds"]) > 0
             assert side["memory"] > 2**25
             if part["what"] != "evaluation":
                 assert min(side["rates"]) > 0 and part["flop"] > 0
@@ -183,9 +184,9 @@ def test_the_command_beside_pytorch(command, tmp_path):
 
 
 def test_data_and_scaling(command, tmp_path):
-    status, stdout, err = command("benchmark", *TINY, "--config.batch_size=2", "--config.model.input_size=4",
-                                  "--what=data,scaling", "--rounds=1", "--num_latents=512", f"--scratch={tmp_path}",
-                                  f"--out={tmp_path / 'out'}")
+    status, stdout, err = command("benchmark", *TINY, "--config.batch_size=1", "--config.model.input_size=2",
+                                  "--config.model.depth=1", "--what=data,scaling", "--rounds=1", "--num_latents=512",
+                                  f"--scratch={tmp_path}", f"--out={tmp_path / 'out'}")
     assert status == 0, err
     parts = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]
     data = [part for part in parts if part["what"] == "data"]
@@ -193,7 +194,7 @@ def test_data_and_scaling(command, tmp_path):
     assert all(side["seconds"][0] > 0 for part in data for side in part["sides"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made to be read is gone
     scaling = [part["at"] for part in parts if part["what"] == "scaling"]
-    for key, values in (("batch", {1, 2, 4}), ("tokens", {1, 4, 9}), ("depth", {1, 2, 4})):
+    for key, values in (("batch", {1, 2}), ("tokens", {1, 4}), ("depth", {1, 2})):
         assert {at[key] for at in scaling} == values
     assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
 
@@ -224,8 +225,8 @@ def test_targets():
 def test_usual_metrics_are_the_same():
     """What evaluation is timed beside gives the same numbers."""
     for metric in ("FID", "precision, recall"):
-        ours, usual = (evaluation.make({"metric": metric, "usual": usual, "shapes": [(300, 6), (200, 6)]}).call()["value"]
-                       for usual in (False, True))
+        spec = {"metric": metric, "shapes": [(300, 6), (200, 6)]}
+        ours, usual = (evaluation.make({**spec, "usual": usual}).call()["value"] for usual in (False, True))
         assert_allclose(ours, usual, rtol=1e-6)
 
 
@@ -245,7 +246,7 @@ def test_bad_flags_are_one_line(command, flags, words):
 
 def test_a_child_that_dies_is_one_line(command, tmp_path):
     """Of a geometry that the network refuses, and of a child that is killed, as for want of memory."""
-    one_error(command("benchmark", *TINY, "--config.model.hidden_size=30", "--config.model.num_heads=2", "--what=train"),
+    one_error(command("benchmark", *TINY, "--config.model.hidden_size=30", "--config.model.num_heads=2"),
               "train DiT, batch 8", "hidden_size=30")
     process = command("benchmark", *TINY, "--what=sample", "--config.sample.steps=900", "--rounds=1000", wait=False)
     deadline = time.monotonic() + 120

@@ -73,11 +73,11 @@ def _sampling(config, images):
     """(settled config, arguments of DiT, mesh, weights, their shardings, labels of `images`)."""
     config, mesh = _setting(config | {"batch_size": images})
     args = configs.dit_args(config)
-    shapes, rng = dit.abstract(**args)[1], np.random.default_rng(0)
+    shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
-    # Noise, an array at a time, so that never more than the weights is held.
-    params = jax.tree.map(lambda a, where: jax.device_put(
-        np.float32(0.02) * rng.standard_normal(a.shape, np.float32), where), shapes, shardings)
+    # Noise, made in its place an array at a time, so that never more than the weights is held.
+    params = jax.tree.map(lambda a, where: jax.jit(
+        lambda key: 0.02 * jax.random.normal(key, a.shape), out_shardings=where)(jax.random.key(0)), shapes, shardings)
     return config, args, mesh, params, shardings, np.arange(images, dtype=np.int32) % args["num_classes"]
 
 

@@ -16,12 +16,12 @@ OVERHEAD, ROUNDS = 0.03, 5
 
 NOTES = """\
 Each side is a process of its own, which waits while the other is timed; their rounds alternate. A time is the median
-over rounds, with the lowest and the highest. *Share* is of the rate of a large matrix product, which each side measures
-with its own library after every round; recomputed arithmetic is not counted. *Memory* is the most that the process ever
-held, compilation and initialisation included. *diffusers* is PyTorch on that package's DiT, made the same function:
-float32, eager, scaled dot product attention, fused AdamW, the EMA in one call for all arrays, inference mode while
-denoising; timesteps and labels are embedded once for all blocks, as in the paper, where that package embeds them in
-every block again."""
+over rounds, with the lowest and the highest. *Matrix rate* is that of a large matrix product, which each side measures
+with its own library after every round; *share* is of the faster one, recomputed arithmetic not counted. *Memory* is the
+most that the process ever held, compilation and initialisation included, its workers not. *diffusers* is PyTorch on
+that package's DiT, made the same function: float32, eager, scaled dot product attention, fused AdamW, the EMA in one
+call for all arrays, inference mode while denoising; timesteps and labels are embedded once for all blocks, as in the
+paper, where that package embeds them in every block again."""
 
 
 def median(side):
@@ -29,12 +29,14 @@ def median(side):
 
 
 def share(part, label, data_sheet=False):
-    """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted."""
+    """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted. Attainable is what
+    the faster of the sides' matrix products reached in that round: one library may be far from what the machine can do."""
     side = part["sides"][label]
-    rates = [side.get("data_sheet")] * len(side["rates"]) if data_sheet else side["rates"]
-    if not part["flop"] or None in rates:
+    rates = zip(*(other["rates"] for other in part["sides"].values()))
+    if not part["flop"] or (data_sheet and not side.get("data_sheet")):
         return None
-    return statistics.median(part["flop"] / s / r for s, r in zip(side["seconds"], rates))
+    return statistics.median(part["flop"] / s / (side["data_sheet"] if data_sheet else max(r))
+                             for s, r in zip(side["seconds"], rates))
 
 
 def targets(parts):
