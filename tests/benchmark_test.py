@@ -234,6 +234,7 @@ def test_usual_metrics_are_the_same():
     (["--what=train,nothing"], ["--what=nothing", "denoise"]),
     (["--what="], ["--what", "--out"]),
     (["--report", *TINY], ["--report", "--config"]),
+    (["--config.batch_size=4"], ["--config.batch_size=4", "--config=configs/"]),
     ([*TINY, "--config.model.block=in_context", "--against=diffusers"], ["model.block=in_context", "adaln_zero"]),
     ([*TINY, "--config.sample.cfg_scale=1", "--what=sample"], ["sample.cfg_scale=1", "--what=sample"]),
     ([*TINY, "--config.model.num_heads=5"], ["model.num_heads=5", "model.hidden_size=32"]),

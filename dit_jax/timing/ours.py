@@ -39,12 +39,13 @@ def compiled(function, *shapes):
     return program, time.perf_counter() - start
 
 
-def _setting(config):
-    """A resolved config -> (settled config, mesh)."""
+def _setting(config, what="batch_size"):
+    """A resolved config -> (settled config, mesh). what: which flag or field its batch size is of."""
     config = layout.settle(config, jax.devices())
     mesh = sharding.make_mesh(**config["mesh"])
     if config["batch_size"] % sharding.batch_shards(mesh):
-        raise ValueError(f"batch_size={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways")
+        raise ValueError(f"{what}={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
+                         "does not divide it")
     return config, mesh
 
 
@@ -71,13 +72,14 @@ def train_step(config):
 
 def _sampling(config, images):
     """(settled config, arguments of DiT, mesh, weights, their shardings, labels of `images`)."""
-    config, mesh = _setting(config | {"batch_size": images})
+    config, mesh = _setting(config | {"batch_size": images}, "--images")
     args = configs.dit_args(config)
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
-    # Noise, made in its place an array at a time, so that never more than the weights is held.
+    # Any numbers, made in their place: random ones would take memory beside the weights, and peak memory is measured.
     params = jax.tree.map(lambda a, where: jax.jit(
-        lambda key: 0.02 * jax.random.normal(key, a.shape), out_shardings=where)(jax.random.key(0)), shapes, shardings)
+        lambda: 0.02 * jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out_shardings=where)(),
+                          shapes, shardings)
     return config, args, mesh, params, shardings, np.arange(images, dtype=np.int32) % args["num_classes"]
 
 
