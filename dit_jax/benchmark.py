@@ -309,10 +309,15 @@ def main():
     folder = f.out and os.path.join(f.out, "parts")
     if f.out:
         cli.make_workdir(folder, "out")
-        load_parts(folder, here)
+        kept = {(p["model"], *p["base"].values()) for p in load_parts(folder, here) if p["what"] == "scaling"}
     parts = []
     with tempfile.TemporaryDirectory(dir=f.scratch) as scratch:
-        for part in chosen(what, scratch):
+        todo = chosen(what, scratch)
+        for part in todo:
+            if part.what == "scaling" and f.out and kept - {(part.model, *part.about["base"].values())}:
+                raise UserError(f"--out={f.out}: its scaling is of another config, and the plot is of one: use another "
+                                "--out")
+        for part in todo:
             parts.append(measure(part))
             if f.out:
                 name = re.sub(r"[^A-Za-z0-9]+", "-", part.name) + ".json"
@@ -330,6 +335,7 @@ def main():
 
 if __name__ == "__main__":
     cli.define_config(required=False)
+    flags.declare_key_flag("config")
     flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
     flags.DEFINE_enum("against", None, [page.DIFFUSERS], "what is timed beside it: PyTorch on diffusers' DiT")
     flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")

@@ -29,8 +29,8 @@ def median(side):
 
 
 def share(part, label, data_sheet=False):
-    """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted. Attainable is what
-    the faster of the sides' matrix products reached in that round: one library may be far from what the machine can do."""
+    """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted. Attainable is
+    what the faster of the sides' matrix products reached in that round: a library may be far from what the machine can."""
     side = part["sides"][label]
     rates = zip(*(other["rates"] for other in part["sides"].values()))
     if not part["flop"] or (data_sheet and not side.get("data_sheet")):
@@ -71,6 +71,11 @@ def targets(parts):
     return found
 
 
+def common(parts):
+    """The labels of the sides that all parts have."""
+    return [label for label in parts[0]["sides"] if all(label in part["sides"] for part in parts)]
+
+
 def _time(seconds):
     for unit in ("s", "ms", "µs"):
         if seconds >= 1:
@@ -91,7 +96,7 @@ def _count(value):
 
 
 def results(parts):
-    """The table of all timings but those of the plot."""
+    """The tables: of all timings, and of those of the plot."""
     rows = []
     for part in parts:
         for label, side in part["sides"].items() if part["what"] != "scaling" else ():
@@ -104,8 +109,13 @@ def results(parts):
                 "" if label == OURS else f"{median(side) / median(part['sides'][OURS]):.2f}",
                 _count(part["images"] / median(side)), _count(rate / 1e9) if rate else "", ", ".join(shares),
                 f"{side['memory'] / GIB:.2f}", f"{side['compile']:.1f} s" if "compile" in side else ""])
-    return _table(["", "", "time (range)", "times dit_jax's", "images/s", "matrix rate, GFLOP/s", "share",
-                   "memory, GiB", "compiled in"], rows)
+    header = ["", "", "time (range)", "times dit_jax's", "images/s", "matrix rate, GFLOP/s", "share", "memory, GiB",
+              "compiled in"]
+    growth = sorted((p for p in parts if p["what"] == "scaling"), key=lambda p: list(p["at"].values()))
+    grown = [[*(str(v) for v in p["at"].values()), *(_time(median(p["sides"][label])) for label in common(growth))]
+             for p in growth]
+    return "\n\n".join([_table(header, rows)] * bool(rows) + [_table(
+        [f"training step of {p['model']}: batch", "tokens", "blocks", *common(growth)], grown) for p in growth[:1]])
 
 
 def target_table(found):
@@ -143,7 +153,7 @@ def scaling_plot(parts, path):
         line = [p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)]
         line.sort(key=lambda p: p["at"][key])
         x = [p["at"][key] for p in line]
-        for name in line[0]["sides"]:
+        for name in common(parts):
             y = [median(p["sides"][name]) for p in line]
             ends = [[m - min(p["sides"][name]["seconds"]) for m, p in zip(y, line)],
                     [max(p["sides"][name]["seconds"]) - m for m, p in zip(y, line)]]
