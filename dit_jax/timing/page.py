@@ -30,7 +30,7 @@ def median(side):
 
 def share(part, label, data_sheet=False):
     """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted. Attainable is
-    what the faster of the sides' matrix products reached in that round: a library may be far from what the machine can."""
+    what the faster of the sides' matrix products reached in that round: a library may stay far below the machine."""
     side = part["sides"][label]
     rates = zip(*(other["rates"] for other in part["sides"].values()))
     if not part["flop"] or (data_sheet and not side.get("data_sheet")):
