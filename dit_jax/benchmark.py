@@ -1,187 +1,354 @@
-"""How fast data come: python -m dit_jax.benchmark
+"""How fast a config runs on this machine: python -m dit_jax.benchmark
 
-    python -m dit_jax.benchmark                                     # on a latent cache and JPEGs that it makes itself
-    python -m dit_jax.benchmark --cache=/data/imagenet-latents --pictures=/data/imagenet/train --out=report.json
+    python -m dit_jax.benchmark --config=configs/s2.py --config.batch_size=8
+    python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers
+    python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
+    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, half an hour on 2 cores
 
-Batches of 256 from a latent cache, and of pictures decoded and cropped to 256 px, as the trainer reads them; and beside
-them, where PyTorch is installed, a DataLoader over one .npy a sample, as PyTorch ports of DiT keep their latents, and
-over the same JPEGs. Each is timed in turn, `--rounds` times; medians and ranges are printed.
+--what: train (forward, backward, AdamW, EMA), denoise (one guided step), sample (a whole run, and its steps alone),
+decode (the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
+evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside train, denoise, decode and scaling
+(pip install -e '.[benchmark]').
+
+--out gets parts/, one JSON file of each thing timed, and made of all that are there report.json, benchmarks.md and
+scaling.png: a part can be timed again alone, and with --what= the page is only made anew.
 """
 
+import importlib.util
 import json
+import math
 import os
-import statistics
+import platform
+import re
+import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
 
 import jax
-import numpy as np
 from absl import flags
-from PIL import Image
 
-from dit_jax import cli, pictures, sharding
+from dit_jax import autoencoder, cli, config as configs, pictures
 from dit_jax.config import UserError
-from dit_jax.data import images, latents, pipeline
-from dit_jax.data.pictures import Folder, Pictures
-from dit_jax.example import photographs
+from dit_jax.data import latents
+from dit_jax.data.pictures import Folder
+from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.logging import Progress, say
+from dit_jax.models import vae
+from dit_jax.timing import data, page
+from dit_jax.timing.child import Child, ChildError
 
-BATCH, SIZE, SHAPE = 256, 256, (32, 32, 4)
-PICTURE = (375, 500)  # height and width: about ImageNet's mean
-
-
-def make_cache(path, count, shard_size=1024):
-    """A latent cache of noise, of 256 px pictures."""
-    os.makedirs(path)
-    rng, shards = np.random.default_rng(0), -(-count // shard_size)
-    entries = []
-    for i in range(shards):
-        n = min(shard_size, count - i * shard_size)
-        writer = latents.ShardWriter(path, latents.shard_name(i, shards), "float16")
-        writer.add(rng.standard_normal((n, 2, *SHAPE[:2], 2 * SHAPE[2]), np.float32), rng.integers(1000, size=n))
-        entries.append(writer.close())
-    latents.write_manifest(path, {
-        "format": latents.FORMAT, "shards": entries, "count": count, "num_classes": 1000, "class_names": None,
-        "size": SIZE, "shape": SHAPE, "dtype": "float16", "vae": {"name": "noise", "encoder": "", "scale": 0.18215},
-        "skipped": []})
+WHAT = ("train", "denoise", "sample", "decode", "data", "evaluation", "scaling")
+# What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
+REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
+          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("data", "DiT-S/2", 8),
+          ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
+OURS, THEIRS, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in ("ours", "theirs", "data", "evaluation"))
 
 
-def make_pictures(path, count):
-    """JPEG files of PICTURE: crops of real photographs."""
-    rng, originals = np.random.default_rng(0), [Image.fromarray(a) for a in photographs().values()]
-    for i in range(count):
-        original = originals[i % len(originals)]
-        scale = rng.uniform(0.6, 1)
-        height, width = min((PICTURE[0], PICTURE[1]), original.size[::-1])
-        box = rng.integers(original.width - int(width * scale) + 1), rng.integers(original.height - int(height * scale) + 1)
-        crop = original.crop((*box, box[0] + int(width * scale), box[1] + int(height * scale))).resize(PICTURE[::-1])
-        pictures.write_aside(os.path.join(path, str(i % 2), f"{i}.jpg"), pictures.encoded(crop, "jpeg", quality=90))
+@dataclass
+class Part:
+    """What is timed together. sides: {label: (module of the child, its spec)}, ours first. warm: whether a call or two
+    go before the rounds. about: fields of the record."""
+    name: str
+    what: str
+    model: str
+    sides: dict
+    rounds: int
+    warm: bool = True
+    about: dict = field(default_factory=dict)
 
 
-def ours(source, rows):
-    """Seconds an example to have batches of `rows` examples on the devices: order, reading, placing."""
-    mesh = sharding.make_mesh()
-    steps = max(1, rows // BATCH)
-    batches = pipeline.Batches(source, first_step=0, last_step=steps, seed=int(time.time()), flip=True, batch_size=BATCH,
-                               sharding=sharding.batch_sharding(mesh), num_classes=1000)
-    start = time.perf_counter()
-    for _ in range(steps):
-        jax.block_until_ready(batches.get())
-    seconds = time.perf_counter() - start
-    batches.close()
-    return seconds / (steps * BATCH)
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
 
 
-class Npy:
-    """Latents and labels in one .npy file each, a sample."""
-
-    def __init__(self, path, count):
-        self.path, self.count = path, count
-        rng = np.random.default_rng(0)
-        for kind in ("features", "labels"):
-            os.makedirs(os.path.join(path, kind))
-        for i in range(count):
-            np.save(os.path.join(path, "features", f"{i}.npy"), rng.standard_normal((1, *SHAPE[::-1]), np.float32))
-            np.save(os.path.join(path, "labels", f"{i}.npy"), rng.integers(1000, size=1))
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        import torch
-        return [torch.from_numpy(np.load(os.path.join(self.path, kind, f"{i}.npy"))) for kind in ("features", "labels")]
+def machine():
+    """The machine and the versions, plain values. Parts that differ here are not put on one page."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    versions = {name: installed.get(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "torch", "diffusers")}
+    return {"cpu": cpu, "cores": cores(), "system": platform.platform(terse=True),
+            "versions": {"python": platform.python_version(), **versions}}
 
 
-class Jpegs:
-    """The pictures of a folder, decoded and cropped, as a PyTorch Dataset."""
-
-    def __init__(self, raw):
-        self.raw = raw
-
-    def __len__(self):
-        return len(self.raw)
-
-    def __getitem__(self, i):
-        _, data, label = self.raw[i]
-        return images.center_crop(images.decode(data), SIZE).copy(), label
+def beside(config, spec):
+    """The PyTorch side of what `spec` says, where --against asks for it: a dict to be merged into the sides."""
+    model = config["model"]
+    if not (flags.FLAGS.against or flags.FLAGS.report):
+        return {}
+    if model["block"] != "adaln_zero" or not model["num_classes"]:
+        raise UserError(f"model.block={model['block']}, model.num_classes={model['num_classes']}: --against=diffusers "
+                        "has adaln_zero alone, with classes")
+    return {page.DIFFUSERS: (THEIRS, {**spec, "threads": cores()})}
 
 
-def torch_loader(dataset, workers):
-    """Seconds an example of a second pass through a DataLoader with so many worker processes, which are running then."""
-    from torch.utils.data import DataLoader
+def model_parts(what, config, images):
+    """The parts of a resolved config that run its network. images: that are denoised at once."""
+    f, n, sample = flags.FLAGS, config["batch_size"], config["sample"]
+    model = config["model"]["name"] or "DiT"
+    if what == "train":
+        spec = {"what": what, "config": config}
+        return [Part(f"train {model}, batch {n}", what, model, {
+            page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
+    if what == "scaling":
+        return scaling_parts(config, model)
+    if sample["cfg_scale"] == 1 or not config["model"]["num_classes"]:
+        raise UserError(f"sample.cfg_scale={sample['cfg_scale']}, model.num_classes={config['model']['num_classes']}: "
+                        f"--what={what} times guided steps, which need classes and a scale that is not 1")
+    try:
+        steps = len(respace(linear_schedule(config["diffusion"]["timesteps"]), sample["steps"]))
+    except ValueError as e:
+        raise UserError(f"config.sample: {e}") from None
+    spec = {"what": "denoise", "config": config, "images": images}
+    if what == "denoise":
+        return [Part(f"denoise {model}, {images} guided", what, model, {
+            page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
+    sides = {page.OURS: (OURS, {**spec, "what": "sampler"}), page.BARE: (OURS, {**spec, "steps": steps})}
+    return [Part(f"sample {model}, {images} guided, {steps} steps", what, model, sides, f.rounds, warm=False)]
 
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True,
-                        persistent_workers=bool(workers))
-    for _ in loader if workers else ():
-        pass
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return (time.perf_counter() - start) / (len(loader) * BATCH)
+
+def scaling_parts(config, model):
+    """The training step at a quarter to twice the batch, the side in patches, and the depth, one at a time."""
+    n, patch = config["batch_size"], config["model"]["patch_size"]
+    grid, depth = config["model"]["input_size"] // patch, config["model"]["depth"]
+    base, parts = {"batch": n, "tokens": grid**2, "depth": depth}, {}
+    for key, value, factors in (("batch", n, (0.25, 0.5, 1, 2)), ("tokens", grid, (0.5, 0.75, 1, 1.5)),
+                                ("depth", depth, (0.25, 0.5, 1, 2))):
+        for v in sorted({max(1, round(value * factor)) for factor in factors}):
+            at = base | {key: v**2 if key == "tokens" else v}
+            side = patch * (v if key == "tokens" else grid)
+            changed = config | {"batch_size": at["batch"],
+                                "model": config["model"] | {"depth": at["depth"], "input_size": side}}
+            spec = {"what": "train", "config": changed}
+            parts[tuple(at.values())] = Part(
+                f"scaling {model}, batch {at['batch']}, {at['tokens']} tokens, {at['depth']} blocks", "scaling", model,
+                {page.OURS: (OURS, spec), **beside(config, spec)}, min(flags.FLAGS.rounds, 3),
+                about={"at": at, "base": base})
+    return list(parts.values())
+
+
+def decode_parts(config):
+    f = flags.FLAGS
+    path = f.vae or ""
+    codec = autoencoder.load(path) if path else None
+    args, scale = (codec.args, codec.scale) if codec else (vae.PUBLISHED, autoencoder.SCALE)
+    side = config["model"]["input_size"]
+    size = side * 2 ** (len(args["block_out_channels"]) - 1)
+    images = autoencoder.batch_size(size)
+    args = {key: args[key] for key in ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}
+    return [Part(f"decode {images} of {size} px", "decode", "VAE", {
+        page.OURS: (OURS, {"what": "decode", "config": config, "path": path}),
+        **beside(config, {"what": "decode", "images": images, "side": side, "args": args, "scale": scale})},
+        min(f.rounds, 3))]
+
+
+def data_parts(scratch):
+    """The data path on --cache and --pictures, or on what is made in the folder `scratch`."""
+    f = flags.FLAGS
+    cache, folder, npy = f.cache, f.pictures, os.path.join(scratch, "npy")
+    say("data: making what is read")
+    if cache is None:
+        cache = os.path.join(scratch, "cache")
+        data.make_cache(cache, f.num_latents)
+    if folder is None:
+        folder = os.path.join(scratch, "pictures")
+        data.make_pictures(folder, 4 * data.BATCH)
+    try:
+        enough = min(len(latents.LatentCache(cache)), len(Folder(folder))) >= 2 * data.BATCH
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    if not enough:
+        raise UserError(f"--cache and --pictures need {2 * data.BATCH} examples at least, for two batches")
+    torch = importlib.util.find_spec("torch") is not None
+    if torch:
+        data.Npy.make(npy, f.num_latents)
+    else:
+        say("PyTorch is not installed: no DataLoader to set beside (pip install -e '.[torch]')")
+    parts = []
+    for kind, path, other, rows in (
+            ("latents", cache, npy, 8 * f.num_latents),  # about as long as the others take
+            ("JPEG", folder, folder, 4 * data.BATCH)):
+        spec = {"kind": kind, "path": other}
+        sides = {page.OURS: (DATA, {**spec, "path": path, "workers": None, "rows": rows})}
+        for workers in sorted({0, cores()}) if torch else ():
+            sides[f"DataLoader, {workers} workers"] = DATA, {**spec, "workers": workers}
+        parts.append(Part(f"data, {kind}", "data", "", sides, f.rounds, warm=False))
+    return parts
+
+
+def evaluation_parts():
+    f, parts = flags.FLAGS, []
+    for metric, usual, n, rounds in (("FID", "np.cov, scipy's sqrtm", max(f.references, f.width + 1), 3),
+                                     ("precision, recall", "scikit-learn's neighbours", f.references, 1)):
+        spec = {"metric": metric, "shapes": [(f.samples, f.width), (n, f.width)]}
+        sides = {label: (EVALUATION, {**spec, "usual": label != page.OURS}) for label in (page.OURS, usual)}
+        parts.append(Part(f"{metric}, {f.samples:,d} samples" + ("" if metric == "FID" else f", {n:,d} references"),
+                          "evaluation", "", sides, min(f.rounds, rounds), warm=False))
+    return parts
+
+
+def measure(part):
+    """Times a part -> its record, plain values. Raises UserError."""
+    sides, progress = {}, Progress(part.name, part.rounds * len(part.sides), "timings")
+    progress.say(f"{part.name}: starts {' and '.join(part.sides)}")
+    at_work = idle = 0.0
+    with ExitStack() as stack:
+        try:
+            children, calls = {}, {}
+            for label, (module, spec) in part.sides.items():
+                children[label] = child = stack.enter_context(Child(module, spec))
+                if page.DIFFUSERS in part.sides and label == page.OURS and (
+                        child.info["platform"] != "cpu" or child.info["dtype"] != "float32"):
+                    raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs "
+                                    f"{child.info['dtype']} on {child.info['device']}: set JAX_PLATFORMS=cpu and "
+                                    "--config.model.dtype=float32")
+                if part.warm:
+                    child.ask()
+                calls[label] = max(1, math.ceil(flags.FLAGS.seconds / child.ask()["seconds"])) if part.warm else 1
+                sides[label] = {**child.info, "seconds": [], "rates": [], "calls": calls[label]}
+            for i in range(part.rounds):
+                for j, label in enumerate(list(children)[::-1 if i % 2 else 1]):
+                    others = [child for name, child in children.items() if name != label]
+                    before, start = [child.cpu_seconds() for child in others], time.perf_counter()
+                    answer = children[label].ask(calls[label])
+                    at_work += time.perf_counter() - start
+                    after = [child.cpu_seconds() for child in others]
+                    idle = None if None in after or idle is None else idle + sum(after) - sum(before)
+                    sides[label]["seconds"].append(answer["seconds"])
+                    sides[label]["rates"].append(answer["rate"])
+                    sides[label] |= {key: answer[key] for key in ("memory", "value") if key in answer}
+                    progress.update(i * len(children) + j + 1)
+        except ChildError as e:
+            raise UserError(f"{part.name}: {e}") from None
+        finally:
+            progress.close()
+    work = {key: sides[page.OURS].pop(key, None) for key in ("images", "flop")}  # of a call, the same on all sides
+    return {"name": part.name, "what": part.what, "model": part.model, **work, "sides": sides,
+            "idle": None if idle is None else idle / at_work, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
+            "command": " ".join(["python -m dit_jax.benchmark", *sys.argv[1:]]), **part.about}
+
+
+def load_parts(folder, here):
+    """The records in OUT/parts, those of REPORT's order first. Raises UserError where one is of another machine."""
+    parts = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        try:
+            with open(path) as f:
+                part = json.load(f)
+            order = WHAT.index(part["what"])
+            differ = [f"{key} ({part['machine'][key]} there, {here[key]} here)" for key in here
+                      if part["machine"][key] != here[key]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: is no part of a report: remove it, and time that part again") from None
+        if differ:
+            raise UserError(f"{path}: was timed elsewhere: {', '.join(differ)}; use another --out")
+        parts.append((order, name, part))
+    return [part for *_, part in sorted(parts, key=lambda p: p[:2])]
+
+
+def write(parts, out):
+    found, scaling = page.targets(parts), [part for part in parts if part["what"] == "scaling"]
+    report = {"machine": machine(), "parts": parts, "targets": found}
+    pictures.write_aside(os.path.join(out, "report.json"), (json.dumps(report, indent=1) + "\n").encode())
+    if scaling:
+        page.scaling_plot(scaling, os.path.join(out, "scaling.png"))
+    pictures.write_aside(os.path.join(out, "benchmarks.md"),
+                         page.page(parts, found, machine(), bool(scaling)).encode())
+    say(f"{out}/benchmarks.md, report.json" + (" and scaling.png" if scaling else ""))
+
+
+def chosen(what, scratch):
+    """The parts that the flags ask for."""
+    f = flags.FLAGS
+    if f.report:
+        todo = [(kind, configs.paper(model), n) for kind, model, n in REPORT if kind in what]
+        for _, config, n in todo:
+            config.batch_size = n
+    else:
+        config = f.config
+        if config is None:
+            config = configs.paper("DiT-S/2")
+            config.batch_size = 8
+        todo = [(kind, config, f.images) for kind in WHAT if kind in what]
+    parts = []
+    for kind, config, images in todo:
+        if kind == "data":
+            parts += data_parts(scratch)
+        elif kind == "evaluation":
+            parts += evaluation_parts()
+        else:
+            config = configs.resolve(config)
+            parts += decode_parts(config) if kind == "decode" else model_parts(kind, config, images)
+    return parts
 
 
 def main():
     f = flags.FLAGS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    report = {}
-    try:
-        import torch
-        torch.set_num_threads(1)
-    except ImportError:
-        torch = None
-    with tempfile.TemporaryDirectory(dir=f.scratch) as scratch:
-        cache, folder = f.cache, f.pictures
-        if cache is None:
-            cache = os.path.join(scratch, "cache")
-            make_cache(cache, f.num_latents)
-        if folder is None:
-            folder = os.path.join(scratch, "pictures")
-            make_pictures(folder, 4 * BATCH)
-        try:
-            cache, raw = latents.LatentCache(cache), Folder(folder)
-        except ValueError as e:
-            raise UserError(str(e)) from None
-        if min(len(cache), len(raw)) < 2 * BATCH:
-            raise UserError(f"--cache and --pictures need {2 * BATCH} examples at least, for two batches")
-        rows = {"latents": 8 * f.num_latents, "JPEG": 4 * BATCH}  # about as long as the others take
-        runs = {("latents", "dit_jax"): lambda: ours(cache, rows["latents"]),
-                ("JPEG", "dit_jax"): lambda: ours(Pictures(raw, SIZE), rows["JPEG"])}
-        if torch is not None:
-            npy = Npy(os.path.join(scratch, "npy"), f.num_latents)
-            for workers in sorted({0, cores}):
-                name = f"torch DataLoader, {workers} workers"
-                runs["latents", f"{name}, a .npy a sample"] = lambda w=workers: torch_loader(npy, w)
-                runs["JPEG", name] = lambda w=workers: torch_loader(Jpegs(raw), w)
-        else:
-            say("PyTorch is not installed: nothing to set beside (pip install -e '.[torch]')")
-        seconds, progress = {key: [] for key in runs}, Progress("benchmark", f.rounds * len(runs), "timings")
-        for i in range(f.rounds):
-            for j, (key, run) in enumerate(runs.items()):
-                seconds[key].append(run())
-                progress.update(i * len(runs) + j + 1)
-        progress.close()
-    say(f"{cores} cores, {f.rounds} rounds; examples a second, median (lowest to highest)")
-    for kind in rows:
-        others = []
-        for (of, name), values in seconds.items():
-            if of == kind:
-                rates = sorted(1 / v for v in values)
-                median = statistics.median(rates)
-                report.setdefault(kind, {})[name] = {"median": median, "lowest": rates[0], "highest": rates[-1]}
-                others += [median] if name != "dit_jax" else []
-                say(f"  {kind:8s} {name:48s} {median:10,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})")
-        if others:
-            report[kind]["ratio"] = report[kind]["dit_jax"]["median"] / max(others)
-            say(f"  {kind:8s} {report[kind]['ratio']:.1f} times the better DataLoader")
+    jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
+    what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what
+    for kind in what:
+        if kind not in WHAT:
+            raise UserError(f"--what={kind}: unknown; one or more of {','.join(WHAT)}")
+    if f.report and f.config is not None:
+        raise UserError("--report has its own configs: leave --config out")
+    if not what and not f.out:
+        raise UserError("--what is empty: name what is to be timed, or with --out the report to make anew")
+    if f.report or f.against:
+        for package in ("torch", "diffusers"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e "
+                                "'.[benchmark]'")
+    here = machine()
+    folder = f.out and os.path.join(f.out, "parts")
     if f.out:
-        pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
+        cli.make_workdir(folder, "out")
+        kept = {(p["model"], *p["base"].values()) for p in load_parts(folder, here) if p["what"] == "scaling"}
+    parts = []
+    with tempfile.TemporaryDirectory(dir=f.scratch) as scratch:
+        todo = chosen(what, scratch)
+        for part in todo:
+            if part.what == "scaling" and f.out and kept - {(part.model, *part.about["base"].values())}:
+                raise UserError(f"--out={f.out}: its scaling is of another config, and the plot is of one: use another "
+                                "--out")
+        for part in todo:
+            parts.append(measure(part))
+            if f.out:
+                name = re.sub(r"[^A-Za-z0-9]+", "-", part.name) + ".json"
+                pictures.write_aside(os.path.join(folder, name), (json.dumps(parts[-1], indent=1) + "\n").encode())
+    if f.out:
+        parts = load_parts(folder, here)
+        if not parts:
+            raise UserError(f"--out={f.out}: there are no parts to make a page of")
+    say(f"\n{here['cores']} cores of {here['cpu']}\n\n{page.results(parts)}")
+    if found := page.targets(parts):
+        say(f"\n{page.target_table(found)}\n")
+    if f.out:
+        write(parts, f.out)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("cache", None, "a latent cache; by default one of noise is made, 256 px")
-    flags.DEFINE_string("pictures", None, "a folder of class folders; by default crops of photographs are made")
-    flags.DEFINE_integer("num_latents", 8192, "how many latents are made and read", lower_bound=2 * BATCH)
-    flags.DEFINE_integer("rounds", 5, "timings of each", lower_bound=1)
-    flags.DEFINE_string("scratch", None, "folder for what is made; by default the system's, for temporary files")
-    flags.DEFINE_string("out", None, "a JSON file for the report")
+    cli.define_config(required=False)
+    flags.declare_key_flag("config")
+    flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
+    flags.DEFINE_enum("against", None, [page.DIFFUSERS], "what is timed beside it: PyTorch on diffusers' DiT")
+    flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
+    flags.DEFINE_string("out", None, "a folder for the report and its parts")
+    flags.DEFINE_integer("rounds", 5, "timings of each; 3 at most of what takes long and has no target", lower_bound=1)
+    flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
+    flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
+    flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
+    flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
+    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
+    flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=2 * data.BATCH)
+    flags.DEFINE_string("scratch", None, "for data: a folder for what is made; by default the system's temporary one")
+    flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
+    flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
+    flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)
     cli.run(main)

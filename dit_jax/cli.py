@@ -37,6 +37,8 @@ def _parse_flags(argv):
             problem = unknown_field(arg.partition("config.")[2].partition("=")[0])
             if problem:
                 raise UserError(problem)
+            if not any(other == "--config" or other.startswith("--config=") for other in argv):
+                raise UserError(f"{arg}: sets a field of a config: name it, e.g. --config=configs/digits.py")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:

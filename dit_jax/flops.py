@@ -72,13 +72,16 @@ def paper_models():
     return models | {"DiT-XL/2 512px": dict(base, **model_args("DiT-XL/2") | {"input_size": 64})}
 
 
-def peak_flops(dtype):
-    """(FLOP/s of one device, where the figure comes from). Off TPU it is measured: a large matrix product in `dtype`,
-    the best of a few."""
+def data_sheet():
+    """bfloat16 FLOP/s of one device by its data sheet, None where layout.CHIPS has none."""
     kind = jax.devices()[0].device_kind
-    if kind in CHIPS:
-        return CHIPS[kind].flops / CHIPS[kind].devices, f"{kind} data sheet, bfloat16"
-    n = 1536
+    return CHIPS[kind].flops / CHIPS[kind].devices if kind in CHIPS else None
+
+
+def measured_flops(dtype):
+    """FLOP/s of one device in a large matrix product in `dtype`, the best of a few."""
+    cpu = jax.default_backend() == "cpu"
+    n = 1536 if cpu else 8192
     a = jnp.ones((n, n), dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
@@ -87,9 +90,15 @@ def peak_flops(dtype):
         start = time.perf_counter()
         product(a).block_until_ready()
         times.append(time.perf_counter() - start)
-    # Fake CPU devices share the machine's cores.
-    share = jax.local_device_count() if jax.default_backend() == "cpu" else 1
-    return 2 * n**3 / min(times) / share, f"measured {n} x {n} product, {jnp.dtype(dtype).name}"
+    share = jax.local_device_count() if cpu else 1  # fake CPU devices share the machine's cores
+    return 2 * n**3 / min(times) / share
+
+
+def peak_flops(dtype):
+    """(FLOP/s of one device, where the figure comes from): the data sheet's for a TPU; elsewhere measured."""
+    if data_sheet():
+        return data_sheet(), f"{jax.devices()[0].device_kind} data sheet, bfloat16"
+    return measured_flops(dtype), f"measured matrix product, {jnp.dtype(dtype).name}"
 
 
 def main():

@@ -1,0 +1,161 @@
+"""The child that times dit_jax: the programs that `train` and `sample` run."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax import autoencoder, cli, config as configs, flops, layout, sharding, train
+from dit_jax.config import UserError
+from dit_jax.diffusion import samplers
+from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion.schedule import linear_schedule, respace
+from dit_jax.generate import Generator
+from dit_jax.models import dit, vae
+from dit_jax.timing.child import Timed, peak_memory, serve
+
+
+def device_memory():
+    """Peak bytes of one device; on CPU, of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_memory()
+
+
+def timed(call, compiled_in, dtype, flop, images):
+    """flop: floating-point operations of a call, over all devices."""
+    dtype = jnp.dtype(dtype)
+    devices = jax.devices()
+    info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
+            "device": devices[0].device_kind, "platform": devices[0].platform,
+            "data_sheet": flops.data_sheet() and flops.data_sheet() * len(devices)}
+    return Timed(call, info, rate=lambda: flops.measured_flops(dtype) * len(devices), memory=device_memory)
+
+
+def compiled(function, *shapes):
+    start = time.perf_counter()
+    program = function.lower(*shapes).compile()
+    return program, time.perf_counter() - start
+
+
+def _setting(config, what="batch_size"):
+    """A resolved config -> (settled config, mesh). what: which flag or field its batch size is of."""
+    config = layout.settle(config, jax.devices())
+    mesh = sharding.make_mesh(**config["mesh"])
+    if config["batch_size"] % sharding.batch_shards(mesh):
+        raise ValueError(f"{what}={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
+                         "does not divide it")
+    return config, mesh
+
+
+def train_step(config):
+    """Forward, backward, AdamW and EMA of train.make_programs, on one batch of noise that lies on the devices."""
+    config, mesh = _setting(config)
+    init, step, target = train.make_programs(config, mesh)
+    args, n = configs.dit_args(config), config["batch_size"]
+    rng = np.random.default_rng(0)
+    shape = (n, args["input_size"], args["input_size"], args["in_channels"])
+    batch = jax.device_put({"x": rng.standard_normal(shape, np.float32),
+                            "y": rng.integers(max(args["num_classes"], 1), size=n, dtype=np.int32)},
+                           sharding.batch_sharding(mesh))
+    program, seconds = compiled(step, target, batch)
+    state = init(jax.random.key(config["seed"]))
+
+    def call():
+        nonlocal state
+        state, values = program(state, batch)
+        return {"value": float(jax.block_until_ready((state, values))[1]["loss"])}
+
+    return timed(call, seconds, args["dtype"], n * flops.train_flops(**args), n)
+
+
+def _sampling(config, images):
+    """(settled config, arguments of DiT, mesh, weights, their shardings, labels of `images`)."""
+    config, mesh = _setting(config | {"batch_size": images}, "--images")
+    args = configs.dit_args(config)
+    shapes = dit.abstract(**args)[1]
+    shardings = sharding.state_shardings(shapes, mesh)
+    # Any numbers, made in their place: random ones would take memory beside the weights, and peak memory is measured.
+    params = jax.tree.map(lambda a, where: jax.jit(
+        lambda: 0.02 * jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out_shardings=where)(),
+                          shapes, shardings)
+    return config, args, mesh, params, shardings, np.arange(images, dtype=np.int32) % args["num_classes"]
+
+
+def denoise(config, images, steps=1):
+    """Guided denoising steps, each a call of one compiled program: the network on a doubled batch, guidance, the DDPM
+    update with given noise. steps: so many of the sampler's, one after the other, are timed together."""
+    config, args, mesh, params, _, labels = _sampling(config, images)
+    s, batch = config["sample"], sharding.batch_sharding(mesh)
+    graphdef = dit.abstract(**args | {"place": sharding.Place(mesh, args["num_heads"])})[0]
+    schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
+
+    def step(params, x, noise, labels, i):
+        model, t = nnx.merge(graphdef, params), jnp.full(len(x), i)
+        y = jnp.concatenate([labels, jnp.full_like(labels, args["num_classes"])])
+        told = jnp.asarray(schedule.timestep_map)[jnp.concatenate([t, t])]
+        out = forward_with_cfg(model, jnp.concatenate([x, x]), told, y, s["cfg_scale"], s["cfg_channels"] or None)
+        return samplers.ddpm_step(schedule, out[: len(x)], x, t, noise)
+
+    x, noise = (jax.device_put(a, batch) for a in np.random.default_rng(0).standard_normal(
+        (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32))
+    labels = jax.device_put(labels, batch)
+    program, seconds = compiled(jax.jit(step, out_shardings=batch), params, x, noise, labels, jnp.int32(0))
+    order = [jnp.int32(len(schedule) - 1 - k) for k in range(steps)]
+
+    def call():
+        x_t = x
+        for i in order:
+            x_t = program(params, x_t, noise, labels, i)
+        jax.block_until_ready(x_t)
+
+    return timed(call, seconds, args["dtype"], steps * images * 4 * flops.macs(**args), images)
+
+
+def sampler(config, images):
+    """A whole sampling run with the config's sampler, by generate.Generator, with progress as `sample` shows it."""
+    config, args, mesh, params, shardings, labels = _sampling(config, images)
+    s = config["sample"]
+    generator = Generator(args, mesh, shardings, timesteps=config["diffusion"]["timesteps"], steps=s["steps"],
+                          sampler=s["sampler"], eta=s["eta"], cfg_scale=s["cfg_scale"], seed=config["seed"],
+                          cfg_channels=s["cfg_channels"] or None, batch_size=images, on_step=lambda step: None)
+    indices = np.arange(images, dtype=np.uint32)
+    generator.run, seconds = compiled(generator.run, params, labels, indices)
+    return timed(lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())}, seconds, args["dtype"],
+                 len(generator.schedule) * images * 4 * flops.macs(**args), images)
+
+
+def decode(config, path):
+    """As many latents as the VAE takes at once -> pictures. path: of a VAE; empty: the published shape, with noise."""
+    _, mesh = _setting(config)
+    if path:
+        codec = autoencoder.load(path)
+    else:
+        rng = np.random.default_rng(0)
+        codec = autoencoder.Autoencoder(vae.PUBLISHED, jax.tree.map(
+            lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), vae.abstract(**vae.PUBLISHED)[1]))
+    params = jax.device_put(codec.params, sharding.replicated(mesh))
+    side = config["model"]["input_size"]
+    images = mesh.size * autoencoder.batch_size(side * codec.factor)
+    latents = np.random.default_rng(0).standard_normal((images, side, side, codec.latent_channels), np.float32)
+    program, seconds = compiled(autoencoder.over_devices(codec.decode, mesh), params, latents)
+
+    def call():
+        jax.block_until_ready(program(params, latents))
+
+    return timed(call, seconds, "float32", program.cost_analysis()["flops"] * mesh.size, images)
+
+
+def make(spec):
+    jax.config.update("jax_enable_compilation_cache", False)  # how long compiling takes is to be seen
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in train and sample
+    what = {"train": train_step, "denoise": denoise, "sampler": sampler, "decode": decode}[spec.pop("what")]
+    try:
+        return what(**spec)
+    except UserError as e:
+        raise ValueError(str(e)) from None
+
+
+if __name__ == "__main__":
+    cli.run(lambda: serve(make))

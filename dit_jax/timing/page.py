@@ -1,0 +1,172 @@
+"""From what was timed to targets, tables and the plot. A part is a plain dict, as benchmark.measure makes it."""
+
+import io
+import statistics
+
+from dit_jax.pictures import write_aside
+
+GIB = 2**30
+OURS, BARE, DIFFUSERS = "dit_jax", "its steps alone", "diffusers"
+
+# (what, model, images a call, None: any): least speed as a multiple of PyTorch's.
+SPEED = {("train", "DiT-S/2", 8): 1.0, ("train", "DiT-B/4", 8): 1.0, ("train", "DiT-S/8", 32): 1.2,
+         ("denoise", "DiT-S/2", None): 1.4, ("denoise", "DiT-XL/2", None): 1.4}
+SHARE = {("train", "DiT-S/2", 8): 0.8, ("denoise", "DiT-S/2", None): 0.8, ("denoise", "DiT-XL/2", None): 0.8}
+OVERHEAD, ROUNDS = 0.03, 5
+
+NOTES = """\
+Each side is a process of its own, which waits while the other is timed; their rounds alternate. A time is the median
+over rounds, with the lowest and the highest. *Matrix rate* is that of a large matrix product, which each side measures
+with its own library after every round; *share* is of the faster one, recomputed arithmetic not counted. *Memory* is the
+most that the process ever held, compilation and initialisation included, its workers not. *diffusers* is PyTorch on
+that package's DiT, made the same function: float32, eager, scaled dot product attention, fused AdamW, the EMA in one
+call for all arrays, inference mode while denoising; timesteps and labels are embedded once for all blocks, as in the
+paper, where that package embeds them in every block again."""
+
+
+def median(side):
+    return statistics.median(side["seconds"])
+
+
+def share(part, label, data_sheet=False):
+    """Of the attainable arithmetic rate, the median over rounds; None where no arithmetic was counted. Attainable is
+    what the faster of the sides' matrix products reached in that round: a library may stay far below the machine."""
+    side = part["sides"][label]
+    rates = zip(*(other["rates"] for other in part["sides"].values()))
+    if not part["flop"] or (data_sheet and not side.get("data_sheet")):
+        return None
+    return statistics.median(part["flop"] / s / (side["data_sheet"] if data_sheet else max(r))
+                             for s, r in zip(side["seconds"], rates))
+
+
+def targets(parts):
+    """Every target that these parts tell of -> [{target, measured, bound, met, shown}]. met: None where rounds are too
+    few; shown: the measured value as text."""
+    found = []
+
+    def judge(part, text, measured, bound, good, shown):
+        met = good if min(len(side["seconds"]) for side in part["sides"].values()) >= ROUNDS else None
+        found.append({"target": f"{part['name']}: {text}", "measured": measured, "bound": bound, "met": met,
+                      "shown": shown})
+
+    def of(table, part):
+        key = part["what"], part["model"]
+        return table.get((*key, part["images"]), table.get((*key, None)))
+
+    for part in parts:
+        sides = part["sides"]
+        if DIFFUSERS in sides and (bound := of(SPEED, part)):
+            ratio = median(sides[DIFFUSERS]) / median(sides[OURS])
+            judge(part, f"at least {bound:g} times PyTorch's speed", ratio, bound, ratio >= bound, f"{ratio:.2f} times")
+            memory = sides[OURS]["memory"] / sides[DIFFUSERS]["memory"]
+            judge(part, "no more memory than PyTorch", memory, 1.0, memory <= 1, f"{memory:.2f} times")
+        if DIFFUSERS in sides and (bound := of(SHARE, part)):
+            measured = share(part, OURS)
+            judge(part, f"at least {bound:.0%} of the matrix rate", measured, bound, measured >= bound,
+                  f"{measured:.0%}")
+        if BARE in sides:
+            over = median(sides[OURS]) / median(sides[BARE]) - 1
+            judge(part, f"less than {OVERHEAD:.0%} beyond its steps alone", over, OVERHEAD, over < OVERHEAD,
+                  f"{over:+.1%}")
+    return found
+
+
+def common(parts):
+    """The labels of the sides that all parts have."""
+    return [label for label in parts[0]["sides"] if all(label in part["sides"] for part in parts)]
+
+
+def _time(seconds):
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 1:
+            break
+        seconds *= 1000
+    return f"{seconds:.3g} {unit}"
+
+
+def _table(header, rows):
+    """Markdown whose columns are aligned as plain text too."""
+    rows = [header, ["---"] * len(header), *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+
+
+def _count(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def results(parts):
+    """The tables: of all timings, and of those of the plot."""
+    rows = []
+    for part in parts:
+        for label, side in part["sides"].items() if part["what"] != "scaling" else ():
+            seconds, rate = side["seconds"], None if None in side["rates"] else statistics.median(side["rates"])
+            shares = [f"{value:.0%}{end}" for value, end in ((share(part, label), ""), (
+                share(part, label, data_sheet=True), " of the data sheet's")) if value is not None]
+            rows.append([
+                part["name"] if label == OURS else "", label,
+                f"{_time(median(side))} ({_time(min(seconds))} to {_time(max(seconds))})",
+                "" if label == OURS else f"{median(side) / median(part['sides'][OURS]):.2f}",
+                _count(part["images"] / median(side)), _count(rate / 1e9) if rate else "", ", ".join(shares),
+                f"{side['memory'] / GIB:.2f}", f"{side['compile']:.1f} s" if "compile" in side else ""])
+    header = ["", "", "time (range)", "times dit_jax's", "images/s", "matrix rate, GFLOP/s", "share", "memory, GiB",
+              "compiled in"]
+    growth = sorted((p for p in parts if p["what"] == "scaling"), key=lambda p: list(p["at"].values()))
+    grown = [[*(str(v) for v in p["at"].values()), *(_time(median(p["sides"][label])) for label in common(growth))]
+             for p in growth]
+    return "\n\n".join([_table(header, rows)] * bool(rows) + [_table(
+        [f"training step of {p['model']}: batch", "tokens", "blocks", *common(growth)], grown) for p in growth[:1]])
+
+
+def target_table(found):
+    met = {True: "met", False: "not met", None: f"too few rounds: {ROUNDS} are asked for"}
+    return _table(["target", "measured", ""], [[t["target"], t["shown"], met[t["met"]]] for t in found])
+
+
+def page(parts, found, machine, plot):
+    """benchmarks.md"""
+    dates, commands = sorted(part["date"] for part in parts), dict.fromkeys(part["command"] for part in parts)
+    busy = max((part["idle"] for part in parts if part["idle"] is not None), default=None)
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    notes = NOTES if busy is None else f"{NOTES} What waits took at most {busy:.1%} of a core while another was timed."
+    text = ["# Benchmarks",
+            f"On {machine['cores']} cores of {machine['cpu']} ({machine['system']}), {when}, {versions}; timed by",
+            "\n".join(["```sh", *commands, "```"]), results(parts), notes]
+    if found:
+        text += [target_table(found)]
+    if plot:
+        text += ["How a training step's time grows with the batch, the tokens of an image, and the depth:",
+                 "![scaling](scaling.png)"]
+    return "\n\n".join(text) + "\n"
+
+
+def scaling_plot(parts, path):
+    """A panel each for batch, tokens and depth, the others held; the bars are the range over rounds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    base, model = parts[0]["base"], parts[0]["model"]
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    for axes, (key, label) in zip(panels, (("batch", "batch"), ("tokens", "tokens an image"), ("depth", "blocks"))):
+        line = [p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)]
+        line.sort(key=lambda p: p["at"][key])
+        x = [p["at"][key] for p in line]
+        for name in common(parts):
+            y = [median(p["sides"][name]) for p in line]
+            ends = [[m - min(p["sides"][name]["seconds"]) for m, p in zip(y, line)],
+                    [max(p["sides"][name]["seconds"]) - m for m, p in zip(y, line)]]
+            axes.errorbar(x, y, yerr=ends, marker="o", capsize=3, label=name)
+        first = median(line[0]["sides"][OURS])
+        axes.plot(x, [first * v / x[0] for v in x], color="grey", linestyle=":", label="in proportion")
+        axes.set(xlabel=label, xscale="log", yscale="log", xticks=x, xticklabels=x,
+                 title=", ".join(f"{k} {v}" for k, v in base.items() if k != key))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"seconds a training step, {model}")
+    panels[0].legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    write_aside(path, file.getvalue())

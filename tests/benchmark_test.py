@@ -1,0 +1,259 @@
+"""The benchmark's commands, and that what it times of PyTorch is the same function as ours."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, nhwc, one_error, save_vae
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from dit_jax import convert
+from dit_jax.diffusion import gaussian, samplers
+from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion.schedule import linear_schedule, respace
+from dit_jax.state import TrainState, make_optimizer, update
+from dit_jax.timing import evaluation, page
+
+ARGS = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+FULL = linear_schedule(1000)
+RECIPE = dict(learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+
+
+def nchw(a):
+    return np.ascontiguousarray(np.moveaxis(np.asarray(a), -1, -3))
+
+
+def published_names(depth):
+    """{diffusers' name: published name}, without qkv."""
+    names = {"net.pos_embed.proj": "x_embedder.proj", "net.proj_out_1": "final_layer.adaLN_modulation.1",
+             "net.proj_out_2": "final_layer.linear", "embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+             "embed.timestep_embedder.linear_2": "t_embedder.mlp.2"}
+    for i in range(depth):
+        for theirs, ours in (("norm1.linear", "adaLN_modulation.1"), ("attn1.to_out.0", "attn.proj"),
+                             ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")):
+            names[f"net.transformer_blocks.{i}.{theirs}"] = f"blocks.{i}.{ours}"
+    return {f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in names.items() for leaf in ("weight", "bias")} | {
+        "embed.class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight"}
+
+
+def to_theirs(flat, depth):
+    """Published arrays -> a state dict of timing.theirs.DiT."""
+    state = {theirs: flat[ours] for theirs, ours in published_names(depth).items()}
+    for i in range(depth):
+        for leaf in ("weight", "bias"):
+            for name, part in zip("qkv", np.split(flat[f"blocks.{i}.attn.qkv.{leaf}"], 3)):
+                state[f"net.transformer_blocks.{i}.attn1.to_{name}.{leaf}"] = part
+    return state
+
+
+@pytest.fixture
+def both():
+    """(graphdef, params, PyTorch's trainer with the same weights, the timing.theirs module)."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from dit_jax.models import dit
+    from dit_jax.timing import theirs
+
+    graphdef, shapes = dit.abstract(**ARGS)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
+    params["pos_embed"] = dit.position_embedding(ARGS["hidden_size"], 4)
+    trainer = theirs.Trainer(ARGS, batch_size=4, timesteps=1000, label_dropout=0.1, optimizer=RECIPE, ema_decay=0.9)
+    state = {name: torch.tensor(a) for name, a in to_theirs(convert.to_published(params, ARGS), ARGS["depth"]).items()}
+    trainer.model.load_state_dict(state, strict=True)
+    trainer.ema = [p.detach().clone() for p in trainer.params]
+    return graphdef, params, trainer, theirs
+
+
+def test_pytorch_denoises_the_same(both):
+    import torch
+
+    graphdef, params, trainer, theirs = both
+    rng = np.random.default_rng(1)
+    x, noise = rng.standard_normal((2, 3, 8, 8, 4), np.float32)
+    y, schedule = np.array([0, 3, 4, 5, 5, 5]), respace(FULL, "10")
+    model = lambda x, t, y: nnx.merge(graphdef, params)(x, t, y)
+    for i in (7, 0):
+        t = np.full(3, i)
+        told = schedule.timestep_map[np.full(6, i)]
+        out = forward_with_cfg(model, np.concatenate([x, x]), told, y, 4.0)
+        ours = samplers.ddpm_step(schedule, out[:3], x, jnp.asarray(t), noise)
+        with torch.inference_mode():
+            other = theirs.Diffusion(schedule).guided_step(
+                trainer.model, *(torch.tensor(nchw(a)) for a in (x, noise)), torch.tensor(y), i, 4.0, 3)
+        assert np.abs(ours - x).max() > 0.05
+        assert_allclose(ours, nhwc(other), rtol=1e-4, atol=1e-4 * np.abs(ours).max())
+
+
+def test_pytorch_trains_the_same(both):
+    """Losses, and after two steps of AdamW with decay the parameters and their EMA. A timestep is 0, where the bound is
+    the discretised likelihood."""
+    import torch
+
+    graphdef, params, trainer, _ = both
+    optimizer, rng = make_optimizer(**RECIPE), np.random.default_rng(2)
+    state = TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    for step in range(2):
+        x, noise = rng.standard_normal((2, 4, 8, 8, 4), np.float32)
+        t, y = np.array([0, 1, 500, 999]), np.array([0, 2, 4, 5])
+
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params)
+            losses = gaussian.training_losses(FULL, lambda x, t: model(x, t, y), x, t, noise)
+            return losses["loss"].mean(), losses
+
+        losses = trainer.diffusion.losses(trainer.model, *(torch.tensor(a) for a in (nchw(x), t, nchw(noise), y)))
+        state, ours = jax.jit(lambda s: update(s, loss_fn, optimizer, 0.9))(state)
+        assert_allclose(ours["loss"], losses.detach(), rtol=2e-4)
+        value = trainer.update(*(torch.tensor(a) for a in (nchw(x), t, nchw(noise), y)))["value"]
+        assert_allclose(value, ours["loss"].mean(), rtol=2e-4)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    for tree, arrays in ((state.params, trainer.params), (state.ema, trainer.ema)):
+        wanted = to_theirs(convert.to_published(tree, ARGS), ARGS["depth"])
+        assert sorted(wanted) == sorted(names)
+        for name, array in zip(names, arrays):
+            if name.endswith("to_k.bias"):  # softmax does not see it: its gradient is rounding
+                continue
+            # Adam divides by the gradient's size: where a gradient is nearly 0, its rounding shows.
+            assert np.quantile(np.abs(wanted[name] - array.detach().numpy()), 0.99) < 2e-5, name
+
+
+def test_nothing_of_jax_in_pytorchs_process():
+    pytest.importorskip("diffusers")
+    code = "import sys, dit_jax.timing.theirs; assert 'torch' in sys.modules and 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.depth=2",
+        "--config.model.hidden_size=32", "--config.sample.steps=4", "--seconds=0"]
+
+
+def test_the_command_beside_pytorch(command, tmp_path):
+    """All but data and scaling, tiny; then one part again, and the page alone, from what is kept."""
+    pytest.importorskip("diffusers")
+    vae, out = save_vae(tmp_path / "vae", 0), tmp_path / "out"
+    flags = [*TINY, f"--vae={vae}", "--samples=60", "--references=40", "--width=8", f"--out={out}"]
+    status, stdout, err = command("benchmark", *flags, "--what=train,denoise,sample,decode,evaluation", "--rounds=2",
+                                  "--against=diffusers")
+    assert status == 0, err
+    report = json.loads((out / "report.json").read_text())
+    parts = {part["what"]: part for part in report["parts"]}
+    assert set(parts) == {"train", "denoise", "sample", "decode", "evaluation"} and len(report["parts"]) == 6
+    assert report["machine"]["cores"] >= 1 and report["machine"]["versions"]["jax"] == jax.__version__
+    assert len(list((out / "parts").iterdir())) == 6
+    for part in report["parts"]:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", part["date"]) and part["images"] > 0
+        assert (part["idle"] >= 0) and len(part["sides"]) == 2
+        for label, side in part["sides"].items():
+            assert len(side["seconds"]) == (1 if part["name"].startswith("precision") else 2)
+            assert min(side["seconds"]) > 0
+            assert side["memory"] > 2**25
+            if part["what"] != "evaluation":
+                assert min(side["rates"]) > 0 and part["flop"] > 0
+                assert label == page.DIFFUSERS or side["compile"] > 0
+            assert label in stdout
+        assert part["name"] in stdout and part["name"] in (out / "benchmarks.md").read_text()
+    for what in ("train", "denoise", "decode"):
+        assert list(parts[what]["sides"]) == [page.OURS, page.DIFFUSERS]
+    assert np.isfinite([side["value"] for side in parts["train"]["sides"].values()]).all()
+    # The targets say nothing of these shapes, but for the sampler's, which two rounds do not decide.
+    assert [t["met"] for t in report["targets"]] == [None]
+
+    before = {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
+    status, _, err = command("benchmark", *flags, "--what=train", "--rounds=3")
+    assert status == 0, err
+    after = {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
+    assert [name for name in after if after[name] != before[name]] == ["train-DiT-batch-8.json"]
+    (out / "benchmarks.md").unlink()
+    status, stdout, err = command("benchmark", "--what=", f"--out={out}")
+    assert status == 0 and "precision" in (out / "benchmarks.md").read_text(), err
+
+    part = json.loads(after["train-DiT-batch-8.json"])
+    part["machine"]["cpu"] = "another"
+    (out / "parts" / "train-DiT-batch-8.json").write_text(json.dumps(part))
+    one_error(command("benchmark", "--what=", f"--out={out}"), "train-DiT-batch-8.json", "another", "--out")
+
+
+def test_data_and_scaling(command, tmp_path):
+    status, stdout, err = command("benchmark", *TINY, "--config.batch_size=1", "--config.model.input_size=2",
+                                  "--config.model.depth=1", "--what=data,scaling", "--rounds=1", "--num_latents=512",
+                                  f"--scratch={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert status == 0, err
+    parts = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]
+    data = [part for part in parts if part["what"] == "data"]
+    assert [part["name"] for part in data] == ["data, JPEG", "data, latents"]
+    assert all(side["seconds"][0] > 0 for part in data for side in part["sides"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made to be read is gone
+    scaling = [part["at"] for part in parts if part["what"] == "scaling"]
+    for key, values in (("batch", {1, 2}), ("tokens", {1, 4}), ("depth", {1, 2})):
+        assert {at[key] for at in scaling} == values
+    assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
+
+
+def record(what, model, images, **sides):
+    return {"name": f"{what} {model}", "what": what, "model": model, "images": images, "flop": 1e9, "sides": {
+        label: {"seconds": seconds, "rates": [1e9 / 0.9] * len(seconds), "memory": memory}
+        for label, (seconds, memory) in sides.items()}}
+
+
+def test_targets():
+    def met(*args, **sides):
+        return [t["met"] for t in page.targets([record(*args, **sides)])]
+
+    slow, fast = ([1.0, 2.0, 2.0, 2.0, 9.0], 200), ([0.5, 1.0, 1.0, 1.0, 5.0], 100)
+    # Speed, memory, share of the matrix rate: 1 s is 90 % of it, 2 s are 45 %.
+    assert met("train", "DiT-S/2", 8, dit_jax=fast, diffusers=slow) == [True, True, True]
+    assert met("train", "DiT-S/2", 8, dit_jax=slow, diffusers=fast) == [False, False, False]
+    assert met("train", "DiT-S/8", 32, dit_jax=fast, diffusers=fast) == [False, True]  # 1.2 times is asked for
+    assert met("train", "DiT-B/4", 8, dit_jax=fast, diffusers=fast) == [True, True]
+    assert met("train", "DiT-S/2", 16, dit_jax=fast, diffusers=slow) == []
+    assert met("denoise", "DiT-XL/2", 1, dit_jax=fast, diffusers=slow) == [True, True, True]
+    assert met("train", "DiT-S/2", 8, dit_jax=(fast[0][:4], 1), diffusers=(slow[0][:4], 1)) == [None, None, None]
+    assert met("sample", "DiT-S/2", 1, dit_jax=([1.02] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [True]
+    assert met("sample", "DiT-S/2", 1, dit_jax=([1.04] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [False]
+
+
+def test_usual_metrics_are_the_same():
+    """What evaluation is timed beside gives the same numbers."""
+    for metric in ("FID", "precision, recall"):
+        spec = {"metric": metric, "shapes": [(300, 6), (200, 6)]}
+        ours, usual = (evaluation.make({**spec, "usual": usual}).call()["value"] for usual in (False, True))
+        assert_allclose(ours, usual, rtol=1e-6)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--what=train,nothing"], ["--what=nothing", "denoise"]),
+    (["--what="], ["--what", "--out"]),
+    (["--report", *TINY], ["--report", "--config"]),
+    (["--config.batch_size=4"], ["--config.batch_size=4", "--config=configs/"]),
+    ([*TINY, "--config.model.block=in_context", "--against=diffusers"], ["model.block=in_context", "adaln_zero"]),
+    ([*TINY, "--config.sample.cfg_scale=1", "--what=sample"], ["sample.cfg_scale=1", "--what=sample"]),
+    ([*TINY, "--config.model.num_heads=5"], ["model.num_heads=5", "model.hidden_size=32"]),
+    ([*TINY, "--config.model.dtype=bfloat16", "--against=diffusers"], ["bfloat16", "--config.model.dtype=float32"]),
+    ([*TINY, "--what=decode", "--vae=nowhere"], ["nowhere"]),
+    (["--what=data", "--cache=nowhere"], ["nowhere"])])
+def test_bad_flags_are_one_line(command, flags, words):
+    one_error(command("benchmark", *flags), *words)
+
+
+def test_a_child_that_dies_is_one_line(command, tmp_path):
+    """Of a geometry that the network refuses, and of a child that is killed, as for want of memory."""
+    one_error(command("benchmark", *TINY, "--config.model.hidden_size=30", "--config.model.num_heads=2"),
+              "train DiT, batch 8", "hidden_size=30")
+    process = command("benchmark", *TINY, "--what=sample", "--config.sample.steps=900", "--rounds=1000", wait=False)
+    deadline = time.monotonic() + 120
+    while not (children := subprocess.run(["pgrep", "-P", str(process.pid), "-f", "timing.ours"], text=True,
+                                          capture_output=True).stdout.split()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(int(children[0]), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    one_error((process.returncode, out, err), "sample DiT", "ended with status -9", "memory")
