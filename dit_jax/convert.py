@@ -7,6 +7,19 @@ A weights file is a flat mapping from the published names to float32 arrays: `.p
 names as plain NumPy arrays, for machines without torch.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
+    flags.DEFINE_string("workdir", None, "instead: a run's folder")
+    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
+    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
+    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
+    cli.parse()  # above the imports that take time
+
 import argparse
 import hashlib
 import math
@@ -17,7 +30,6 @@ import zipfile
 from collections import OrderedDict
 
 import numpy as np
-from absl import flags
 from einops import rearrange
 
 from dit_jax.config import UserError
@@ -277,12 +289,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from dit_jax import cli
-
-    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
-    flags.DEFINE_string("workdir", None, "instead: a run's folder")
-    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
-    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
     cli.run(main)

@@ -3,6 +3,18 @@
 The same command again goes on where the newest checkpoint stands, and ends with the same parameters to the bit.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
+    flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
+    flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
+    cli.define_hosts()
+    cli.parse()  # above the imports that take time
+
 import math
 import os
 import time
@@ -11,9 +23,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from dit_jax import autoencoder, cli, config as configs, finetune, flops, hosts, layout, pictures, sharding
+from dit_jax import autoencoder, config as configs, finetune, flops, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -289,10 +300,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.declare_key_flag("config")
-    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
-    flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
-    flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
-    hosts.define_flags()
     cli.run(main)
