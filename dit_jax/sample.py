@@ -19,6 +19,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("png", False, "also single pictures")
     cli.parse()  # above the imports that take time
 
+import hashlib
 import json
 import math
 import os
@@ -57,11 +58,11 @@ def load_weights(path, which, num_heads, num_classes, mesh):
     """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
     flat = convert.read_weights(path, which)
     args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": layout.compute_dtype(jax.devices())}
-    params = convert.from_published(flat, args)
-    shapes = dit.abstract(**args)[1]
-    shardings = sharding.state_shardings(shapes, mesh)
+    sha256 = hashlib.sha256()
+    params = convert.from_published(flat, args, sha256)
+    shardings = sharding.state_shardings(params, mesh)
     return args, jax.device_put(params, shardings), shardings, {
-        "weights": os.path.basename(path), "sha256": convert.digest(flat), "which": which, "timesteps": 1000}, ""
+        "weights": os.path.basename(path), "sha256": sha256.hexdigest(), "which": which, "timesteps": 1000}, ""
 
 
 def choose_labels(classes, num, num_classes, seed):
