@@ -1,6 +1,7 @@
-"""Where the time goes: traces of some steps, and programs that need not be compiled twice."""
+"""Where the time goes: traces of some steps, programs that need not be compiled twice, memory that is kept."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -28,6 +29,17 @@ def keep_compiled(shared=None):
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def keep_memory():
+    """On a CPU memory that XLA frees stays with the process, for the next step. By default glibc gives large blocks back
+    to the kernel, and each step pays again for pages that the kernel has to clear: a tenth of DiT-S/2's."""
+    if jax.default_backend() != "cpu":
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own from the kernel
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back
 
 
 class Trace:

@@ -36,7 +36,7 @@ from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
 from dit_jax.models import dit
-from dit_jax.profiling import keep_compiled
+from dit_jax.profiling import keep_compiled, keep_memory
 
 GRID_IMAGES = 100
 
@@ -245,6 +245,7 @@ def main():
     f = flags.FLAGS
     out = f.out or (f.workdir and os.path.join(f.workdir, "out"))
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    keep_memory()
     if f.weights and not out:
         raise UserError("--out is missing: name a folder for the samples")
     if out:

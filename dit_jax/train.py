@@ -32,7 +32,7 @@ from dit_jax.diffusion.schedule import linear_schedule
 from dit_jax.generate import Generator
 from dit_jax.logging import Metrics, Progress, duration, say
 from dit_jax.models import dit
-from dit_jax.profiling import Trace, keep_compiled
+from dit_jax.profiling import Trace, keep_compiled, keep_memory
 from dit_jax.state import init_state, make_optimizer, make_train_step
 
 
@@ -59,6 +59,15 @@ def make_programs(config, mesh):
             jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)),
                     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
             target)
+
+
+def start_from(params, init, target):
+    """The TrainState at step 0 of these params. init, target: of make_programs."""
+    def rest(key, params):  # the compiler leaves out the parameters' draws, which nothing asks for
+        return replace(init(key), params=None, ema=jax.tree.map(jnp.copy, params))
+
+    shardings = jax.tree.map(lambda a: a.sharding, replace(target, params=None))
+    return replace(jax.jit(rest, out_shardings=shardings)(jax.random.key(0), params), params=params)
 
 
 def grid_labels(config):
@@ -148,6 +157,7 @@ def main():
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     cli.make_workdir(workdir)
     preemption = hosts.Preemption()
+    keep_memory()
     keep_compiled(os.path.join(workdir, "compiled"))
     debug_nans = flags.FLAGS.debug_nans
     if debug_nans and jax.process_count() > 1:
@@ -195,14 +205,16 @@ def main():
     # State: the newest checkpoint's, or a new one.
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
     restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
-    state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
+    state, meta = restored or (None, {"train_seconds": 0.0})
     if not restored and config["init"]["weights"]:
         try:
             params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
         except BaseException:
             checkpoints.close()  # its threads would complain at exit
             raise
-        state = replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+        state = start_from(params, init, target)
+    elif not restored:
+        state = init(jax.random.key(config["seed"]))
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
         checkpoints.close()
