@@ -31,7 +31,6 @@ import jax
 import numpy as np
 
 from dit_jax import autoencoder, config as configs, convert, hosts, layout, pictures, sharding
-from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
@@ -43,6 +42,8 @@ GRID_IMAGES = 100
 
 def load_run(workdir, step, which, mesh):
     """The weights of a run -> (arguments of DiT, params, their shardings, settings for the manifest, the VAE's path)."""
+    from dit_jax.checkpoint import Checkpoints  # orbax takes its time, and --weights does without
+
     checkpoints = Checkpoints(workdir, read_only=True)
     config = checkpoints.latest_meta(step)["config"]
     args = configs.dit_args(layout.settle(config, jax.devices()))
