@@ -1,10 +1,10 @@
 """Published weights in, our weights out: python -m dit_jax.convert
 
-    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz     # reads .pt without torch
-    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt                 # a run's EMA weights, as published
+    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz
+    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt     # a run's EMA weights; .pt needs torch (the extra)
 
 A weights file is a flat mapping from the published names to float32 arrays: `.pt` as published, `.npz` the same
-names as plain NumPy arrays, for machines without torch.
+names as plain NumPy arrays.
 """
 
 from absl import flags
@@ -20,7 +20,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
     cli.parse()  # above the imports that take time
 
-import argparse
 import hashlib
 import math
 import os
@@ -216,9 +215,7 @@ def read_torch(path):
     """What a torch file holds, plain data and tensors. Raises UserError."""
     torch = _torch(path)
     try:
-        # The published code's training checkpoints hold their command line: {model, ema, opt, args}.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as e:
         raise weights.unreadable(path, e) from None
 

@@ -42,6 +42,7 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own from the kernel
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each would keep what another needs
 
 
 class Trace:

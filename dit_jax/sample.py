@@ -214,7 +214,7 @@ class Sampler:
             self.generator = Generator(
                 args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
                 eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
-                batch_size=min(f.batch_size, f.num), on_step=lambda step: self.on_step(int(step)))
+                batch_size=min(f.batch_size, f.num), on_step=lambda step: self.on_step(step))
         except ValueError as e:
             raise UserError(str(e)) from None
         self.args, self.params, self.mesh, self.on_step = args, params, mesh, lambda step: None
