@@ -49,7 +49,7 @@ from dit_jax.data.images import BadImage
 from dit_jax.data.latents import MANIFEST, SETTINGS, shard_name
 from dit_jax.logging import Progress, say
 from dit_jax.pictures import grid, png, to_uint8, write_aside
-from dit_jax.profiling import keep_compiled, keep_memory
+from dit_jax.profiling import keep_compiled
 
 PREVIEW = 4  # pictures
 
@@ -347,7 +347,6 @@ def main():
     if not f.out:
         raise UserError("--out is missing: name the cache's folder")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    keep_memory()
     keep_compiled()
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
     try:

@@ -34,7 +34,7 @@ from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features, inception_score, kid, precision_recall
-from dit_jax.profiling import keep_compiled, keep_memory
+from dit_jax.profiling import keep_compiled
 
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
 
@@ -78,7 +78,6 @@ def main():
                         f"{features.INCEPTION_URL} (the first digits of its sha256 are in its name); or say "
                         "--features=efflite0 for FD-EffLite0, which is no FID")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    keep_memory()
     keep_compiled(os.path.join(os.path.dirname(f.out or "") or ".", "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     sampler, args = None, None

@@ -1,7 +1,6 @@
-"""Where the time goes: traces of some steps, programs that need not be compiled twice, memory that is kept."""
+"""Where the time goes: traces of some steps, and programs that need not be compiled twice."""
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -31,18 +30,6 @@ def keep_compiled(shared=None):
             jax.config.update("jax_compilation_cache_dir", folder)
             # By default what took less than a second is not kept, such as the fingerprints of a checkpoint.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def keep_memory():
-    """On a CPU memory that XLA frees stays with the process, for the next step. By default glibc gives large blocks back
-    to the kernel, and each step pays again for pages that the kernel has to clear: a tenth of DiT-S/2's."""
-    if jax.default_backend() != "cpu":
-        return
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own from the kernel
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back
-        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each would keep what another needs
 
 
 class Trace:

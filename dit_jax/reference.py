@@ -30,7 +30,7 @@ from dit_jax import __version__, encode, evaluate, hosts, sharding
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features
-from dit_jax.profiling import keep_compiled, keep_memory
+from dit_jax.profiling import keep_compiled
 
 
 def shares(source, size):
@@ -58,7 +58,6 @@ def main():
         raise UserError(f"--out={f.out}: must end in .npz")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     cli.make_workdir(os.path.dirname(os.path.abspath(f.out)), "out")
-    keep_memory()
     keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     try:

@@ -35,7 +35,7 @@ from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
 from dit_jax.models import dit
-from dit_jax.profiling import keep_compiled, keep_memory
+from dit_jax.profiling import keep_compiled
 
 GRID_IMAGES = 100
 
@@ -246,7 +246,6 @@ def main():
     f = flags.FLAGS
     out = f.out or (f.workdir and os.path.join(f.workdir, "out"))
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    keep_memory()
     if f.weights and not out:
         raise UserError("--out is missing: name a folder for the samples")
     if out:

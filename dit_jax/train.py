@@ -32,7 +32,7 @@ from dit_jax.diffusion.schedule import linear_schedule
 from dit_jax.generate import Generator
 from dit_jax.logging import Metrics, Progress, duration, say
 from dit_jax.models import dit
-from dit_jax.profiling import Trace, keep_compiled, keep_memory
+from dit_jax.profiling import Trace, keep_compiled
 from dit_jax.state import init_state, make_optimizer, make_train_step
 
 
@@ -157,7 +157,6 @@ def main():
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     cli.make_workdir(workdir)
     preemption = hosts.Preemption()
-    keep_memory()
     keep_compiled(os.path.join(workdir, "compiled"))
     debug_nans = flags.FLAGS.debug_nans
     if debug_nans and jax.process_count() > 1:
