@@ -148,7 +148,7 @@ def _on_hosts(main):
 
 def _huge_pages():
     """Starts this process anew (same number, same arguments) with huge pages for malloc, which glibc asks for at start
-    alone. XLA on CPU takes its memory from the kernel anew at each step: in pages of 4 KiB that is a tenth of DiT-S/2's."""
+    alone. XLA on CPU takes its memory from the kernel anew at each step: in pages of 4 KiB, a tenth of DiT-S/2's."""
     try:
         with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
             asked_for = "[madvise]" in f.read()

@@ -20,8 +20,8 @@ class Generator:
 
     args: of models.dit.DiT; where num_classes is 0, all labels are 0. params_sharding: a tree like params.
     cfg_scale 1 runs without guidance; cfg_channels None guides all. batch_size: images that go through the network at
-    once (rounded up to what the mesh divides). on_step(step): called after each denoising step, which is then a program of
-    its own: one that calls back to the host is not kept by JAX's compilation cache.
+    once (rounded up to what the mesh divides). on_step(step): called after each denoising step, then a program of its
+    own: one that calls back to the host is not kept by JAX's compilation cache.
     Raises ValueError naming the setting that is out of range.
     """
 

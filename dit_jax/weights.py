@@ -111,7 +111,7 @@ def _read_header(archive, member):
 
 
 def read(path, which="ema"):
-    """A .pt or .npz file -> Weights. Of a training checkpoint {model, ema, opt, args} the entry `which`: "ema" or "raw"."""
+    """A .pt or .npz file -> Weights. Of a checkpoint {model, ema, opt, args} the entry `which`: "ema" or "raw"."""
     try:
         archive = zipfile.ZipFile(path)
         if path.endswith(".npz"):

@@ -53,7 +53,8 @@ def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
     """On a mesh; with a call after every step."""
     args, _, params, _ = network("a")
     args, mesh, seen = dict(args, null_class=True), sharding.make_mesh(data=1, fsdp=2, tensor=2), []
-    settings = dict(timesteps=1000, steps="7", sampler=sampler, eta=eta, cfg_scale=1.5, cfg_channels=3, seed=7, batch_size=4)
+    settings = dict(timesteps=1000, steps="7", sampler=sampler, eta=eta, cfg_scale=1.5, cfg_channels=3, seed=7,
+                    batch_size=4)
     whole, steps = (Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=on_step)(
         params, np.arange(5), np.arange(5)) for on_step in (None, seen.append))
     np.testing.assert_allclose(steps, whole, atol=2e-4 * np.abs(whole).max())
