@@ -49,7 +49,8 @@ def test_pt_files_are_read_as_torch_reads_them(tmp_path):
     torch = pytest.importorskip("torch")
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {"a": whole, "part": whole[1:3, ::2], "turned": whole.T, "half": whole.half() / 3,
-               "none": torch.zeros(0, 3), "bfloat16": (whole / 7).bfloat16(), "parameter": torch.nn.Parameter(whole.double()), "scalar": whole[3, 5]}
+               "none": torch.zeros(0, 3), "bfloat16": (whole / 7).bfloat16(), "scalar": whole[3, 5],
+               "parameter": torch.nn.Parameter(whole.double())}
     torch.save(tensors, tmp_path / "a.pt")
     there = convert.read_weights(str(tmp_path / "a.pt"))
     assert list(there) == list(tensors)
