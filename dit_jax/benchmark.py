@@ -14,6 +14,32 @@ evaluation stand beside their usual forms; --against=diffusers sets PyTorch besi
 scaling.png: a part can be timed again alone, and with --what= the page is only made anew.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+WHAT = ("train", "denoise", "sample", "decode", "data", "evaluation", "scaling")
+
+if __name__ == "__main__":
+    cli.define_config(required=False)
+    flags.declare_key_flag("config")
+    flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
+    flags.DEFINE_enum("against", None, ["diffusers"], "what is timed beside it: PyTorch on diffusers' DiT")
+    flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
+    flags.DEFINE_string("out", None, "a folder for the report and its parts")
+    flags.DEFINE_integer("rounds", 5, "timings of each; 3 at most of what takes long and has no target", lower_bound=1)
+    flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
+    flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
+    flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
+    flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
+    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
+    flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=512)
+    flags.DEFINE_string("scratch", None, "for data: a folder for what is made; by default the system's temporary one")
+    flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
+    flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
+    flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)
+    cli.parse()  # above the imports that take time
+
 import importlib.util
 import json
 import math
@@ -28,9 +54,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 import jax
-from absl import flags
 
-from dit_jax import autoencoder, cli, config as configs, pictures
+from dit_jax import autoencoder, config as configs, pictures
 from dit_jax.config import UserError
 from dit_jax.data import latents
 from dit_jax.data.pictures import Folder
@@ -40,7 +65,6 @@ from dit_jax.models import vae
 from dit_jax.timing import data, page
 from dit_jax.timing.child import Child, ChildError
 
-WHAT = ("train", "denoise", "sample", "decode", "data", "evaluation", "scaling")
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
           ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("data", "DiT-S/2", 8),
@@ -334,21 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_config(required=False)
-    flags.declare_key_flag("config")
-    flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
-    flags.DEFINE_enum("against", None, [page.DIFFUSERS], "what is timed beside it: PyTorch on diffusers' DiT")
-    flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
-    flags.DEFINE_string("out", None, "a folder for the report and its parts")
-    flags.DEFINE_integer("rounds", 5, "timings of each; 3 at most of what takes long and has no target", lower_bound=1)
-    flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
-    flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
-    flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
-    flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
-    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
-    flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=2 * data.BATCH)
-    flags.DEFINE_string("scratch", None, "for data: a folder for what is made; by default the system's temporary one")
-    flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
-    flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
-    flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)
     cli.run(main)

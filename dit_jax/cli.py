@@ -1,17 +1,22 @@
-"""What the commands share: flags, configs from files, and errors in one line."""
+"""What the commands share: flags, configs from files, and errors in one line.
+
+A command's flags are defined and parsed at its top, above the imports: JAX takes most of a second to import, for which
+--help and a mistaken flag need not wait. So nothing here imports it before `run`.
+"""
 
 import contextlib
 import fcntl
+import glob
 import os
 import sys
 import uuid
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from dit_jax import hosts
 from dit_jax.config import UserError, unknown_field
+
+flags.disclaim_key_flags()  # --help shows the flags that are defined here as the command's own
 
 
 def define_config(required=True):
@@ -20,6 +25,57 @@ def define_config(required=True):
     if required:
         flags.register_validator("config", lambda c: c is not None,
                                  "is missing: name a file, e.g. --config=configs/digits.py")
+
+
+def define_hosts():
+    """The flags of hosts.join."""
+    flags.DEFINE_string("coordinator", None, "several hosts that are no TPU slice: HOST:PORT of process 0")
+    flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
+    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
+    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1)
+
+
+def define_samples(num, classes, cfg_scale):
+    """The flags of sample.Sampler; the arguments are defaults."""
+    flags.DEFINE_string("workdir", None, "a run's folder")
+    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
+    flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
+    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's", lower_bound=1)
+    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
+                         lower_bound=1)
+    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_string("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
+                        "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
+    flags.DEFINE_integer("num", num, "how many images")
+    flags.DEFINE_string("classes", classes, "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
+    flags.DEFINE_float("cfg_scale", cfg_scale, "classifier-free guidance; 1 is none")
+    flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
+    flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
+    flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
+    flags.DEFINE_float("eta", 0.0, "of ddim: 0 deterministic, 1 as noisy as ddpm")
+    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
+    flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
+    flags.DEFINE_integer("tensor", 1, "devices that share a layer")
+    define_hosts()
+
+
+def define_source():
+    """The flags of encode.open_source."""
+    flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
+    flags.DEFINE_string("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
+    flags.DEFINE_string("name", None, "of tfds: which data set")
+    flags.DEFINE_string("split", "train", "of tfds: which part of it")
+    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8)
+    flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
+
+
+def define_features():
+    """The flags of metrics.features.load."""
+    flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
+                      "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
+    flags.DEFINE_string("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
+    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1)
 
 
 def _last_line(error):
@@ -53,10 +109,14 @@ def _parse_flags(argv):
     return rest
 
 
+def tpu_attached():
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
 def _quiet_libtpu():
     """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
     at length that it does not know."""
-    if not hosts.tpu_attached():
+    if not tpu_attached():
         for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v3-8"),
                             ("TPU_WORKER_HOSTNAMES", "localhost")):
             os.environ.setdefault(name, value)
@@ -71,9 +131,13 @@ def enough_threads():
 
 def _on_hosts(main):
     """main(), where other hosts may take part: they are told of its errors, or it is told of theirs."""
+    import jax
+
+    from dit_jax import hosts
+
     if "coordinator" not in flags.FLAGS:
         return main()
-    accelerators = hosts.tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+    accelerators = tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
     if not accelerators and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # else JAX loads a libtpu, whose tracer may crash without a TPU
     hosts.join()
@@ -86,14 +150,37 @@ def _on_hosts(main):
         raise
 
 
+def _huge_pages():
+    """Starts this process anew (same number, same arguments) with huge pages for malloc, which glibc asks for at start
+    alone. XLA on CPU takes its memory from the kernel anew at each step: in pages of 4 KiB, a tenth of DiT-S/2's."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
+            asked_for = "[madvise]" in f.read()
+    except OSError:
+        return
+    if asked_for and "GLIBC_TUNABLES" not in os.environ and not tpu_attached():
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+
+
+def parse():
+    """Parses the flags; --help ends here. A UserError is one line, and status 1."""
+    app.define_help_flags()
+    try:
+        _parse_flags(sys.argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    _huge_pages()
+
+
 def run(main):
-    """Parses the flags and calls main(), whose value is the exit status. A UserError, or Ctrl-C, is one line, and status 1."""
+    """Calls main(), whose value is the exit status. A UserError, or Ctrl-C, is one line, and status 1."""
     _quiet_libtpu()
     enough_threads()
     logging.set_verbosity(logging.ERROR)
     logging.set_stderrthreshold("error")
     try:
-        app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: _parse_flags(argv))
+        app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)

@@ -7,12 +7,8 @@ and hand plain arguments down; nothing below them sees one.
 import difflib
 import math
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-
-from dit_jax.models.blocks import BLOCKS
-from dit_jax.models.dit import MODELS, REMAT, model_args
 
 
 class UserError(Exception):
@@ -119,6 +115,10 @@ def unknown_field(field):
 
 def resolve(config):
     """The config as a plain nested dict with every field set, and checked. Raises UserError naming the field."""
+    # Not above: a config file is read before --help is answered, and JAX takes its time.
+    from dit_jax.models.blocks import BLOCKS
+    from dit_jax.models.dit import MODELS, REMAT, model_args
+
     config = config.to_dict()
     for name, _ in _flatten(config):
         if problem := unknown_field(name):
@@ -186,9 +186,11 @@ def resolve(config):
 
 def dit_args(config):
     """The arguments of models.dit.DiT of a config that layout.settle has settled."""
+    from jax.numpy import dtype
+
     fields = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels",
               "num_classes", "scan", "remat")
-    return dict({field: config["model"][field] for field in fields}, dtype=jnp.dtype(config["model"]["dtype"]),
+    return dict({field: config["model"][field] for field in fields}, dtype=dtype(config["model"]["dtype"]),
                 null_class=config["diffusion"]["label_dropout"] > 0 or config["model"]["num_classes"] == 0)
 
 

@@ -1,28 +1,40 @@
 """Published weights in, our weights out: python -m dit_jax.convert
 
-    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz     # needs torch (the extra) for .pt
-    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt                 # a run's EMA weights, as published
+    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz
+    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt     # a run's EMA weights; .pt needs torch (the extra)
 
 A weights file is a flat mapping from the published names to float32 arrays: `.pt` as published, `.npz` the same
-names as plain NumPy arrays, for machines without torch.
+names as plain NumPy arrays.
 """
 
-import argparse
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
+    flags.DEFINE_string("workdir", None, "instead: a run's folder")
+    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
+    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
+    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
+    cli.parse()  # above the imports that take time
+
 import hashlib
 import math
 import os
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from absl import flags
 from einops import rearrange
 
+from dit_jax import weights
 from dit_jax.config import UserError
 from dit_jax.models.blocks import MLP_RATIO
 from dit_jax.models.dit import SIZES
+from dit_jax.weights import UNREADABLE
 
 # Ours -> published, in the published order. {} is the block's index; ours holds the blocks stacked.
 NAMES = {
@@ -39,7 +51,6 @@ NAMES = {
     "final_layer/linear": "final_layer.linear",
     "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
 }
-UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
@@ -105,8 +116,9 @@ def published_shapes(args):
     return shapes
 
 
-def from_published(flat, args):
-    """{published name: array} -> our params, nested and float32. args: of models.dit.DiT.
+def from_published(flat, args, sha256=None):
+    """{published name: array} -> our params, nested and float32. args: of models.dit.DiT. sha256: a hashlib object that
+    takes what `digest` takes, on the way.
 
     Raises UserError naming the array that is missing, left over or of another shape.
     """
@@ -114,21 +126,41 @@ def from_published(flat, args):
     for name in expected:
         if name not in flat:
             raise UserError(f"weights: {name} is missing")
-        if tuple(flat[name].shape) != expected[name]:
-            raise UserError(f"weights: {name} has shape {tuple(flat[name].shape)}, the model needs {expected[name]}")
     if len(flat) > len(expected):
         raise UserError(f"weights: unknown array {next(name for name in flat if name not in expected)}")
-    stacked = {}
-    for path, block, name in _pairs(args["depth"]):
-        stacked.setdefault(path, []).append(_to_ours(path, np.asarray(flat[name], np.float32), args))
+    # In the order of the file, so that it is read once, and an array at a time.
+    places = {name: (path, block) for path, block, name in _pairs(args["depth"])}
+    leaves, hashed = {}, None
+    with ThreadPoolExecutor(1) as pool:
+        for name, a in flat.items():
+            if tuple(a.shape) != expected[name]:
+                raise UserError(f"weights: {name} has shape {tuple(a.shape)}, the model needs {expected[name]}")
+            a = np.asarray(a, np.float32)
+            if hashed:
+                hashed.result()
+            hashed = sha256 and pool.submit(sha256.update, np.ascontiguousarray(a))
+            path, block = places[name]
+            a = _to_ours(path, a, args)
+            if path not in leaves:
+                leaves[path] = _aligned(a.shape if block is None else (args["depth"], *a.shape))
+            leaves[path][... if block is None else block] = a
     params = {}
-    for path, arrays in stacked.items():
+    for path, array in leaves.items():
         *parents, leaf = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = np.stack(arrays) if path.startswith("blocks/") else np.ascontiguousarray(arrays[0])
+        node[leaf] = array
     return params
+
+
+def _aligned(shape):
+    """An uninitialised float32 array that starts where XLA on CPU takes it as it is, with no copy: at a multiple of 64
+    bytes."""
+    size = 4 * math.prod(shape)
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start: start + size].view(np.float32).reshape(shape)
 
 
 def to_published(params, args):
@@ -183,11 +215,9 @@ def read_torch(path):
     """What a torch file holds, plain data and tensors. Raises UserError."""
     torch = _torch(path)
     try:
-        # The published code's training checkpoints hold their command line: {model, ema, opt, args}.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as e:
-        raise _unreadable(path, e) from None
+        raise weights.unreadable(path, e) from None
 
 
 def state_dict(path, data):
@@ -197,34 +227,13 @@ def state_dict(path, data):
     return {name: (a.float() if a.is_floating_point() else a).detach().numpy() for name, a in data.items()}
 
 
-def _unreadable(path, e):
-    return UserError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0] or 'cut short'})")
-
-
 def read_weights(path, which="ema"):
-    """A .pt or .npz file -> {published name: array}. Of a training checkpoint {model, ema, opt, args} the entry
-    `which`: "ema" or "raw"."""
+    """A .pt or .npz file -> weights.Weights: {published name: float32 array}, read when asked for."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    if path.endswith(".npz"):
-        try:
-            with open(path, "rb") as f, zipfile.ZipFile(f):
-                return _check_arrays(path, dict(np.load(path)))
-        except UNREADABLE as e:
-            raise _unreadable(path, e) from None
-    if not path.endswith(".pt"):
+    if not path.endswith((".pt", ".npz")):
         raise UserError(f"{path}: weights are .pt or .npz files")
-    data = read_torch(path)
-    if isinstance(data, dict) and "ema" in data and "model" in data:
-        data = data["ema" if which == "ema" else "model"]
-    return _check_arrays(path, state_dict(path, data))
-
-
-def _check_arrays(path, flat):
-    for name, a in flat.items():
-        if a.dtype.kind != "f":
-            raise UserError(f"{path}: {name} is {a.dtype}, not floating point")
-    return flat
+    return weights.read(path, which)
 
 
 def digest(flat):
@@ -277,12 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from dit_jax import cli
-
-    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
-    flags.DEFINE_string("workdir", None, "instead: a run's folder")
-    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
-    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
     cli.run(main)

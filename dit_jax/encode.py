@@ -9,8 +9,27 @@ mirror image. The same command goes on where it was stopped, at whole shards, al
 of hosts; the finished folder is the same to the byte. In a finished folder it makes again what is missing or cut short.
 """
 
-import json
 import os
+
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_source()
+    flags.DEFINE_string("vae", None, "the VAE: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    flags.DEFINE_string("out", None, "the cache's folder: made, or gone on with")
+    flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "of the cache")
+    flags.DEFINE_enum("vae_dtype", "float32", ["float32", "bfloat16"], "of the VAE's products")
+    flags.DEFINE_integer("shard_size", 2048, "pictures a shard", lower_bound=1)
+    flags.DEFINE_bool("verify", False, "read every byte of the cache in --out, and name what is damaged")
+    cli.define_hosts()
+    if not cli.tpu_attached():
+        # On a CPU XLA splits sums by the number of its threads: with always the same one, so are the bytes.
+        os.environ.setdefault("PJRT_NPROC", "16")
+    cli.parse()  # above the imports that take time
+
+import json
 import re
 import signal
 import sys
@@ -21,10 +40,9 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from dit_jax import autoencoder, cli, hosts
+from dit_jax import autoencoder, hosts
 from dit_jax.config import UserError
 from dit_jax.data import latents, pictures
 from dit_jax.data.images import BadImage
@@ -393,26 +411,5 @@ def make(f, source, vae, settings):
     return 0
 
 
-def define_source():
-    """The flags of open_source."""
-    flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
-    flags.DEFINE_string("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
-    flags.DEFINE_string("name", None, "of tfds: which data set")
-    flags.DEFINE_string("split", "train", "of tfds: which part of it")
-    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8)
-    flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
-
-
 if __name__ == "__main__":
-    define_source()
-    flags.DEFINE_string("vae", None, "the VAE: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
-    flags.DEFINE_string("out", None, "the cache's folder: made, or gone on with")
-    flags.DEFINE_enum("dtype", "float16", latents.DTYPES, "of the cache")
-    flags.DEFINE_enum("vae_dtype", "float32", ["float32", "bfloat16"], "of the VAE's products")
-    flags.DEFINE_integer("shard_size", 2048, "pictures a shard", lower_bound=1)
-    flags.DEFINE_bool("verify", False, "read every byte of the cache in --out, and name what is damaged")
-    hosts.define_flags()
-    if not hosts.tpu_attached():
-        # On a CPU XLA splits sums by the number of its threads: with always the same one, so are the bytes.
-        os.environ.setdefault("PJRT_NPROC", "16")
     cli.run(main)

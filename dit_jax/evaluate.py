@@ -9,6 +9,18 @@ Samples are an .npz with `arr_0` (N, H, W, 3) uint8, a folder of PNGs, or come s
 says how they came about. FID-50K takes exactly 50,000 samples: --num=N for another number, 0 for all that there are.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_samples(num=50_000, classes="random", cfg_scale=1.5)
+    cli.define_features()
+    flags.DEFINE_string("samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of a run or weights")
+    flags.DEFINE_string("reference", None, "the .npz to compare with, or a folder of PNGs")
+    flags.DEFINE_string("out", None, "a JSON file for the numbers and how they came about")
+    cli.parse()  # above the imports that take time
+
 import json
 import os
 import platform
@@ -16,9 +28,8 @@ import signal
 
 import jax
 import numpy as np
-from absl import flags
 
-from dit_jax import __version__, cli, hosts, paper, pictures, sample, sharding
+from dit_jax import __version__, hosts, paper, pictures, sample, sharding
 from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
@@ -121,17 +132,5 @@ def main():
         say(f"how they came about: {f.out}")
 
 
-def define_features():
-    flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
-                      "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
-    flags.DEFINE_string("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
-    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1)
-
-
 if __name__ == "__main__":
-    sample.define_flags(num=50_000, classes="random", cfg_scale=1.5)
-    define_features()
-    flags.DEFINE_string("samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of a run or weights")
-    flags.DEFINE_string("reference", None, "the .npz to compare with, or a folder of PNGs")
-    flags.DEFINE_string("out", None, "a JSON file for the numbers and how they came about")
     cli.run(main)

@@ -5,17 +5,26 @@ and OUT/vae, an autoencoder of the published format, fitted to them in a minute 
 Diffusion's, whose weights no package brings: latents of an eighth of the size and 4 channels, but blurred.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "folder to write to", required=True)
+    flags.DEFINE_integer("per_class", 100, "crops of each photograph", lower_bound=1)
+    flags.DEFINE_integer("steps", 600, "of fitting the VAE", lower_bound=2)
+    cli.parse()  # above the imports that take time
+
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from flax import nnx
 from PIL import Image
 
-from dit_jax import autoencoder, cli, pictures
+from dit_jax import autoencoder, pictures
 from dit_jax.logging import Progress, say
 from dit_jax.models import vae
 
@@ -98,7 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "folder to write to", required=True)
-    flags.DEFINE_integer("per_class", 100, "crops of each photograph", lower_bound=1)
-    flags.DEFINE_integer("steps", 600, "of fitting the VAE", lower_bound=2)
     cli.run(main)

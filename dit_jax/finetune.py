@@ -4,6 +4,7 @@ The label table is re-made for another number of classes, the frozen position em
 must be the same.
 """
 
+import hashlib
 import os
 
 import jax
@@ -61,8 +62,8 @@ def _of_file(path, which, args, mesh):
     if convert.HEADS.get(width, heads) != heads:
         raise UserError(f"model.num_heads={heads}: no array shows the heads of a file, and the paper's models of width "
                         f"{width} have {convert.HEADS[width]}; of a run with other heads name the workdir")
-    params = convert.from_published(flat, there)
-    digest = convert.digest(flat)
+    sha256 = hashlib.sha256()
+    params, digest = convert.from_published(flat, there, sha256), sha256.hexdigest()
     if hosts.share(digest)[0] != digest:
         raise UserError("the file is not the same as on the first host")
     shardings = sharding.state_shardings(params, mesh)

@@ -5,6 +5,11 @@
 The paper's "Gflops" of a model are multiply-adds of one forward pass of one picture: double them for FLOPs.
 """
 
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.parse()  # above the imports that take time
+
 import time
 
 import jax
@@ -112,4 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

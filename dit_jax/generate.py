@@ -20,7 +20,8 @@ class Generator:
 
     args: of models.dit.DiT; where num_classes is 0, all labels are 0. params_sharding: a tree like params.
     cfg_scale 1 runs without guidance; cfg_channels None guides all. batch_size: images that go through the network at
-    once (rounded up to what the mesh divides). on_step(step): called on the host after each denoising step.
+    once (rounded up to what the mesh divides). on_step(step): called after each denoising step, then a program of its
+    own: one that calls back to the host is not kept by JAX's compilation cache.
     Raises ValueError naming the setting that is out of range.
     """
 
@@ -45,12 +46,12 @@ class Generator:
         self.batch_size = -(-batch_size // shards) * shards
         shape = (args["input_size"], args["input_size"], args["in_channels"])
 
-        def run(params, labels, indices):
-            model = nnx.merge(graphdef, params)
+        def noise_of(indices):
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
+            return lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
 
-            def noise(i):
-                return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
+        def guided(params, labels):
+            model = nnx.merge(graphdef, params)
 
             def model_fn(x, t):
                 if cfg_scale == 1:
@@ -59,11 +60,24 @@ class Generator:
                 x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
                 return forward_with_cfg(model, x, t, y, cfg_scale, cfg_channels)[: len(labels)]
 
-            return samplers.sample(self.schedule, model_fn, noise(len(self.schedule)), noise, sampler, eta, on_step)
+            return model_fn
 
-        batch = sharding.batch_sharding(mesh)
-        self.batch_sharding = batch
-        self.run = jax.jit(run, in_shardings=(params_sharding, batch, batch), out_shardings=sharding.replicated(mesh))
+        def start(indices):
+            return noise_of(indices)(len(self.schedule))
+
+        def step(params, labels, indices, x, i):
+            return samplers.step(self.schedule, guided(params, labels), x, i, noise_of(indices), sampler, eta)
+
+        def run(params, labels, indices):
+            noise = noise_of(indices)
+            return samplers.sample(self.schedule, guided(params, labels), noise(len(self.schedule)), noise, sampler, eta)
+
+        batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self.batch_sharding, self.on_step = batch, on_step
+        self.start = jax.jit(start, in_shardings=batch, out_shardings=batch)
+        self.step = jax.jit(step, in_shardings=(params_sharding, batch, batch, batch, whole), out_shardings=batch)
+        self.whole = jax.jit(lambda x: x, out_shardings=whole)
+        self.run = jax.jit(run, in_shardings=(params_sharding, batch, batch), out_shardings=whole)
 
     def __call__(self, params, labels, indices):
         labels, indices = np.asarray(labels, np.int32), np.asarray(indices, np.uint32)
@@ -75,5 +89,13 @@ class Generator:
             # The last batch is filled up, so that one compiled program serves all.
             part = [np.resize(a[start: start + self.batch_size], self.batch_size) for a in (labels, indices)]
             part = [jax.make_array_from_callback(a.shape, self.batch_sharding, a.__getitem__) for a in part]
-            images.append(np.asarray(self.run(params, *part)))
+            images.append(np.asarray(self._run_in_steps(params, *part) if self.on_step else self.run(params, *part)))
         return np.concatenate(images)[: len(labels)]
+
+    def _run_in_steps(self, params, labels, indices):
+        x, steps = self.start(indices), len(self.schedule)
+        for k in range(steps):
+            x = self.step(params, labels, indices, x, np.int32(steps - 1 - k))
+            x.block_until_ready()
+            self.on_step(k + 1)
+        return self.whole(x)

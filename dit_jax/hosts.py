@@ -7,7 +7,6 @@ of this does nothing. Exit status 75 (EX_TEMPFAIL) says that the same command, r
 
 import ctypes
 import functools
-import glob
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ import urllib.request
 import jax
 from absl import flags
 
+from dit_jax.cli import tpu_attached
 from dit_jax.config import UserError
 
 AGAIN = 75
@@ -31,17 +31,6 @@ FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a lost host ends the wait sooner
 
 _client, _index, _count, _timeout = None, 0, 1, None  # jax.distributed's client where there are several hosts
 _turn, _ending, _steps = itertools.count(), threading.Lock(), None
-
-
-def define_flags():
-    flags.DEFINE_string("coordinator", None, "several hosts that are no TPU slice: HOST:PORT of process 0")
-    flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
-    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
-    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1)
-
-
-def tpu_attached():
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def _metadata(key):

@@ -4,6 +4,10 @@ Prints every row of tables 2 to 5 of arXiv 2212.09748v2 with the commands that r
 """
 
 from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.parse()  # above the imports that take time
+
 from dit_jax.models.dit import MODELS
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")

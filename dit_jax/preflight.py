@@ -10,6 +10,20 @@ Whether it fits is the compiler's word. The times are bounds from the chip's pea
 longer. Exit status 1 where it does not fit.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_config(required=False)
+    flags.DEFINE_string("topology", None, "the slice: v3:8x16 or v3-256")
+    flags.DEFINE_enum("what", "train", ["train", "sample", "encode", "decode"],
+                      "the training step, the sampler with config.sample, or the published VAE at the size of the model")
+    flags.DEFINE_string("out", None, "a JSON file for the report")
+    flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
+    flags.DEFINE_list("models", ["all"], "of --table: which models")
+    cli.parse()  # above the imports that take time
+
 import json
 import os
 import re
@@ -21,9 +35,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: two 
 
 import jax
 import numpy as np
-from absl import flags
 
-from dit_jax import cli, config as configs, flops, layout, pictures, sharding
+from dit_jax import config as configs, flops, layout, pictures, sharding
 from dit_jax.config import UserError
 from dit_jax.hlo import Program
 from dit_jax.layout import CHIPS, GIB
@@ -345,11 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_config(required=False)
-    flags.DEFINE_string("topology", None, "the slice: v3:8x16 or v3-256")
-    flags.DEFINE_enum("what", "train", ["train", "sample", "encode", "decode"],
-                      "the training step, the sampler with config.sample, or the published VAE at the size of the model")
-    flags.DEFINE_string("out", None, "a JSON file for the report")
-    flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
-    flags.DEFINE_list("models", ["all"], "of --table: which models")
     cli.run(main)

@@ -3,10 +3,18 @@
 python -m dit_jax.prepare --tars=DIR --path=DATA_DIR
 """
 
-import jax
 from absl import flags
 
 from dit_jax import cli
+
+if __name__ == "__main__":
+    flags.DEFINE_string("tars", None, "a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", required=True)
+    flags.DEFINE_string("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
+    flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")
+    cli.parse()  # above the imports that take time
+
+import jax
+
 from dit_jax.config import UserError
 from dit_jax.data import imagenet
 
@@ -25,7 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("tars", None, f"a folder with {' and '.join(imagenet.TARS.values())}", required=True)
-    flags.DEFINE_string("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
-    flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")
     cli.run(main)

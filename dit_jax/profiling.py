@@ -28,6 +28,8 @@ def keep_compiled(shared=None):
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", folder)
+            # By default what took less than a second is not kept, such as the fingerprints of a checkpoint.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Trace:

@@ -8,14 +8,25 @@ Pictures are decoded and cropped as for training, over all devices and hosts; th
 recall; also `manifest`, how it was made.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_features()
+    cli.define_source()
+    flags.DEFINE_string("out", None, "the .npz file")
+    flags.DEFINE_integer("images", 0, "so many pictures are kept in the file", lower_bound=0)
+    cli.define_hosts()
+    cli.parse()  # above the imports that take time
+
 import os
 import signal
 
 import jax
 import numpy as np
-from absl import flags
 
-from dit_jax import __version__, cli, encode, evaluate, hosts, sharding
+from dit_jax import __version__, encode, evaluate, hosts, sharding
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features
@@ -73,9 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluate.define_features()
-    encode.define_source()
-    flags.DEFINE_string("out", None, "the .npz file")
-    flags.DEFINE_integer("images", 0, "so many pictures are kept in the file", lower_bound=0)
-    hosts.define_flags()
     cli.run(main)

@@ -9,6 +9,17 @@ goes on where it stopped. The samples of a model of latents are decoded by the V
 config; with none samples.npz holds `latents` (N, H, W, C) float32.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_samples(num=16, classes="balanced", cfg_scale=4.0)
+    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
+    flags.DEFINE_bool("png", False, "also single pictures")
+    cli.parse()  # above the imports that take time
+
+import hashlib
 import json
 import math
 import os
@@ -18,10 +29,8 @@ import zipfile
 
 import jax
 import numpy as np
-from absl import flags
 
-from dit_jax import autoencoder, cli, config as configs, convert, hosts, layout, pictures, sharding
-from dit_jax.checkpoint import Checkpoints
+from dit_jax import autoencoder, config as configs, convert, hosts, layout, pictures, sharding
 from dit_jax.config import UserError
 from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
@@ -33,6 +42,8 @@ GRID_IMAGES = 100
 
 def load_run(workdir, step, which, mesh):
     """The weights of a run -> (arguments of DiT, params, their shardings, settings for the manifest, the VAE's path)."""
+    from dit_jax.checkpoint import Checkpoints  # orbax takes its time, and --weights does without
+
     checkpoints = Checkpoints(workdir, read_only=True)
     config = checkpoints.latest_meta(step)["config"]
     args = configs.dit_args(layout.settle(config, jax.devices()))
@@ -48,11 +59,11 @@ def load_weights(path, which, num_heads, num_classes, mesh):
     """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
     flat = convert.read_weights(path, which)
     args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": layout.compute_dtype(jax.devices())}
-    params = convert.from_published(flat, args)
-    shapes = dit.abstract(**args)[1]
-    shardings = sharding.state_shardings(shapes, mesh)
+    sha256 = hashlib.sha256()
+    params = convert.from_published(flat, args, sha256)
+    shardings = sharding.state_shardings(params, mesh)
     return args, jax.device_put(params, shardings), shardings, {
-        "weights": os.path.basename(path), "sha256": convert.digest(flat), "which": which, "timesteps": 1000}, ""
+        "weights": os.path.basename(path), "sha256": sha256.hexdigest(), "which": which, "timesteps": 1000}, ""
 
 
 def choose_labels(classes, num, num_classes, seed):
@@ -167,7 +178,7 @@ def write_pictures(out, arrays, labels, single):
 
 
 class Sampler:
-    """What the flags of define_flags ask for.
+    """What the flags of cli.define_samples ask for.
 
     Attributes: args (of DiT), labels (num,), latent (whether images are latents, there being no decoder), manifest (all
     that the images depend on). make(part) -> images of these indices, uint8 pictures or float32 latents; on several
@@ -203,7 +214,7 @@ class Sampler:
             self.generator = Generator(
                 args, mesh, shardings, timesteps=source["timesteps"], steps=f.steps, sampler=f.sampler,
                 eta=f.eta, cfg_scale=f.cfg_scale, cfg_channels=f.cfg_channels or None, seed=f.seed,
-                batch_size=min(f.batch_size, f.num), on_step=lambda step: self.on_step(int(step)))
+                batch_size=min(f.batch_size, f.num), on_step=lambda step: self.on_step(step))
         except ValueError as e:
             raise UserError(str(e)) from None
         self.args, self.params, self.mesh, self.on_step = args, params, mesh, lambda step: None
@@ -272,33 +283,5 @@ def main():
     say(f"{f.num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if f.png else ""))
 
 
-def define_flags(num, classes, cfg_scale):
-    """The flags of what is sampled; the arguments are defaults."""
-    flags.DEFINE_string("workdir", None, "a run's folder")
-    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
-    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's", lower_bound=1)
-    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
-                         lower_bound=1)
-    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_string("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
-                        "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
-    flags.DEFINE_integer("num", num, "how many images")
-    flags.DEFINE_string("classes", classes, "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
-    flags.DEFINE_float("cfg_scale", cfg_scale, "classifier-free guidance; 1 is none")
-    flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
-    flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
-    flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
-    flags.DEFINE_float("eta", 0.0, "of ddim: 0 deterministic, 1 as noisy as ddpm")
-    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
-    flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
-    flags.DEFINE_integer("tensor", 1, "devices that share a layer")
-    hosts.define_flags()
-
-
 if __name__ == "__main__":
-    define_flags(num=16, classes="balanced", cfg_scale=4.0)
-    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
-    flags.DEFINE_bool("png", False, "also single pictures")
     cli.run(main)

@@ -3,6 +3,18 @@
 The same command again goes on where the newest checkpoint stands, and ends with the same parameters to the bit.
 """
 
+from absl import flags
+
+from dit_jax import cli
+
+if __name__ == "__main__":
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
+    flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
+    flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
+    cli.define_hosts()
+    cli.parse()  # above the imports that take time
+
 import math
 import os
 import time
@@ -11,9 +23,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from dit_jax import autoencoder, cli, config as configs, finetune, flops, hosts, layout, pictures, sharding
+from dit_jax import autoencoder, config as configs, finetune, flops, hosts, layout, pictures, sharding
 from dit_jax.checkpoint import Checkpoints
 from dit_jax.config import UserError
 from dit_jax.data import pipeline, sources
@@ -48,6 +59,15 @@ def make_programs(config, mesh):
             jax.jit(step, in_shardings=(shardings, sharding.batch_sharding(mesh)),
                     out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0),
             target)
+
+
+def start_from(params, init, target):
+    """The TrainState at step 0 of these params. init, target: of make_programs."""
+    def rest(key, params):  # the compiler leaves out the parameters' draws, which nothing asks for
+        return replace(init(key), params=None, ema=jax.tree.map(jnp.copy, params))
+
+    shardings = jax.tree.map(lambda a: a.sharding, replace(target, params=None))
+    return replace(jax.jit(rest, out_shardings=shardings)(jax.random.key(0), params), params=params)
 
 
 def grid_labels(config):
@@ -184,14 +204,16 @@ def main():
     # State: the newest checkpoint's, or a new one.
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
     restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
-    state, meta = restored or (init(jax.random.key(config["seed"])), {"train_seconds": 0.0})
+    state, meta = restored or (None, {"train_seconds": 0.0})
     if not restored and config["init"]["weights"]:
         try:
             params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
         except BaseException:
             checkpoints.close()  # its threads would complain at exit
             raise
-        state = replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+        state = start_from(params, init, target)
+    elif not restored:
+        state = init(jax.random.key(config["seed"]))
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
         checkpoints.close()
@@ -289,10 +311,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.define_config()
-    flags.declare_key_flag("config")
-    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
-    flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
-    flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
-    hosts.define_flags()
     cli.run(main)

@@ -1,5 +1,7 @@
 import argparse
+import hashlib
 
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, one_error
@@ -43,6 +45,61 @@ def test_training_checkpoints_of_the_published_code(network, tmp_path):
     assert_array_equal(convert.read_weights(str(path), "raw")["pos_embed"], flat["pos_embed"] + 1)
 
 
+def test_pt_files_are_read_as_torch_reads_them(tmp_path):
+    torch = pytest.importorskip("torch")
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {"a": whole, "part": whole[1:3, ::2], "turned": whole.T, "half": whole.half() / 3,
+               "none": torch.zeros(0, 3), "bfloat16": (whole / 7).bfloat16(), "scalar": whole[3, 5],
+               "parameter": torch.nn.Parameter(whole.double())}
+    torch.save(tensors, tmp_path / "a.pt")
+    there = convert.read_weights(str(tmp_path / "a.pt"))
+    assert list(there) == list(tensors)
+    for name, tensor in tensors.items():
+        assert there[name].dtype == np.float32
+        assert_array_equal(there[name], tensor.detach().float().numpy(), err_msg=name)
+
+
+class Malice:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_a_pt_file_runs_nothing(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Malice()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt: cannot be read as weights .*print"):
+        convert.read_weights(str(tmp_path / "a.pt"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["npz", "pt"])
+def test_a_changed_byte_is_noticed(kind, network, tmp_path):
+    if kind == "pt":
+        pytest.importorskip("torch")
+    args, _, _, flat = network("b")
+    path = tmp_path / f"a.{kind}"
+    convert.write_weights(str(path), dict(flat))
+    data, wanted = bytearray(path.read_bytes()), flat["blocks.1.mlp.fc1.weight"].tobytes()
+    data[data.index(wanted) + 7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"a.{kind}: blocks.1.mlp.fc1.weight: cannot be read"):
+        convert.from_published(convert.read_weights(str(path)), args)
+
+
+def test_weights_are_not_copied_on_the_way_to_the_cpu(network):
+    """Twice the weights would not fit where they do."""
+    args, _, _, flat = network("b")
+    for leaf in jax.tree.leaves(convert.from_published(flat, args)):
+        assert jax.device_put(leaf, jax.devices()[0]).unsafe_buffer_pointer() == leaf.ctypes.data
+
+
+def test_the_digest_on_the_way_is_that_of_all_arrays(network):
+    args, _, _, flat = network("b")
+    sha256 = hashlib.sha256()
+    convert.from_published(flat, args, sha256)
+    assert sha256.hexdigest() == convert.digest(flat)
+
+
 def test_wrong_weights_name_the_array(network, tmp_path):
     args, _, _, flat = network("b")
     name = "blocks.1.mlp.fc1.weight"
@@ -60,8 +117,6 @@ def test_wrong_weights_name_the_array(network, tmp_path):
                                            ("text.npz", b"hello"), ("empty.pt", b"")])
 def test_unreadable_weights_get_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    if name.endswith(".pt"):
-        pytest.importorskip("torch")
     with pytest.raises(UserError, match=name) as e:
         convert.read_weights(str(tmp_path / name))
     assert "\n" not in str(e.value)

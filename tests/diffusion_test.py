@@ -43,15 +43,6 @@ def test_sampling_is_one_compiled_loop():
     assert program("250").count("stablehlo.while") >= 1
 
 
-def test_on_step_sees_every_step():
-    seen = []
-    schedule = respace(FULL, "7")
-    jax.jit(lambda x: samplers.sample(schedule, lambda x, t: jnp.concatenate([x, x], -1), x, lambda i: x,
-                                      on_step=lambda k: seen.append(int(k))))(jnp.ones((1, 2, 2, 1))).block_until_ready()
-    jax.effects_barrier()
-    assert sorted(seen) == list(range(1, 8))
-
-
 def test_respacing_keeps_the_marginals():
     for spec in ("250", "10,15,20", "ddim25", "1000", "1"):
         schedule = respace(FULL, spec)

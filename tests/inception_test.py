@@ -280,8 +280,8 @@ HOST = """
 import sys
 from absl import flags
 import numpy as np
-from dit_jax import hosts
-hosts.define_flags()
+from dit_jax import cli, hosts
+cli.define_hosts()
 flags.FLAGS(sys.argv)
 hosts.join()
 from inception_test import Features, jax, mean_colour, pictures, sharding

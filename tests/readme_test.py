@@ -12,7 +12,6 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_python_example(monkeypatch):
-    pytest.importorskip("torch")
     monkeypatch.chdir(ROOT)
     scope = {}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], scope)

@@ -48,6 +48,19 @@ def test_pictures_do_not_depend_on_batch_size_or_devices(network):
     assert all(np.abs(results[0][0] - results[0][i]).mean() > 0.1 for i in range(1, 12))
 
 
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.5)])
+def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
+    """On a mesh; with a call after every step."""
+    args, _, params, _ = network("a")
+    args, mesh, seen = dict(args, null_class=True), sharding.make_mesh(data=1, fsdp=2, tensor=2), []
+    settings = dict(timesteps=1000, steps="7", sampler=sampler, eta=eta, cfg_scale=1.5, cfg_channels=3, seed=7,
+                    batch_size=4)
+    whole, steps = (Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=on_step)(
+        params, np.arange(5), np.arange(5)) for on_step in (None, seen.append))
+    np.testing.assert_allclose(steps, whole, atol=2e-4 * np.abs(whole).max())
+    assert seen == 2 * list(range(1, 8))
+
+
 def test_npz_grid_pngs_and_manifest(command, run, tmp_path):
     status, out, err = command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--batch_size=5",
                                "--classes=3,7", "--png", *FAST)

@@ -1,7 +1,7 @@
-"""Samplers: each one loop over the steps inside one compiled program.
+"""Samplers: one step, and the loop over all of them inside one compiled program.
 
 model_fn(x_t, t) -> (B, H, W, 2C) with t (B,) timesteps of the unrespaced process; noise_fn(i) -> like x_t, the
-noise of schedule step i. on_step(i), where given, is called on the host after each step, to show progress.
+noise of schedule step i.
 """
 
 import jax
@@ -29,26 +29,25 @@ def ddim_step(schedule, model_output, x_t, t, noise, eta=0.0):
     return mean + keep * sigma * noise
 
 
-def sample(schedule, model_fn, x_T, noise_fn, sampler="ddpm", eta=0.0, on_step=None):
+def step(schedule, model_fn, x_t, i, noise_fn, sampler="ddpm", eta=0.0):
+    """x_t (B, H, W, C) after step i of `schedule`, of which the last comes first. The arguments are those of sample."""
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"unknown sampler {sampler!r}: 'ddpm' or 'ddim'")
+    t = jnp.full((len(x_t),), i)
+    out = model_fn(x_t, jnp.asarray(schedule.timestep_map)[t])
+    if sampler == "ddpm":
+        return ddpm_step(schedule, out, x_t, t, noise_fn(i))
+    if eta:
+        return ddim_step(schedule, out, x_t, t, noise_fn(i), eta)
+    return ddim_step(schedule, out, x_t, t, 0.0)
+
+
+def sample(schedule, model_fn, x_T, noise_fn, sampler="ddpm", eta=0.0):
     """From x_T (B, H, W, C) to x_0 over all steps of `schedule`.
 
     sampler: "ddpm" or "ddim"; eta: of DDIM, 0 deterministic, 1 as noisy as DDPM.
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"unknown sampler {sampler!r}: 'ddpm' or 'ddim'")
-
     def body(k, x_t):
-        i = len(schedule) - 1 - k
-        t = jnp.full((len(x_t),), i)
-        out = model_fn(x_t, jnp.asarray(schedule.timestep_map)[t])
-        if sampler == "ddpm":
-            x_t = ddpm_step(schedule, out, x_t, t, noise_fn(i))
-        elif eta:
-            x_t = ddim_step(schedule, out, x_t, t, noise_fn(i), eta)
-        else:
-            x_t = ddim_step(schedule, out, x_t, t, 0.0)
-        if on_step is not None:
-            jax.debug.callback(on_step, k + 1)
-        return x_t
+        return step(schedule, model_fn, x_t, len(schedule) - 1 - k, noise_fn, sampler, eta)
 
     return jax.lax.fori_loop(0, len(schedule), body, x_T.astype(jnp.float32))

@@ -127,4 +127,5 @@ def make(spec):
 
 
 if __name__ == "__main__":
+    cli.parse()
     cli.run(lambda: serve(make))

@@ -114,14 +114,15 @@ def denoise(config, images, steps=1):
 
 
 def sampler(config, images):
-    """A whole sampling run with the config's sampler, by generate.Generator, with progress as `sample` shows it."""
+    """A whole sampling run with the config's sampler, by generate.Generator, step after step as `sample` has it."""
     config, args, mesh, params, shardings, labels = _sampling(config, images)
     s = config["sample"]
     generator = Generator(args, mesh, shardings, timesteps=config["diffusion"]["timesteps"], steps=s["steps"],
                           sampler=s["sampler"], eta=s["eta"], cfg_scale=s["cfg_scale"], seed=config["seed"],
                           cfg_channels=s["cfg_channels"] or None, batch_size=images, on_step=lambda step: None)
     indices = np.arange(images, dtype=np.uint32)
-    generator.run, seconds = compiled(generator.run, params, labels, indices)
+    x = jax.ShapeDtypeStruct((images, args["input_size"], args["input_size"], args["in_channels"]), jnp.float32)
+    generator.step, seconds = compiled(generator.step, params, labels, indices, x, np.int32(0))
     return timed(lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())}, seconds, args["dtype"],
                  len(generator.schedule) * images * 4 * flops.macs(**args), images)
 
@@ -158,4 +159,5 @@ def make(spec):
 
 
 if __name__ == "__main__":
+    cli.parse()
     cli.run(lambda: serve(make))
