@@ -57,6 +57,27 @@ def attention(q, k, v):
     return jnp.einsum("bhnm,bhmk->bhnk", weights, v)
 
 
+_C, _A = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
+
+
+@jax.custom_vjp
+def gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_fwd(x):
+    return jax.nn.gelu(x, approximate=True), x
+
+
+def _gelu_bwd(x, g):
+    t = jnp.tanh(_C * x * (1 + _A * x * x))
+    d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _C * (1 + 3 * _A * x * x)
+    return (jax.lax.optimization_barrier(g * d),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
 class SelfAttention(nnx.Module):
     def __init__(self, dim, num_heads, *, dtype, place, rngs):
         self.num_heads, self.place = num_heads, place
@@ -93,7 +114,7 @@ class Mlp(nnx.Module):
         self.fc2 = nnx.Linear(MLP_RATIO * dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        x = jax.nn.gelu(self.place(self.fc1(x), "batch", None, "units"), approximate=True)
+        x = gelu(self.place(self.fc1(x), "batch", None, "units"))
         return self.fc2(self.place(x, "batch", None, "units"))
 
 
