@@ -13,6 +13,7 @@ LayerNorm statistics and the softmax are float32.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -49,6 +50,34 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def attention(q, k, v):
+    """Softmax attention: q (B, H, N, K), k and v (B, H, M, K) -> (B, H, N, K)."""
+    scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bhnm,bhmk->bhnk", weights, v)
+
+
+_C, _A = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
+
+
+@jax.custom_vjp
+def gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_fwd(x):
+    return jax.nn.gelu(x, approximate=True), x
+
+
+def _gelu_bwd(x, g):
+    t = jnp.tanh(_C * x * (1 + _A * x * x))
+    d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _C * (1 + 3 * _A * x * x)
+    return (jax.lax.optimization_barrier(g * d),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
 class SelfAttention(nnx.Module):
     def __init__(self, dim, num_heads, *, dtype, place, rngs):
         self.num_heads, self.place = num_heads, place
@@ -57,11 +86,10 @@ class SelfAttention(nnx.Module):
         self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        qkv = rearrange(self.qkv(x), "b n (h three k) -> b n h three k", h=self.num_heads, three=3)
-        qkv = self.place(qkv, "batch", None, "heads", None, None)
-        x = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])  # (B, N, H, K)
-        x = self.place(x, "batch", None, "heads", None)
-        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
+        qkv = rearrange(self.qkv(x), "b n (h three k) -> three b h n k", h=self.num_heads, three=3)
+        qkv = self.place(qkv, None, "batch", "heads", None, None)
+        x = self.place(attention(*(a[0] for a in jnp.split(qkv, 3))), "batch", "heads", None, None)
+        return self.proj(rearrange(x, "b h n k -> b n (h k)"))
 
 
 class CrossAttention(nnx.Module):
@@ -86,7 +114,7 @@ class Mlp(nnx.Module):
         self.fc2 = nnx.Linear(MLP_RATIO * dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        x = jax.nn.gelu(self.place(self.fc1(x), "batch", None, "units"), approximate=True)
+        x = gelu(self.place(self.fc1(x), "batch", None, "units"))
         return self.fc2(self.place(x, "batch", None, "units"))
 
 
