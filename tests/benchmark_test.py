@@ -137,6 +137,7 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
         "--config.model.hidden_size=32", "--config.sample.steps=4", "--seconds=0"]
 
 
+@pytest.mark.slow
 def test_the_command_beside_pytorch(command, tmp_path):
     """All but data and scaling, tiny; then one part again, and the page alone, from what is kept."""
     pytest.importorskip("diffusers")
@@ -183,6 +184,7 @@ def test_the_command_beside_pytorch(command, tmp_path):
     one_error(command("benchmark", "--what=", f"--out={out}"), "train-DiT-batch-8.json", "another", "--out")
 
 
+@pytest.mark.slow
 def test_data_and_scaling(command, tmp_path):
     status, stdout, err = command("benchmark", *TINY, "--config.batch_size=1", "--config.model.input_size=2",
                                   "--config.model.depth=1", "--what=data,scaling", "--rounds=1", "--num_latents=512",
