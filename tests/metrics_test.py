@@ -56,6 +56,20 @@ def test_moments_of_batches_are_those_of_all_at_once(mean):
             np.testing.assert_allclose(moments.statistics()[1], sigma, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_whole_blocks_of_float32_are_multiplied_in_float32(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(Moments, "ROWS", 150)
+    x = (np.random.default_rng(0).standard_normal((500, 20)) @ np.diag(10.0 ** -np.arange(0, 4, 0.2)) + 1).astype(dtype)
+    sigma = np.cov(x.astype(np.float64), rowvar=False)
+    scale = np.sqrt(np.outer(np.diag(sigma), np.diag(sigma)))
+    for size in (7, 150, 500):
+        moments = Moments()
+        for start in range(0, 500, size):
+            moments.add(x[start: start + size])
+        np.testing.assert_allclose(moments.statistics()[0], x.mean(0, dtype=np.float64), rtol=1e-12)
+        np.testing.assert_allclose(moments.statistics()[1] / scale, sigma / scale, atol=tolerance)
+
+
 def test_moments_refuse_what_has_no_covariance():
     moments = Moments()
     moments.add(np.zeros((1, 3)))
