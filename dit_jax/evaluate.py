@@ -23,7 +23,7 @@ from dit_jax import __version__, cli, hosts, paper, pictures, sample, sharding
 from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
-from dit_jax.metrics import evaluation, features, inception_score, kid, precision_recall
+from dit_jax.metrics import evaluation, features, inception_score, precision_recall
 from dit_jax.profiling import keep_compiled
 
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
@@ -121,7 +121,7 @@ def main():
         "features": {"name": network.name, "sha256": network.sha256, "products": "float32, highest precision"},
         "choices": {"evaluator": EVALUATOR if f.features == "inception" else network.name,
                     "split": inception_score.SPLIT, "neighbours": precision_recall.NEIGHBOURS,
-                    "kid_subsets": kid.SUBSETS, "kid_subset_size": kid.SUBSET_SIZE},
+                    "kid": "all pairs"},
         "versions": {"dit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__,
                      "scipy": scipy.__version__, "python": platform.python_version(),
                      "device": jax.devices()[0].device_kind}}
