@@ -88,7 +88,7 @@ def paper(model="DiT-XL/2"):
     c.sample.steps = "250"
     c.sample.eta = 0.0  # of ddim
 
-    c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights; sampler and steps are those of sample
+    c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights, by sample's sampler
     c.eval.every = 0  # steps, and at the end; 0: none
     c.eval.num = 5_000  # all classes in turn
     c.eval.reference = ""  # an .npz or a folder of PNGs, as for dit_jax.evaluate
@@ -198,8 +198,8 @@ def resolve(config):
             raise UserError(f"{field}.cfg_scale={scale}: guidance needs classes, and model.num_classes=0 has none; set "
                             f"{field}.cfg_scale=1")
         if used and scale != 1 and not config["diffusion"]["label_dropout"]:
-            raise UserError(f"{field}.cfg_scale={scale}: guidance needs a null class, which diffusion.label_dropout=0 does "
-                            f"not train; set {field}.cfg_scale=1")
+            raise UserError(f"{field}.cfg_scale={scale}: guidance needs a null class, which diffusion.label_dropout=0 "
+                            f"does not train; set {field}.cfg_scale=1")
     return config
 
 

@@ -90,8 +90,8 @@ def main():
             total, manifest, batches = f.num, sampler.manifest, sampler.batches()
             shape = sampler.size, sampler.size, 3
         if total < evaluation.LEAST:
-            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little below "
-                            "thousands")
+            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little "
+                            "below thousands")
         evaluation.check_size(reference, shape)
         evaluation.measure_reference(network, reference)
         progress = Progress("features", total, "pictures")

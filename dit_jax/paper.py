@@ -42,13 +42,14 @@ def _config(model):
 
 
 def row(manifest, size):
-    """The paper's values of a run of which `manifest` (dit_jax.sample's) says how its samples were made -> (where, {metric:
-    value}), or None where the paper has no such run. size: of the samples in pixels."""
-    how = {"num": 50_000, "sampler": "ddpm", "steps": "250", "which": "ema"}
+    """The paper's values of a run of which `manifest` (dit_jax.sample's) says how its samples were made -> (where,
+    {metric: value}), or None where the paper has no such run. size: of the samples in pixels."""
+    usual = {"num": 50_000, "sampler": "ddpm", "steps": "250", "which": "ema"}
     vae, config, scale = manifest.get("vae") or {}, _config(manifest.get("model") or {}), manifest.get("cfg_scale")
     decoder = ORIGINAL if vae.get("sha256") == ORIGINAL_SHA256 else vae.get("name")
-    if (any(manifest.get(key) != value for key, value in how.items()) or config is None
-            or manifest.get("classes") not in ("random", "balanced") or (scale != 1 and manifest.get("cfg_channels") != 3)):
+    if config is None or any(manifest.get(key) != value for key, value in usual.items()):
+        return None
+    if manifest.get("classes") not in ("random", "balanced") or (scale != 1 and manifest.get("cfg_channels") != 3):
         return None
     published = manifest.get("weights") == WEIGHTS.get(size) and config == CONFIG.get(size)
     step = FULL_STEPS[size] if published else manifest.get("step")
@@ -77,8 +78,9 @@ def listing():
     """Lines: each row of the tables and its commands."""
     encode = ("python -m dit_jax.encode --source=tfds --name=imagenet2012 --path=/data/tfds "
               f"--vae={EMA} --size={{0}} --out=/data/imagenet-latents-{{0}}")
-    lines = ["None of these was run by us: they take ImageNet, Inception's weights and an accelerator. Rows of one config are",
-             "one run: train it to fewer steps first, or keep the checkpoints that are asked for (checkpoint.keep_every).", "",
+    lines = ["None of these was run by us: they take ImageNet, Inception's weights and an accelerator. Rows of one",
+             "config are one run: train it to fewer steps first, or keep the checkpoints that are asked for",
+             "(checkpoint.keep_every).", "",
              "Data, once (256 and 512 px; the three decoders share their encoder):",
              "  python -m dit_jax.prepare --tars=DOWNLOADS --path=/data/tfds"]
     lines += [f"  {encode.format(size)}" for size in (256, 512)]

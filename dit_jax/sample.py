@@ -171,8 +171,8 @@ class Sampler:
     """What the flags of define_flags ask for.
 
     Attributes: args (of DiT), labels (num,), latent (whether images are latents, there being no decoder), size (of an
-    image), manifest (all that the images depend on). make(part) -> images of these indices, uint8 pictures or float32 latents; on several
-    hosts all make the same. Raises UserError.
+    image), manifest (all that the images depend on). make(part) -> images of these indices, uint8 pictures or float32
+    latents; on several hosts all make the same. Raises UserError.
     """
 
     def __init__(self):

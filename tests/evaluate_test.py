@@ -46,7 +46,8 @@ def images(count, seed=0):
 def test_every_form_of_the_same_samples_gives_the_same_numbers(run, picture_folders, inception, command, tmp_path):
     flags = [f"--inception={inception}", "--features_batch_size=4"]
     reference = tmp_path / "ref.npz"
-    status, _, err = command("reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={reference}", *flags)
+    status, _, err = command("reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={reference}",
+                             *flags)
     assert status == 0 and "skipped 1 of at most 100" in err, err
     with np.load(reference) as ref:
         assert ref["mu"].shape == (2048,) and ref["sigma_s"].shape == (2023, 2023) and ref["arr_0"].shape == (6, 8, 8, 3)
@@ -168,8 +169,8 @@ def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
 
 
 def test_the_papers_values_beside_its_runs_alone():
-    model = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, block="adaln_zero", input_size=32, in_channels=4,
-                 num_classes=1000)
+    model = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, block="adaln_zero", input_size=32,
+                 in_channels=4, num_classes=1000)
     manifest = dict(num=50_000, sampler="ddpm", steps="250", which="ema", classes="random", cfg_scale=1.5, cfg_channels=3,
                     weights="DiT-XL-2-256x256.pt", vae={"name": paper.EMA}, model=model)
     where, values = paper.row(manifest, 256)
@@ -191,7 +192,8 @@ def test_the_papers_values_beside_its_runs_alone():
     assert paper.row(large, 512) == ("table 4", {"fid": 11.93})
     assert paper.row(large | {"vae": {"name": paper.EMA}}, 512)[1]["fid"] == 12.03
     assert paper.row(run | {"step": 7_000_000, "vae": {"name": paper.EMA}}, 256)[1]["sfid"] == 6.85
-    assert paper.row(run | {"step": 500_000}, 256) is None and paper.row(run | {"vae": {"name": paper.EMA}}, 256) is None
+    for change in ({"step": 500_000}, {"vae": {"name": paper.EMA}}):
+        assert paper.row(run | change, 256) is None
 
 
 def test_the_papers_tables_name_configs_and_flags_that_exist():
@@ -206,8 +208,8 @@ EVAL = [*TINY, "--config.eval.every=3", f"--config.eval.num={COUNT}", "--config.
 
 
 def test_fid_during_training(inception, command, tmp_path):
-    """The same numbers as `evaluate` gives of the checkpoint, in metrics.jsonl once for each step, also where the run was
-    stopped between a checkpoint and its evaluation."""
+    """The same numbers as `evaluate` gives of the checkpoint, in metrics.jsonl once for each step, also where the run
+    was stopped between a checkpoint and its evaluation."""
     np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8))
     reference = f"{tmp_path}/ref.npz"
     flags = [*EVAL, "--config.checkpoint.every=3", f"--config.eval.reference={reference}",
@@ -220,15 +222,18 @@ def test_fid_during_training(inception, command, tmp_path):
     status, printed, err = command("train", *flags, "--config.steps=5")
     assert status == 0, err
     found = [r for r in records(tmp_path / "run") if "loss" not in r]
-    assert [r["step"] for r in found] == [3, 5] and found[0] == first and sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in found] == [3, 5] and found[0] == first
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
     assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in evaluation.NAMES}
-    status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}", "--classes=balanced",
-                             "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5", f"--reference={reference}",
-                             f"--inception={inception}", f"--features_batch_size={COUNT}", f"--out={tmp_path}/report.json")
+    status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}",
+                             "--classes=balanced", "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5",
+                             f"--reference={reference}", f"--inception={inception}", f"--features_batch_size={COUNT}",
+                             f"--out={tmp_path}/report.json")
     assert status == 0, err
     for name, value in json.loads((tmp_path / "report.json").read_text())["metrics"].items():
         np.testing.assert_allclose(first[f"{name}_{COUNT}"], value, rtol=1e-5, err_msg=name)
-    assert Image.open(tmp_path / "run/loss.png").height > Image.open(tmp_path / "run/loss.png").width * 0.7  # two panels
+    curve = Image.open(tmp_path / "run/loss.png")
+    assert curve.height > 0.7 * curve.width  # it has its second panel
 
 
 def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, command, tmp_path):
@@ -239,7 +244,8 @@ def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, co
     one_error(command("train", *flags), "eval.inception=''", "efflite0")
     one_error(command("train", *flags, "--config.eval.inception=absent.pth"), "config.eval: absent.pth: no such file",
               features.INCEPTION_SHA256, features.INCEPTION_URL)
-    one_error(command("train", *flags, f"--config.eval.inception={inception}"), "config.eval: ", "ref.npz", "16 x 16", "8 x 8")
+    one_error(command("train", *flags, f"--config.eval.inception={inception}"), "config.eval: ", "ref.npz", "16 x 16",
+              "8 x 8")
     one_error(command("train", *flags, f"--config.eval.inception={inception}", "--config.model.num_classes=0",
                       "--config.eval.cfg_scale=1.5"), "eval.cfg_scale=1.5")
     assert not (tmp_path / "run/checkpoints").exists()

@@ -223,7 +223,8 @@ def test_evaluation_on_two_hosts_gives_the_same_numbers(start, inception, pictur
         assert {status for status, _, _ in results} == {0}, results
 
     run(1, "train", *TINY, "--config.steps=2", f"--workdir={tmp_path}/run")
-    sampling = ["--num=11", "--sampler=ddim", "--steps=3", "--cfg_scale=1.5", "--batch_size=4", f"--workdir={tmp_path}/run"]
+    sampling = ["--num=11", "--sampler=ddim", "--steps=3", "--cfg_scale=1.5", "--batch_size=4",
+                f"--workdir={tmp_path}/run"]
     run(1, "sample", *sampling, "--classes=random", f"--out={tmp_path}/out")
     network = [f"--inception={inception}", "--features_batch_size=4"]
     references = [f"{tmp_path}/{count}.npz" for count in (1, 2)]

@@ -10,13 +10,13 @@ from dit_jax.metrics import evaluation, features
 class Evaluator:
     """evaluator(ema) -> ({"fid_5000": value, ...}, a line for the reader), the same on every host.
 
-    The samples are those of `dit_jax.evaluate --classes=balanced` with the same settings: all classes in turn, each time of
-    the same noise. Where they are not finite nothing is measured, and the line says so. What is not Inception's is called
-    by its own name, as in "fd_efflite0_5000".
+    The samples are those of `dit_jax.evaluate --classes=balanced` with the same settings: all classes in turn, each
+    time of the same noise. Where they are not finite nothing is measured, and the line says so. What is not
+    Inception's is called by its own name, as in "fd_efflite0_5000".
 
-    generator: of generate.Generator. decode: None, or from latents to pictures. size: of the pictures. num: samples. kind,
-    inception: as of features.load. reference: a path, as of evaluation.load_reference; its pictures are measured at once,
-    so that what is wrong with them is said before the run. Raises ValueError.
+    generator: of generate.Generator. decode: None, or from latents to pictures. size: of the pictures. num: samples.
+    kind, inception: as of features.load. reference: a path, as of evaluation.load_reference; its pictures are measured
+    at once, so that what is wrong with them is said before the run. Raises ValueError.
     """
 
     def __init__(self, mesh, generator, decode, size, num, kind, inception, reference):

@@ -71,8 +71,8 @@ def _of_size(batches, size):
 
 
 def ahead(batches):
-    """The same, the next one being read by a thread meanwhile. Not for batches that the devices make: programs of theirs
-    that are started by two threads may wait for each other."""
+    """The same, the next one being read by a thread meanwhile. Not for batches that the devices make: programs of
+    theirs that are started by two threads may wait for each other."""
     batches = iter(batches)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
@@ -121,8 +121,8 @@ def measure_shares(features, shares, keep=False, on_count=lambda count: None):
 
 @dataclass
 class Reference:
-    """What is compared with. path; mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source of
-    data.samples, or None; identity: what a report says of it; real: Measured of the images, once they were."""
+    """What is compared with. path; mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source
+    of data.samples, or None; identity: what a report says of it; real: Measured of the images, once they were."""
     path: str
     mu: np.ndarray | None
     sigma: np.ndarray | None
@@ -220,8 +220,8 @@ def measure_reference(features, reference):
 def compare(features, measured, reference):
     """Measured samples against a Reference -> {metric: float, or None where the reference has not what it takes}.
 
-    The reference's pictures, where it has some, serve precision, recall and KID, and the rest where it has no statistics.
-    Raises ValueError where their size is not the samples'.
+    The reference's pictures, where it has some, serve precision, recall and KID, and the rest where it has no
+    statistics. Raises ValueError where their size is not the samples'.
     """
     check_size(reference, measured.shape)
     measure_reference(features, reference)

@@ -9,8 +9,8 @@ class Moments:
 
     Attribute: count. By the pairwise update of Chan, Golub and LeVeque (1979): no large numbers are subtracted, whatever
     the features' mean. Rows are kept until there are ROWS, since an update costs much the same for few as for many.
-    Blocks of ROWS float32 rows are multiplied in float32, centred, and summed in float64, which moves FID by 1e-8 or so;
-    fewer rows, whose covariance may be singular, in float64.
+    Blocks of ROWS float32 rows are centred, multiplied in float32 and summed in float64, which moves FID by 1e-8 or
+    less; fewer rows, whose covariance may be singular, are multiplied in float64.
     """
 
     ROWS = 8192

@@ -26,8 +26,8 @@ def _within(x):
 
 def kid(samples, reference):
     """samples (N, D), reference (M, D) features -> the unbiased estimate of the squared maximum mean discrepancy
-    (equation 4), float64, over all pairs. Others average over random subsets of 1,000, which estimates the same, but hangs
-    on chance and on the order of the pictures. Raises ValueError where a set has fewer than two."""
+    (equation 4), float64, over all pairs. Others average over random subsets of 1,000, which estimates the same, but
+    hangs on chance and on the order of the pictures. Raises ValueError where a set has fewer than two."""
     if min(len(samples), len(reference)) < 2:
         raise ValueError("KID takes two pictures of each set at least")
     samples, reference = (np.asarray(a, np.float64) for a in (samples, reference))

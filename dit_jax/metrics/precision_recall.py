@@ -7,8 +7,8 @@ ROWS = 1000  # of a block of distances: 50,000 x 8 bytes each
 
 
 def _blocks(a, b, zero):
-    """(start, squared distances of a[start: start + ROWS] to b), float64; what is below `zero` is 0: of equal rows rounding
-    leaves that much."""
+    """(start, squared distances of a[start: start + ROWS] to b), float64; what is below `zero` is 0: of equal rows
+    rounding leaves that much."""
     lengths = np.einsum("ij,ij->i", b, b)
     for start in range(0, len(a), ROWS):
         rows = a[start: start + ROWS]
