@@ -84,6 +84,15 @@ def paper(model="DiT-XL/2"):
     c.sample.steps = "250"
     c.sample.eta = 0.0  # of ddim
 
+    c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights, by sample's sampler
+    c.eval.every = 0  # steps, and at the end; 0: none
+    c.eval.num = 5_000  # all classes in turn
+    c.eval.reference = ""  # an .npz or a folder of PNGs, as for dit_jax.evaluate
+    c.eval.features = "inception"  # or efflite0, for FD-EffLite0, which is no FID
+    c.eval.inception = ""  # the weights of InceptionV3
+    c.eval.cfg_scale = 1.0
+    c.eval.batch_size = 256  # images at a time, over all devices
+
     c.judge = ConfigDict()  # the closing measurement, on the embedded data
     c.judge.samples = 0  # 0: none
     return c
@@ -145,17 +154,18 @@ def resolve(config):
 
     for field in ("steps", "batch_size", "log_every", "checkpoint.every", "model.patch_size", "model.depth",
                   "model.hidden_size", "model.num_heads", "model.input_size", "model.in_channels",
-                  "sample.per_class", "sample.classes"):
+                  "sample.per_class", "sample.classes", "eval.batch_size"):
         check(field, lambda v: v >= 1, "at least 1")
     for field in ("seed", "model.num_classes", "checkpoint.keep", "checkpoint.keep_every", "sample.every",
-                  "sample.cfg_channels", "optimizer.weight_decay", "data.max_skipped"):
+                  "sample.cfg_channels", "eval.every", "optimizer.weight_decay", "data.max_skipped"):
         check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.learning_rate", "optimizer.eps"):
         check(field, lambda v: 0 < v < math.inf, "positive")
     check("seed", lambda v: v < 2**32, "below 2**32")
     check("judge.samples", lambda v: v == 0 or v >= 2, "0, or at least 2")
     check("sample.eta", lambda v: 0 <= v <= 1, "between 0 and 1")
-    check("sample.cfg_scale", lambda v: 0 <= v < math.inf, "0 or more")
+    for field in ("sample.cfg_scale", "eval.cfg_scale"):
+        check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"):
         check(field, lambda v: 0 <= v < 1, "in [0, 1)")
     check("diffusion.timesteps", lambda v: v > 20, "more than 20")
@@ -164,6 +174,13 @@ def resolve(config):
     dtypes = ("auto", "float32", "bfloat16")
     check("model.dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}")
     check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
+    check("eval.features", ("inception", "efflite0").__contains__, "inception or efflite0")
+    check("eval.num", lambda v: v >= 4, "at least 4")
+    if config["eval"]["every"]:
+        check("eval.reference", bool, "the .npz to compare with, or a folder of PNGs; or set eval.every=0")
+        if config["eval"]["features"] == "inception":
+            check("eval.inception", bool, "the file of InceptionV3's weights; or set eval.features=efflite0, for "
+                  "FD-EffLite0, which is no FID")
     check("init.which", ("ema", "raw").__contains__, "ema or raw")
     if model["input_size"] % model["patch_size"]:
         raise UserError(f"model.patch_size={model['patch_size']} does not divide "
@@ -174,13 +191,15 @@ def resolve(config):
     if config["judge"]["samples"] and not model["num_classes"]:
         raise UserError(f"judge.samples={config['judge']['samples']}: the judge looks for the class asked for, and "
                         "model.num_classes=0 has none; set judge.samples=0")
-    guided = config["sample"]["cfg_scale"] != 1 and (config["sample"]["every"] or config["judge"]["samples"])
-    if guided and not model["num_classes"]:
-        raise UserError(f"sample.cfg_scale={config['sample']['cfg_scale']}: guidance needs classes, and "
-                        "model.num_classes=0 has none; set sample.cfg_scale=1")
-    if guided and not config["diffusion"]["label_dropout"]:
-        raise UserError(f"sample.cfg_scale={config['sample']['cfg_scale']}: guidance needs a null class, which "
-                        "diffusion.label_dropout=0 does not train; set sample.cfg_scale=1")
+    for field, used in (("sample", config["sample"]["every"] or config["judge"]["samples"]),
+                        ("eval", config["eval"]["every"])):
+        scale = config[field]["cfg_scale"]
+        if used and scale != 1 and not model["num_classes"]:
+            raise UserError(f"{field}.cfg_scale={scale}: guidance needs classes, and model.num_classes=0 has none; set "
+                            f"{field}.cfg_scale=1")
+        if used and scale != 1 and not config["diffusion"]["label_dropout"]:
+            raise UserError(f"{field}.cfg_scale={scale}: guidance needs a null class, which diffusion.label_dropout=0 "
+                            f"does not train; set {field}.cfg_scale=1")
     return config
 
 

@@ -28,12 +28,13 @@ import signal
 
 import jax
 import numpy as np
+import scipy
 
 from dit_jax import __version__, hosts, paper, pictures, sample, sharding
 from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
-from dit_jax.metrics import evaluation, features, inception_score, kid, precision_recall
+from dit_jax.metrics import evaluation, features, inception_score, precision_recall
 from dit_jax.profiling import keep_compiled
 
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
@@ -74,44 +75,51 @@ def main():
         raise UserError("--reference is missing: name the .npz to compare with (the published one, or one that "
                         "dit_jax.reference made), or a folder of PNGs")
     if f.features == "inception" and not f.inception:
-        raise UserError(f"--inception is missing: FID needs the weights of InceptionV3, which no package carries: fetch "
-                        f"{features.INCEPTION_URL} (the first digits of its sha256 are in its name); or say "
-                        "--features=efflite0 for FD-EffLite0, which is no FID")
+        raise UserError("--inception is missing: FID needs the weights of InceptionV3, which no package carries: "
+                        f"{features.FETCH}; or say --features=efflite0 for FD-EffLite0, which is no FID")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    keep_compiled(os.path.join(os.path.dirname(f.out or "") or ".", "compiled"))
+    folder = os.path.dirname(os.path.abspath(f.out or "report.json"))
+    if f.out:
+        cli.make_workdir(folder, "out")
+    keep_compiled(os.path.join(folder, "compiled"))
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
-    sampler, args = None, None
     try:
         if f.samples:
             source, manifest = _file_samples(f.samples, f.num)
+        elif f.num < 1:
+            raise UserError(f"--num={f.num}: from the sampler, say how many")
         mesh = sharding.make_mesh()
         network = features.load(mesh, f.features, f.inception, f.features_batch_size)
         reference = evaluation.load_reference(f.reference, network)
         if f.samples:
-            total, batches = source.shape[0], source.batches(256)
+            total, batches, shape = source.shape[0], evaluation.ahead(source.batches(256)), source.shape[1:]
         else:
             sampler = sample.Sampler()
             if sampler.latent:
-                raise UserError(f"this is a model of latents ({sampler.args['in_channels']} channels): name a decoder with "
-                                "--vae")
-            total, manifest, batches, args = f.num, sampler.manifest, sampler.batches(), sampler.args
+                raise UserError(f"this is a model of latents ({sampler.args['in_channels']} channels): name a decoder "
+                                "with --vae")
+            total, manifest, batches = f.num, sampler.manifest, sampler.batches()
+            shape = sampler.size, sampler.size, 3
         if total < evaluation.LEAST:
-            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little below thousands")
+            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little "
+                            "below thousands")
+        evaluation.check_size(reference, shape)
+        evaluation.measure_reference(network, reference)
         progress = Progress("features", total, "pictures")
         measured = evaluation.measure(network, batches, on_count=progress.update)
         progress.close()
-        if reference.images is not None:
-            progress = Progress("reference", reference.images.shape[0], "pictures")
-        values = evaluation.compare(network, measured, reference, on_count=progress.update)
-        progress.close()
+        values = evaluation.compare(network, measured, reference)
     except ValueError as e:
         raise UserError(str(e)) from None
     names = evaluation.shown(f.features, measured.count)
     expected = None
-    if args and f.features == "inception":
-        expected = paper.row(manifest, args, measured.shape[0])
+    if manifest and f.features == "inception":
+        expected = paper.row(manifest, measured.shape[0])
     say(f"{measured.count:,} samples of {f.samples or f.workdir or f.weights} against {reference.identity['file']}")
     say("\n".join(table(values, names, expected)))
+    if f.features == "inception" and network.sha256 != features.INCEPTION_SHA256:
+        say(f"the weights are not the published file's (sha256 {network.sha256[:16]}...): a copy in another format, or "
+            "another network, whose numbers are nobody's FID")
     if reference.images is None:
         say("precision, recall and KID need the reference's pictures (arr_0), which it does not hold")
     report = {
@@ -124,9 +132,10 @@ def main():
         "features": {"name": network.name, "sha256": network.sha256, "products": "float32, highest precision"},
         "choices": {"evaluator": EVALUATOR if f.features == "inception" else network.name,
                     "split": inception_score.SPLIT, "neighbours": precision_recall.NEIGHBOURS,
-                    "kid_subsets": kid.SUBSETS, "kid_subset_size": kid.SUBSET_SIZE},
+                    "kid": "all pairs"},
         "versions": {"dit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__,
-                     "python": platform.python_version(), "device": jax.devices()[0].device_kind}}
+                     "scipy": scipy.__version__, "python": platform.python_version(),
+                     "device": jax.devices()[0].device_kind}}
     if f.out and jax.process_index() == 0:
         pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
         say(f"how they came about: {f.out}")

@@ -57,18 +57,27 @@ def grid(images, columns):
 
 
 def loss_curve(records, path):
-    """records: dicts with step, loss, mse, vb."""
+    """records: dicts with step, loss, mse, vb; and some with step and a Fréchet distance, as in "fid_5000", which get a
+    curve of their own."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = [r["step"] for r in records]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    losses = [r for r in records if "loss" in r]
+    steps = [r["step"] for r in losses]
+    distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
+    figure, panels = plt.subplots(1 + bool(distances), figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained",
+                                  sharex=True, squeeze=False)
+    axes = panels[0, 0]
     for name, label in (("loss", "loss"), ("mse", "mean-squared error on epsilon"), ("vb", "bound, bits/dim")):
-        axes.plot(steps, [r[name] for r in records], label=label, marker="." if len(steps) < 30 else None)
+        axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
     axes.set(xlabel="step", ylabel="mean over the interval", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    for key in distances:
+        panels[1, 0].plot(*zip(*((r["step"], r[key]) for r in records if key in r)), label=key, marker=".")
+        panels[1, 0].grid(alpha=0.3)
+        panels[1, 0].legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

@@ -66,7 +66,8 @@ def main():
         if f.images > len(source):
             raise UserError(f"--images={f.images}: there are {len(source)} pictures")
         progress = Progress("reference", len(source), "pictures")
-        measured = evaluation.measure_shares(network, shares(source, 4 * len(network.owners)), on_count=progress.update)
+        measured = evaluation.measure_shares(
+            network, evaluation.ahead(shares(source, 4 * len(network.owners))), on_count=progress.update)
         progress.close()
         skipped = sum(hosts.share(len(source.skipped)))
         if skipped > f.max_skipped:

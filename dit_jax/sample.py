@@ -38,6 +38,7 @@ from dit_jax.models import dit
 from dit_jax.profiling import keep_compiled
 
 GRID_IMAGES = 100
+MODEL = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
 
 
 def load_run(workdir, step, which, mesh):
@@ -180,9 +181,9 @@ def write_pictures(out, arrays, labels, single):
 class Sampler:
     """What the flags of cli.define_samples ask for.
 
-    Attributes: args (of DiT), labels (num,), latent (whether images are latents, there being no decoder), manifest (all
-    that the images depend on). make(part) -> images of these indices, uint8 pictures or float32 latents; on several
-    hosts all make the same. Raises UserError.
+    Attributes: args (of DiT), labels (num,), latent (whether images are latents, there being no decoder), size (of an
+    image), manifest (all that the images depend on). make(part) -> images of these indices, uint8 pictures or float32
+    latents; on several hosts all make the same. Raises UserError.
     """
 
     def __init__(self):
@@ -209,6 +210,7 @@ class Sampler:
                 raise UserError(f"--vae={vae_path}: decodes {vae.latent_channels} channels, and the model makes "
                                 f"{args['in_channels']}")
             self.decode = vae and vae.decoder(mesh, args["input_size"] * vae.factor)
+            self.size = args["input_size"] * (vae.factor if vae else 1)
             self.latent = not vae and not pictures.is_picture(args["in_channels"])
             self.labels = choose_labels(f.classes, f.num, args["num_classes"], f.seed)
             self.generator = Generator(
@@ -221,7 +223,7 @@ class Sampler:
         self.manifest = source | {
             "num": f.num, "classes": f.classes if args["num_classes"] else None, "seed": f.seed, "sampler": f.sampler,
             "steps": f.steps, "eta": f.eta, "cfg_scale": f.cfg_scale, "cfg_channels": f.cfg_channels,
-            "dtype": args["dtype"].name, "vae": vae and vae.identity}
+            "dtype": args["dtype"].name, "vae": vae and vae.identity, "model": {key: args[key] for key in MODEL}}
 
     def make(self, part):
         images = self.generator(self.params, self.labels[part], part)

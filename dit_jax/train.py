@@ -77,14 +77,13 @@ def grid_labels(config):
     return np.repeat(classes, s["per_class"])
 
 
-def make_generator(config, mesh, target):
-    """A Generator with the settings of config.sample, a grid's images at a time."""
-    args = configs.dit_args(config)
+def make_generator(config, mesh, target, **other):
+    """A Generator with the settings of config.sample and, by default, a grid's images at a time."""
     s = config["sample"]
-    return Generator(args, mesh, jax.tree.map(lambda a: a.sharding, target.ema),
-                     timesteps=config["diffusion"]["timesteps"], steps=s["steps"], sampler=s["sampler"], eta=s["eta"],
-                     cfg_scale=s["cfg_scale"], cfg_channels=s["cfg_channels"] or None, seed=config["seed"],
-                     batch_size=len(grid_labels(config)))
+    settings = {"steps": s["steps"], "sampler": s["sampler"], "eta": s["eta"], "cfg_scale": s["cfg_scale"],
+                "cfg_channels": s["cfg_channels"] or None, "batch_size": len(grid_labels(config))} | other
+    return Generator(configs.dit_args(config), mesh, jax.tree.map(lambda a: a.sharding, target.ema),
+                     timesteps=config["diffusion"]["timesteps"], seed=config["seed"], **settings)
 
 
 def check_same_run(config, identity):
@@ -184,13 +183,25 @@ def main():
         across = sharding.batch_sharding(mesh)
         model_input = pipeline.model_input(mesh, across, seed=config["seed"], scale=getattr(source, "scale", None),
                                            vae=vae if config["data"]["source"] in ("folder", "tfds") else None)
-        generator = decode = None
+        generator = evaluate = None
+        decode = vae and vae.decoder(mesh, model["input_size"] * vae.factor)
         if config["sample"]["every"] or config["judge"]["samples"]:
-            decode = vae and vae.decoder(mesh, model["input_size"] * vae.factor)
             try:
                 generator = make_generator(settled, mesh, target)
             except ValueError as e:
                 raise ValueError(f"config.sample: {e}") from None
+        if config["eval"]["every"]:
+            from dit_jax.metrics.during import Evaluator
+            e, size = config["eval"], model["input_size"] * (vae.factor if vae else 1)
+            try:
+                if not vae and not pictures.is_picture(model["in_channels"]):
+                    raise ValueError(f"every={e['every']}: latents are no pictures: name a decoder with vae.path")
+                evaluate = Evaluator(
+                    mesh, make_generator(settled, mesh, target, cfg_scale=e["cfg_scale"],
+                                         batch_size=min(e["num"], e["batch_size"])),
+                    decode, size, e["num"], e["features"], e["inception"], e["reference"])
+            except ValueError as error:
+                raise ValueError(f"config.eval: {error}") from None
     except ValueError as e:
         raise UserError(str(e)) from None
     args = configs.dit_args(settled)
@@ -227,6 +238,23 @@ def main():
         checkpoints.save(step, state, {"config": config, "data": source.identity, "init": meta.get("init"),
                                        "train_seconds": seconds(), "versions": {"jax": jax.__version__}})
 
+    def evaluate_if_due(step):
+        """Whether it was. What a run was stopped before, between a checkpoint and this, the next one makes up for."""
+        every = config["eval"]["every"]
+        if not every or not step or (step % every and step < steps):
+            return False
+        if hosts.share(any(r["step"] == step and "loss" not in r for r in metrics.records))[0]:
+            return False
+        values, line = evaluate(state.ema)
+        if values:
+            metrics.write(step, values)
+        progress.say(f"step {step}/{steps}  {line}")
+        return True
+
+    def draw_curve():
+        if metrics.main:
+            pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
+
     def seconds():
         return trained_before + time.perf_counter() - start
 
@@ -237,6 +265,9 @@ def main():
     batches = pipeline.Batches(source, seed=config["seed"], flip=config["data"]["flip"], first_step=first,
                                last_step=steps, batch_size=batch_size, sharding=across, num_classes=model["num_classes"])
     try:
+        if evaluate_if_due(first):
+            draw_curve()
+            mark = time.perf_counter()
         for step in range(first + 1, steps + 1):
             try:
                 batch = batches.get(running=pending[-1:])
@@ -284,9 +315,9 @@ def main():
                 save(step)
             if picture:
                 draw_grid(generator, decode, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
-            if (keep or picture) and metrics.main:
-                pictures.loss_curve(metrics.records, os.path.join(workdir, "loss.png"))
-            if keep or picture:
+            measured = not stop and evaluate_if_due(step)
+            if keep or picture or measured:
+                draw_curve()
                 mark, mark_step, batches.waited = time.perf_counter(), step, 0.0
             if stop:
                 break

@@ -76,9 +76,35 @@ def command(compiled):
     return run
 
 
-def losses(workdir):
+def records(workdir):
     with open(workdir / "metrics.jsonl") as f:
-        return {r["step"]: r["loss"] for r in map(json.loads, f)}
+        return [json.loads(line) for line in f]
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in records(workdir) if "loss" in r}
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of InceptionV3's weights with drawn numbers, those of the golden features."""
+    from inception_test import SHAPES, drawn
+
+    path = tmp_path_factory.mktemp("inception") / "weights.npz"
+    np.savez(path, **{name: drawn(name) for name in SHAPES if not name.endswith("num_batches_tracked")})
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture_folders(tmp_path_factory):
+    """A folder of class folders of pictures of 8 x 8, one of which is broken."""
+    from dit_jax import pictures
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(9):
+        picture = pictures.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        pictures.write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
+    return folder
 
 
 @pytest.fixture(scope="session")

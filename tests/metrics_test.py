@@ -56,6 +56,20 @@ def test_moments_of_batches_are_those_of_all_at_once(mean):
             np.testing.assert_allclose(moments.statistics()[1], sigma, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_whole_blocks_of_float32_are_multiplied_in_float32(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(Moments, "ROWS", 150)
+    x = (np.random.default_rng(0).standard_normal((500, 20)) @ np.diag(10.0 ** -np.arange(0, 4, 0.2)) + 1).astype(dtype)
+    sigma = np.cov(x.astype(np.float64), rowvar=False)
+    scale = np.sqrt(np.outer(np.diag(sigma), np.diag(sigma)))
+    for size in (7, 150, 500):
+        moments = Moments()
+        for start in range(0, 500, size):
+            moments.add(x[start: start + size])
+        np.testing.assert_allclose(moments.statistics()[0], x.mean(0, dtype=np.float64), rtol=1e-12)
+        np.testing.assert_allclose(moments.statistics()[1] / scale, sigma / scale, atol=tolerance)
+
+
 def test_moments_refuse_what_has_no_covariance():
     moments = Moments()
     moments.add(np.zeros((1, 3)))
@@ -98,9 +112,24 @@ def test_the_metrics_against_torch_fidelity():
     split = len(logits) // int(g["inception_score_splits"])
     np.testing.assert_allclose(inception_score(logits, split), g["inception_score"], rtol=1e-6)
     np.testing.assert_allclose(pr.precision_recall(samples, reference), g["precision_recall"], rtol=1e-6)
-    if "kid" in g:  # the first as many of both sets, in one subset: nothing is left to chance
-        n = len(reference)
-        np.testing.assert_allclose(kid(samples[:n], reference, subsets=1, size=n), g["kid"], rtol=1e-6)
+    if "kid" in g:  # the first as many of both sets, in one subset
+        np.testing.assert_allclose(kid(samples[:len(reference)], reference), g["kid"], rtol=1e-6)
+
+
+def test_kid_pair_by_pair(monkeypatch):
+    from dit_jax.metrics import kid as module
+    monkeypatch.setattr(module, "ROWS", 16)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 7)), 0.3 + rng.standard_normal((35, 7))
+
+    def mean(a, b):
+        return np.mean([(p @ q / 7 + 1) ** 3 for i, p in enumerate(a) for j, q in enumerate(b) if a is not b or i != j])
+
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    np.testing.assert_allclose(kid(x, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(kid(x[::-1], y[rng.permutation(35)]), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="two pictures of each"):
+        kid(x, y[:1])
 
 
 def test_the_inception_score_of_what_is_sure_and_even():

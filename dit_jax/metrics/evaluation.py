@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dit_jax.data import samples
+from dit_jax.logging import Progress
 from dit_jax.metrics import inception_score, kid, precision_recall
 from dit_jax.metrics.frechet import Moments, frechet_distance
 from dit_jax.pictures import write_aside
@@ -69,8 +70,9 @@ def _of_size(batches, size):
         yield np.concatenate(held)
 
 
-def _ahead(batches):
-    """The same, the next one being read by a thread meanwhile."""
+def ahead(batches):
+    """The same, the next one being read by a thread meanwhile. Not for batches that the devices make: programs of
+    theirs that are started by two threads may wait for each other."""
     batches = iter(batches)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
@@ -91,7 +93,7 @@ def measure(features, batches, keep=True, on_count=lambda count: None):
             digest.update(np.ascontiguousarray(images))
             yield np.array_split(images, jax.process_count())[jax.process_index()]
 
-    measured = measure_shares(features, _ahead(shares()), keep, on_count)
+    measured = measure_shares(features, shares(), keep, on_count)
     measured.sha256 = digest.hexdigest()
     return measured
 
@@ -119,8 +121,9 @@ def measure_shares(features, shares, keep=False, on_count=lambda count: None):
 
 @dataclass
 class Reference:
-    """What is compared with. mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source of
-    data.samples, or None; identity: what a report says of it; real: Measured of the images, once they were."""
+    """What is compared with. path; mu, sigma, mu_s, sigma_s: the last two None where there are none; images: a source
+    of data.samples, or None; identity: what a report says of it; real: Measured of the images, once they were."""
+    path: str
     mu: np.ndarray | None
     sigma: np.ndarray | None
     mu_s: np.ndarray | None
@@ -147,7 +150,7 @@ def load_reference(path, features):
 
     if os.path.isdir(path):
         images = enough(samples.Pngs(path))
-        return Reference(None, None, None, None, images, identity | {"images": images.shape[0]})
+        return Reference(path, None, None, None, None, images, identity | {"images": images.shape[0]})
     arrays, images = dict.fromkeys(KEYS), None
     try:
         with open(path, "rb") as f:
@@ -180,7 +183,7 @@ def load_reference(path, features):
                              f"and {(size, size)}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"{path}: {mean} or {cov} holds numbers that are not finite")
-    return Reference(*(arrays[key] for key in KEYS), images, identity)
+    return Reference(path, *(arrays[key] for key in KEYS), images, identity)
 
 
 def save_reference(path, measured, images, manifest):
@@ -195,18 +198,33 @@ def save_reference(path, measured, images, manifest):
     write_aside(path, data.getbuffer())
 
 
-def compare(features, measured, reference, on_count=lambda count: None):
+def check_size(reference, shape):
+    """ValueError where what is known of a Reference's pictures is of another size than samples of `shape` (H, W, 3)."""
+    path, size = reference.path, (reference.identity.get("made") or {}).get("size")
+    there = tuple(reference.images.shape[1:]) if reference.images is not None else (size, size, 3)
+    if (reference.images is not None or size) and there != tuple(shape):
+        raise ValueError(f"{path}: its pictures are of {there[1]} x {there[0]} pixels, and the samples of {shape[1]} x "
+                         f"{shape[0]}: name a reference of their size")
+
+
+def measure_reference(features, reference):
+    """The pictures of a Reference, where it has some, through the network, once; with progress."""
+    if reference.images is None or reference.real is not None:
+        return
+    progress = Progress("reference", reference.images.shape[0], "pictures")
+    reference.real = measure(features, ahead(reference.images.batches(256)), on_count=progress.update)
+    reference.identity["images_sha256"] = reference.real.sha256
+    progress.close()
+
+
+def compare(features, measured, reference):
     """Measured samples against a Reference -> {metric: float, or None where the reference has not what it takes}.
 
-    The reference's pictures, where it has some, go through the network too, once: for precision, recall and KID, and
-    where it has no statistics for these. Raises ValueError where their size is not the samples'.
+    The reference's pictures, where it has some, serve precision, recall and KID, and the rest where it has no
+    statistics. Raises ValueError where their size is not the samples'.
     """
-    if reference.images is not None:
-        if tuple(reference.images.shape[1:]) != tuple(measured.shape):
-            raise ValueError(f"{reference.images.path}: its pictures are of {reference.images.shape[2]} x "
-                             f"{reference.images.shape[1]} pixels, and the samples of {measured.shape[1]} x "
-                             f"{measured.shape[0]}: name a reference of their size")
-        reference.real = reference.real or measure(features, reference.images.batches(256), on_count=on_count)
+    check_size(reference, measured.shape)
+    measure_reference(features, reference)
     real = reference.real
     mu, sigma, mu_s, sigma_s = reference.mu, reference.sigma, reference.mu_s, reference.sigma_s
     if mu is None:

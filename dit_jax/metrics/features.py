@@ -32,6 +32,8 @@ from dit_jax.pictures import to_uint8
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+FETCH = f"fetch {INCEPTION_URL} (sha256 {INCEPTION_SHA256})"
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}  # Flax -> PyTorch
 AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # PyTorch -> Flax
 
@@ -61,10 +63,9 @@ def load_inception(path, precision=inception.HIGHEST):
     digits of a sha256, as published ones do, and that has another; a name that is missing or left over, or a shape.
     """
     if path is None:
-        raise ValueError(f"FID needs the weights of InceptionV3, which no package carries: fetch {INCEPTION_URL} and "
-                         "give its path")
+        raise ValueError(f"FID needs the weights of InceptionV3, which no package carries: {FETCH} and give its path")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file: fetch {INCEPTION_URL}")
+        raise ValueError(f"{path}: no such file: {FETCH}")
     graphdef, target = inception.abstract(precision=precision)
     params, sha256 = _load(path, target)
     return Extractor("FID", lambda params, x: Rows(*nnx.merge(graphdef, params)(x)), params, sha256)

@@ -6,20 +6,27 @@ NEIGHBOURS = 3
 ROWS = 1000  # of a block of distances: 50,000 x 8 bytes each
 
 
-def _distances(a, b, scale):
-    """Squared distances (len(a), len(b)), float64; of equal rows exactly 0."""
-    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
-    squares[squares < 1e-12 * scale] = 0  # what rounding leaves
-    return squares
+def _blocks(a, b, zero):
+    """(start, squared distances of a[start: start + ROWS] to b), float64; what is below `zero` is 0: of equal rows
+    rounding leaves that much."""
+    lengths = np.einsum("ij,ij->i", b, b)
+    for start in range(0, len(a), ROWS):
+        rows = a[start: start + ROWS]
+        squares = rows @ b.T
+        squares *= -2
+        squares += lengths
+        squares += np.einsum("ij,ij->i", rows, rows)[:, None]
+        squares[squares < zero] = 0
+        yield start, squares
 
 
-def _radii(x, k, scale):
+def _radii(x, k, zero):
     """The squared distance of each row of x to its k-th nearest other row."""
     radii = np.empty(len(x))
-    for start in range(0, len(x), ROWS):
-        squares = _distances(x[start: start + ROWS], x, scale)
+    for start, squares in _blocks(x, x, zero):
         squares[np.arange(len(squares)), start + np.arange(len(squares))] = np.inf
-        radii[start: start + ROWS] = np.partition(squares, k - 1, axis=1)[:, k - 1]
+        squares.partition(k - 1, axis=1)
+        radii[start: start + len(squares)] = squares[:, k - 1]
     return radii
 
 
@@ -34,14 +41,12 @@ def precision_recall(samples, reference, k=NEIGHBOURS):
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"precision and recall with {k} neighbours take {k + 1} pictures of each set, and there are "
                          f"{len(samples)} samples and {len(reference)} reference pictures")
-    samples, reference = (np.asarray(a, np.float64) for a in (samples, reference))
-    centre = reference.mean(0)
+    centre = reference.mean(0, dtype=np.float64)
     samples, reference = samples - centre, reference - centre
-    scale = max(np.square(a).sum(1).max() for a in (samples, reference))
-    of_samples, of_reference = (_radii(a, k, scale) for a in (samples, reference))
+    zero = 1e-12 * max(np.einsum("ij,ij->i", a, a).max() for a in (samples, reference))
+    of_samples, of_reference = (_radii(a, k, zero) for a in (samples, reference))
     precise, recalled = 0, np.zeros(len(reference), bool)
-    for start in range(0, len(samples), ROWS):
-        squares = _distances(samples[start: start + ROWS], reference, scale)
+    for start, squares in _blocks(samples, reference, zero):
         precise += (squares <= of_reference).any(1).sum()
-        recalled |= (squares <= of_samples[start: start + ROWS, None]).any(0)
+        recalled |= (squares <= of_samples[start: start + len(squares), None]).any(0)
     return float(precise / len(samples)), float(recalled.mean())
