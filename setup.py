@@ -38,6 +38,7 @@ setup(
         "pillow>=11.0.0",
         "matplotlib>=3.9.2",
         "scikit-learn>=1.5.2",  # the embedded digits, and the judge
+        "scipy>=1.14.1",
         "tqdm>=4.66.0",
     ],
     extras_require=extras,

@@ -126,7 +126,9 @@ def test_three_optimizer_steps_with_ema(golden, network):
                     continue
                 # Adam divides by the gradient's size: where a gradient is nearly 0, its rounding shows.
                 assert error.max() < 2e-5, key
-                assert np.quantile(error, 0.999) < 0.01 * moved.max() + 1e-7, key
+                # The EMA moves by about a weight's last bit, which each step may round either way.
+                rounding = len(z["t"]) * np.spacing(np.abs(z[key]).max())
+                assert np.quantile(error, 0.999) < 0.01 * moved.max() + rounding, key
 
 
 @pytest.mark.parametrize("path", sorted(glob.glob(str(GOLDEN / "dit" / "sample_*.npz"))))

@@ -11,11 +11,13 @@ Shapes below: B batch, N tokens, D width, H heads, K = D / H. Matrix products ru
 LayerNorm statistics and the softmax are float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 MLP_RATIO = 4
@@ -52,30 +54,26 @@ def modulate(x, shift, scale):
 
 def attention(q, k, v):
     """Softmax attention: q (B, H, N, K), k and v (B, H, M, K) -> (B, H, N, K)."""
-    scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bhnm,bhmk->bhnk", weights, v)
-
-
-_C, _A = np.float32(np.sqrt(2 / np.pi)), np.float32(0.044715)
+    # Named for remat "dots", which would make it again: its products have batch dimensions.
+    return checkpoint_name(jnp.einsum("bhnm,bhmk->bhnk", weights, v), "attention")
 
 
 @jax.custom_vjp
 def gelu(x):
+    """GELU, its tanh approximation. The backward pass keeps x alone: of what JAX would keep beside it, XLA on CPU makes
+    several passes through memory."""
     return jax.nn.gelu(x, approximate=True)
 
 
-def _gelu_fwd(x):
-    return jax.nn.gelu(x, approximate=True), x
+def _gelu_backward(x, g):
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    t = jnp.tanh(c * (x + a * x**3))
+    return (g * (0.5 * (1 + t) + 0.5 * c * x * (1 - t * t) * (1 + 3 * a * x * x)),)
 
 
-def _gelu_bwd(x, g):
-    t = jnp.tanh(_C * x * (1 + _A * x * x))
-    d = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _C * (1 + 3 * _A * x * x)
-    return (jax.lax.optimization_barrier(g * d),)
-
-
-gelu.defvjp(_gelu_fwd, _gelu_bwd)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class SelfAttention(nnx.Module):
@@ -86,10 +84,12 @@ class SelfAttention(nnx.Module):
         self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
-        qkv = rearrange(self.qkv(x), "b n (h three k) -> three b h n k", h=self.num_heads, three=3)
-        qkv = self.place(qkv, None, "batch", "heads", None, None)
-        x = self.place(attention(*(a[0] for a in jnp.split(qkv, 3))), "batch", "heads", None, None)
-        return self.proj(rearrange(x, "b h n k -> b n (h k)"))
+        qkv = rearrange(self.qkv(x), "b n (h three k) -> b n h three k", h=self.num_heads, three=3)
+        qkv = self.place(qkv, "batch", None, "heads", None, None)
+        # Split, not indexed: the gradient is one concatenation then, and not the sum of three padded arrays.
+        x = attention(*(rearrange(a, "b n h 1 k -> b h n k") for a in jnp.split(qkv, 3, axis=3)))
+        x = self.place(rearrange(x, "b h n k -> b n h k"), "batch", None, "heads", None)
+        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
 
 
 class CrossAttention(nnx.Module):
@@ -103,8 +103,9 @@ class CrossAttention(nnx.Module):
         q = rearrange(self.q(x), "b n (h k) -> b n h k", h=self.num_heads)
         kv = rearrange(self.kv(context), "b n (h two k) -> b n h two k", h=self.num_heads, two=2)
         q, kv = self.place(q, "batch", None, "heads", None), self.place(kv, "batch", None, "heads", None, None)
-        x = self.place(jax.nn.dot_product_attention(q, kv[..., 0, :], kv[..., 1, :]), "batch", None, "heads", None)
-        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
+        k, v = (rearrange(a, "b n h 1 k -> b h n k") for a in jnp.split(kv, 2, axis=3))
+        x = rearrange(attention(rearrange(q, "b n h k -> b h n k"), k, v), "b h n k -> b n h k")
+        return self.proj(rearrange(self.place(x, "batch", None, "heads", None), "b n h k -> b n (h k)"))
 
 
 class Mlp(nnx.Module):

@@ -25,11 +25,13 @@ SIZES = {
 MODELS = {f"DiT-{size}/{patch}": dict(patch_size=patch, **SIZES[size]) for size in SIZES for patch in (8, 4, 2)}
 
 # What the backward pass keeps of a block's forward pass (jax.checkpoint): none recomputed, everything but the
-# block's input, everything but matrix products.
+# block's input, everything but matrix products with weights and attention's result.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention")),
 }
 
 FREQUENCY_DIM = 256
