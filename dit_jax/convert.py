@@ -75,7 +75,7 @@ def _leaves(ours, block, theirs):
 
 
 def _to_ours(path, a, args):
-    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
+    d, h = args["hidden_size"], args["num_heads"]
     if path == "pos_embed":
         return a[0]
     if path == "x_embedder/kernel":  # a convolution's (D, C, p, p) -> (p*p*C, D)
@@ -86,7 +86,7 @@ def _to_ours(path, a, args):
 
 
 def _to_published(path, a, args):
-    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
+    d, h = args["hidden_size"], args["num_heads"]
     if path == "pos_embed":
         return a[None]
     if path == "x_embedder/kernel":

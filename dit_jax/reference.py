@@ -26,7 +26,7 @@ import signal
 import jax
 import numpy as np
 
-from dit_jax import __version__, encode, evaluate, hosts, sharding
+from dit_jax import __version__, encode, hosts, sharding
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features

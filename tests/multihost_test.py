@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, losses, records, write_cache
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from dit_jax import hosts
-from dit_jax.data import pipeline, sources
+from dit_jax.data import pipeline
 
 RUN = [*TINY, "--config.steps=24", "--config.checkpoint.every=4"]
 # The command, with every row that is read noted, and with `fault` done first.

@@ -12,7 +12,6 @@ import time
 import numpy as np
 import torch
 from diffusers.models import AutoencoderKL, DiTTransformer2DModel
-from torch.nn import functional as F
 
 from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.timing.child import Timed, serve
