@@ -86,7 +86,7 @@ def _to_ours(path, a, args):
 
 
 def _to_published(path, a, args):
-    d, h = args["hidden_size"], args["num_heads"]
+    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
     if path == "pos_embed":
         return a[None]
     if path == "x_embedder/kernel":
