@@ -59,7 +59,8 @@ def load_run(workdir, step, which, mesh):
 def load_weights(path, which, num_heads, num_classes, mesh):
     """The weights of a .pt or .npz file, likewise. The geometry is read off their shapes."""
     flat = convert.read_weights(path, which)
-    args = convert.infer_args(flat, num_heads, num_classes) | {"dtype": layout.compute_dtype(jax.devices())}
+    args = convert.infer_args(flat, num_heads, num_classes) | {
+        "block": "adaln_zero", "dtype": layout.compute_dtype(jax.devices())}
     sha256 = hashlib.sha256()
     params = convert.from_published(flat, args, sha256)
     shardings = sharding.state_shardings(params, mesh)
