@@ -206,6 +206,8 @@ def make_workdir(path, flag="workdir"):
 def locked(path, flag):
     """Holds the folder against a second command that would write there as well; on the first host. Nothing is left in
     it, and a process that dies lets go. Some network file systems have no locks: there nothing is held."""
+    import jax
+
     if jax.process_index():
         yield
         return
