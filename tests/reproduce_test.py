@@ -129,7 +129,8 @@ def made_up(plan, studies):
     rng = np.random.default_rng(0)
     for name in dict.fromkeys(n for study in studies for n in plan.studies[study]):
         task = plan.tasks[name]
-        values = {j: {m: rng.random(task.about["sets"]).tolist() for m in ("frechet", "precision", "recall", "recognised")}
+        metrics = "frechet", "precision", "recall", "recognised"
+        values = {j: {m: rng.random(task.about["sets"]).tolist() for m in metrics}
                   for j in findings.JUDGES}
         reproduce.write(task.done, task.about | {"judges": values})
         os.makedirs(task.about["samples"], exist_ok=True)
@@ -168,7 +169,8 @@ def test_the_plan_is_of_ordinary_commands(tmp_path):
         assert set(reproduce.Plan(str(tmp_path), "small", [study]).tasks) <= set(plan.tasks)
     fixed = {(c := plan.get_config(t.argv[1].partition("mini.py:")[2])).batch_size for t in runs}
     assert len(fixed) == 1 and c.model.hidden_size >= 64
-    seeds = [{plan.tasks[n].about["seed"] for n in plan.studies["blocks"] if f"-{block}-" in n} for block in findings.ORDER]
+    seeds = [{plan.tasks[n].about["seed"] for n in plan.studies["blocks"] if f"-{block}-" in n}
+             for block in findings.ORDER]
     assert seeds == [{0, 1, 2}] * 4
     widths = [plan.recipe["sizes"][size][1] for size in plan.recipe["sizes"]]
     assert len(widths) >= 3 and min(widths) >= 64

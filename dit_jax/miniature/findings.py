@@ -33,7 +33,8 @@ def value(results, judge, metric="frechet", seed_spread=0.0):
     share of it at either end, which is what other seeds have been seen to do."""
     values = [v for r in results for v in r["judges"][judge][metric]]
     wider = seed_spread if len({r["seed"] for r in results}) == 1 else 0.0
-    return Value(min(max(float(np.mean(values)), min(values)), max(values)), min(values) * (1 - wider), max(values) * (1 + wider))
+    low, high = min(values), max(values)
+    return Value(min(max(float(np.mean(values)), low), high), low * (1 - wider), high * (1 + wider))
 
 
 def groups(results):
@@ -46,8 +47,8 @@ def groups(results):
 
 
 def seed_spread(results):
-    """{judge: the largest deviation of a seed's distance from the mean of its model's, as a share of it, over all models
-    that have several seeds}; 0 where none has."""
+    """{judge: the largest deviation of a seed's distance from the mean of its model's, as a share of it, over all
+    models that have several seeds}; 0 where none has."""
     spread = dict.fromkeys(JUDGES, 0.0)
     for same in groups(results).values():
         for judge in JUDGES:
@@ -92,8 +93,8 @@ def paper_models():
 
 
 def scaling(results, spread):
-    """spread: of seed_spread -> (rows: [(model, Gflops, {judge: Value}, {judge: recognised})] by Gflops, correlations: {judge: (with log
-    Gflops, lowest and highest of these with one model left out, with Gflops)}, sentences)"""
+    """spread: of seed_spread -> (rows: [(model, Gflops, {judge: Value}, {judge: recognised})] by Gflops, correlations:
+    {judge: (with log Gflops, lowest and highest of these with one model left out, with Gflops)}, sentences)"""
     models = {key[:2]: same for key, same in groups(results).items()}
     values = {key: {j: value(same, j, seed_spread=spread[j]) for j in JUDGES} for key, same in models.items()}
     gflops = {key: same[0]["gflops"] for key, same in models.items()}
@@ -184,8 +185,8 @@ def sampling(results):
 
 
 def training(results, spread):
-    """spread: of seed_spread -> (rows: [(model, step, train Gflops, {judge: Value})], sentences). The smaller of two neighbours in size, at its
-    end, against the larger one's last checkpoint that has cost no more."""
+    """spread: of seed_spread -> (rows: [(size, patch, step, Gflops x batch x steps x 3, {judge: Value})], sentences).
+    The smaller of two neighbours in size, at its end, against the larger one's last checkpoint that cost no more."""
     rows = [(key[0], key[1], key[3], same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3,
              {j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()]
     rows.sort(key=lambda row: (log(row[3]), row[2]))
@@ -198,5 +199,5 @@ def training(results, spread):
             if large:
                 large = max(large, key=lambda r: r[3])
                 decisions.append(agreed(lower(large[4][j], small[4][j]) for j in JUDGES))
-    return rows, [count(decisions, "pairs of neighbours in size at the same patch, each with the smaller one's training "
-                        "compute", "have the larger one ahead")]
+    return rows, [count(decisions, "pairs of neighbours in size at the same patch, each with the smaller one's "
+                        "training compute", "have the larger one ahead")]

@@ -37,8 +37,8 @@ class Judges:
                 "recall": recall, "recognised": float(np.mean(judge.recognise(images) == labels))}
 
     def real(self):
-        """How many pictures there are, and of each judge the accuracy on held-out ones, and what a set's values would be,
-        were it of training pictures or of noise."""
+        """How many pictures there are, and of each judge the accuracy on held-out ones, and what a set's values would
+        be, were it of training pictures or of noise."""
         rng = np.random.default_rng(0)
         chosen = rng.choice(len(self.train[0]), min(self.samples, len(self.train[0])), replace=False)
         noise = rng.uniform(-1, 1, (self.samples, *self.train[0].shape[1:])).astype(np.float32)

