@@ -13,8 +13,8 @@ import numpy as np
 from dit_jax import flops, paper
 
 JUDGES = ("network", "strokes")  # of measure.Judges
-# The order of figure 5, best first.
-ORDER = ("adaln_zero", "adaln", "cross_attention", "in_context")
+# The order of figure 5, best first, with the paper's names.
+ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross-attention", "in_context": "in-context"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def scaling(results, spread):
         without = [correlation(np.delete(np.log(x), i), np.delete(y, i)) for i in range(len(x))]
         correlations[judge] = correlation(np.log(x), y), min(without), max(without), correlation(x, y)
     decision = agreed(1 if high < 0 else -1 if low > 0 else 0 for _, low, high, _ in correlations.values())
-    shown = " and ".join(f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f}, one model left out) by the judge {j}"
+    shown = " and ".join(f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f}, one model left out) by {j}"
                          for j, r in correlations.items())
     sentences = [sentence(decision, f"models of more Gflops make better samples, r = {shown}",
                           f"models of more Gflops make worse samples, r = {shown}",
@@ -126,15 +126,16 @@ def blocks(results):
     """-> (rows: [(block, Gflops, {judge: Value}, {judge: {seed: mean}})] in the paper's order, sentences)"""
     designs = {key[2]: same for key, same in groups(results).items()}
     values = {block: {j: value(designs[block], j) for j in JUDGES} for block in ORDER}
+    first, *others = ORDER
     rows = [(block, designs[block][0]["gflops"], values[block], {j: {r["seed"]: float(np.mean(
         r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES}) for block in ORDER]
     sentences = []
-    for better, worse in zip(ORDER, ORDER[1:]):
+    for better, worse in zip(ORDER, others):
         decision = agreed(lower(values[better][j], values[worse][j]) for j in JUDGES)
-        sentences.append(f"{better} and {worse}: " + sentence(decision, f"{better} is better", f"{worse} is better"))
-    best = agreed(min(1 if b == ORDER[0] else lower(values[ORDER[0]][j], values[b][j]) for b in ORDER) for j in JUDGES)
-    worst = "another design is better, by one judge at least"
-    sentences.append(f"{ORDER[0]} against all others: " + sentence(best, "it is the best of the four", worst))
+        sentences.append(f"{ORDER[better]} and {ORDER[worse]}: " + sentence(
+            decision, f"{ORDER[better]} is better", f"{ORDER[worse]} is better"))
+    best = agreed(min(lower(values[first][j], values[block][j]) for block in others) for j in JUDGES)
+    sentences.append(f"{ORDER[first]} against all others: " + sentence(best, "it is the best", "another one is better"))
     return rows, sentences
 
 
@@ -159,11 +160,12 @@ def guidance(results):
         "Precision: " + sentence(precision, f"it rises, from none to {at:g}", f"it falls, from none to {at:g}")]
 
 
-def sampling(results):
-    """-> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with its best number of
+def sampling(results, spread):
+    """spread: of seed_spread -> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with its best number of
     steps, against the large one's best among those that cost no more than the small one's most."""
-    rows = sorted(((key[0], key[5], same[0]["gflops"] * key[5], {j: value(same, j) for j in JUDGES})
-                   for key, same in groups(results).items()), key=lambda row: row[2])
+    rows = sorted(((key[0], key[5], same[0]["gflops"] * key[5], {
+        j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()),
+        key=lambda row: row[2])
     costs = {}
     for size, _, cost, _ in rows:
         costs.setdefault(size, []).append(cost)
@@ -178,7 +180,7 @@ def sampling(results):
         rival = min(rivals, key=lambda r: r[3][j].mean)
         decisions.append(lower(rival[3][j], best[3][j]))
         shown.append(f"{large} with {rival[1]} steps ({rival[2]:.3g} Gflops) has {rival[3][j]}, {small} at its best, "
-                     f"with {best[1]} steps ({best[2]:.3g} Gflops), {best[3][j]} by the judge {j}")
+                     f"with {best[1]} steps ({best[2]:.3g} Gflops), {best[3][j]} by {j}")
     shown = "; ".join(shown)
     return rows, [sentence(agreed(decisions), f"more steps do not make up for a smaller model: {shown}",
                            f"more steps make up for a smaller model: {shown}", shown)]

@@ -20,10 +20,12 @@ A *distance* is the Fréchet distance between a set of {samples} samples, all cl
 held-out digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last
 hidden layer of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the
 classes; it recognises by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and
-the highest. {spread} An outcome is decided where the ranges of both judges lie apart, the same way."""
+the highest. An outcome is decided where the ranges of both judges lie apart, the same way.
+
+{spread}"""
 SPREAD = """\
-Of models that were trained with several seeds, a seed was off the mean by up to {}: in the comparisons of scaling and
-training compute, the range of a model that was trained with one seed is wider by that at either end."""
+Of models that were trained with several seeds, a seed was off the mean by up to {}: in comparisons of models, the range
+of one that was trained with one seed is wider by that at either end."""
 
 
 def _load(plan, names):
@@ -43,7 +45,7 @@ def _cells(values):
 
 
 def _bullets(sentences):
-    return "\n".join(f"- {s[0].upper() + s[1:]}" for s in sentences)
+    return "\n".join(f"- {s}" for s in sentences)
 
 
 class _Plots:
@@ -133,12 +135,12 @@ def _blocks(plan, results, spread, folder):
         axes[2].plot(range(4), [theirs[block] for block in ORDER], "o")
         axes[2].set(title="FID-50K, the paper's XL/2")
         for panel in axes:
-            panel.set_xticks(range(4), ORDER, rotation=20)
+            panel.set_xticks(range(4), ORDER.values(), rotation=20)
     model = f"{results[0]['size']}/{results[0]['patch']}"
     return ["## Block designs: figure 5",
-            table([f"block, {model}, {len(rows[0][3][JUDGES[0]])} seeds", "Gflops", *(f"distance, {j}" for j in JUDGES),
+            table([f"block design, {model}, {len(rows[0][3][JUDGES[0]])} seeds", "Gflops", *(f"distance, {j}" for j in JUDGES),
                    "the paper's FID-50K, XL/2"],
-                  [[block, f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"]
+                  [[ORDER[block], f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"]
                    for block, gflops, values, _ in rows]),
             _bullets(sentences), "![blocks](blocks.png)"]
 
@@ -183,7 +185,7 @@ def _compute(title, name, rows, sentences, xlabel, label, folder, extra):
 
 
 def _sampling(plan, results, spread, folder):
-    rows, sentences = findings.sampling(results)
+    rows, sentences = findings.sampling(results, spread)
     return _compute("## Sampling compute: figure 10", "sampling", rows, sentences, "Gflops a sample",
                     lambda row: f"{row[0]}/{results[0]['patch']}", folder,
                     "DDPM with so many steps. The paper: L/2 with 1000 steps, 80.7 Tflops, has FID-10K 25.9; XL/2 with "
@@ -204,8 +206,7 @@ def _grid(plan, folder):
              if not plan.tasks[n].about["seed"] and os.path.exists(plan.tasks[n].done)]
     if not names:
         return []
-    about = sorted((plan.tasks[n].about for n in names), key=lambda a: (a["block"] != ORDER[0], a["size"] != "S",
-                                                                       a["size"] == "L", a["patch"]))
+    about = sorted((plan.tasks[n].about for n in names), key=lambda a: (list(ORDER).index(a["block"]), a["gflops"]))
     with _Plots(os.path.join(folder, "grid.png"), 1) as axes:
         pictures = []
         for a in about:
@@ -217,7 +218,7 @@ def _grid(plan, folder):
         rows = picture.shape[0] / len(about)
         axes[0].set_xticks([])
         axes[0].set_yticks([(i + 0.5) * rows for i in range(len(about))],
-                           [f"{a['size']}/{a['patch']}" + f" {a['block']}" * (a["block"] != ORDER[0]) for a in about])
+                           [f"{a['size']}/{a['patch']}" + f" {ORDER[a['block']]}" * (a["block"] != "adaln_zero") for a in about])
         axes[0].grid(False)
     return ["## Samples of the same noise: figure 7",
             "Each row a model, without guidance; each column one noise and class.", "![grid](grid.png)"]
