@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from dit_jax import flops, paper
+from dit_jax import paper
 from dit_jax.benchmark import machine
 from dit_jax.logging import duration, read_records
 from dit_jax.miniature import findings
