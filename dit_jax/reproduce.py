@@ -58,7 +58,8 @@ MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), f
             "full": dict(samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
                          many=(16, 32, 64, 128, 256, 1000)),
             "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
-CORE, START = 7e10, 10.0  # FLOP/s of one core in these models and seconds to start a command, for the estimate alone
+# For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
+TRAIN, SAMPLE, START = 7.5e10, 1.8e11, 6.0
 # Says which cores a command has, and that it ends with the process that started it, also if that one is killed.
 LAUNCH = """
 import ctypes, os, runpy, sys
@@ -142,7 +143,7 @@ class Plan:
                 run, ["dit_jax.train", f"--config={CONFIG}:{model}", f"--workdir={workdir}", f"--config.seed={seed}",
                       f"--config.steps={self.steps}", f"--config.checkpoint.every={every}",
                       f"--config.checkpoint.keep_every={0 if seed or block != 'adaln_zero' else every}"],
-                os.path.join(workdir, "checkpoints", str(self.steps)), START + flop / CORE)
+                os.path.join(workdir, "checkpoints", str(self.steps)), START + flop / TRAIN)
         kind, n = sampler
         name, num = f"{run}-{step}-{kind}{n}-{scale:g}", sets * self.samples
         if name not in self.tasks:
@@ -152,7 +153,7 @@ class Plan:
                 name, ["dit_jax.sample", f"--workdir={workdir}", f"--step={step}", f"--out={folder}", f"--num={num}",
                        "--classes=balanced", f"--cfg_scale={scale}", "--cfg_channels=0", f"--sampler={kind}",
                        f"--steps={n}", "--batch_size=100"],
-                os.path.join(self.out, "results", f"{name}.json"), START + flop / CORE, run,
+                os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
                 {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
                  "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
                  "batch_size": config["batch_size"], "samples": folder})
