@@ -113,6 +113,10 @@ def tpu_attached():
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
+def accelerator_attached():
+    return tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
 def _quiet_libtpu():
     """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
     at length that it does not know."""
@@ -137,8 +141,7 @@ def _on_hosts(main):
 
     if "coordinator" not in flags.FLAGS:
         return main()
-    accelerators = tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
-    if not accelerators and not jax.config.jax_platforms:
+    if not accelerator_attached() and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # else JAX loads a libtpu, whose tracer may crash without a TPU
     hosts.join()
     try:

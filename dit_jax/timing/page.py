@@ -84,7 +84,7 @@ def _time(seconds):
     return f"{seconds:.3g} {unit}"
 
 
-def _table(header, rows):
+def table(header, rows):
     """Markdown whose columns are aligned as plain text too."""
     rows = [header, ["---"] * len(header), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -114,13 +114,13 @@ def results(parts):
     growth = sorted((p for p in parts if p["what"] == "scaling"), key=lambda p: list(p["at"].values()))
     grown = [[*(str(v) for v in p["at"].values()), *(_time(median(p["sides"][label])) for label in common(growth))]
              for p in growth]
-    return "\n\n".join([_table(header, rows)] * bool(rows) + [_table(
+    return "\n\n".join([table(header, rows)] * bool(rows) + [table(
         [f"training step of {p['model']}: batch", "tokens", "blocks", *common(growth)], grown) for p in growth[:1]])
 
 
 def target_table(found):
     met = {True: "met", False: "not met", None: f"too few rounds: {ROUNDS} are asked for"}
-    return _table(["target", "measured", ""], [[t["target"], t["shown"], met[t["met"]]] for t in found])
+    return table(["target", "measured", ""], [[t["target"], t["shown"], met[t["met"]]] for t in found])
 
 
 def page(parts, found, machine, plot):

