@@ -16,7 +16,8 @@ import numpy as np
 
 from dit_jax.config import UserError
 
-UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError)
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile,
+              pickle.UnpicklingError)
 STORAGES = {"FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
             "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
             "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
