@@ -94,6 +94,7 @@ def test_pytorch_denoises_the_same(both):
         assert_allclose(ours, nhwc(other), rtol=1e-4, atol=1e-4 * np.abs(ours).max())
 
 
+@pytest.mark.slow
 def test_pytorch_trains_the_same(both):
     """Losses, and after two steps of AdamW with decay the parameters and their EMA. A timestep is 0, where the bound is
     the discretised likelihood."""

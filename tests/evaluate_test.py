@@ -207,6 +207,7 @@ EVAL = [*TINY, "--config.eval.every=3", f"--config.eval.num={COUNT}", "--config.
         "--config.sample.sampler=ddim", "--config.sample.steps=3"]
 
 
+@pytest.mark.slow
 def test_fid_during_training(inception, command, tmp_path):
     """The same numbers as `evaluate` gives of the checkpoint, in metrics.jsonl once for each step, also where the run
     was stopped between a checkpoint and its evaluation."""
