@@ -40,20 +40,22 @@ from dit_jax.profiling import keep_compiled
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
 
 
-def _file_samples(path, num):
-    """-> (a source of data.samples of `num` pictures, what is known of how they were made)."""
+def _file_samples(path, num, kind):
+    """-> (a source of data.samples of `num` pictures, what is known of how they were made). kind: of the features."""
     source = files.load(path)
     if num and source.shape[0] != num:
-        what = "FID-50K takes 50,000" if num == 50_000 else f"--num={num} asks for {num:,}"
-        raise ValueError(f"{path}: holds {source.shape[0]:,} pictures, and {what}; sample the rest, or say "
-                         f"--num={source.shape[0]} (a number that cannot be compared with FID-50K)")
+        name = evaluation.shown(kind, num)["fid"]
+        raise ValueError(f"{path}: holds {source.shape[0]:,} pictures, and {name} takes {num:,}; sample the rest, or "
+                         f"say --num={source.shape[0]} (a number that cannot be compared with {name})")
     beside = os.path.join(os.path.dirname(os.path.abspath(path)), "manifest.json")
     try:
         with open(beside) as f:
             manifest = dict(json.load(f))
     except (OSError, ValueError, TypeError):
         manifest = {}
-    return source, manifest if manifest.get("num") == source.shape[0] else {}
+    # A manifest is of what dit_jax.sample wrote beside it, not of another file.
+    ours = os.path.basename(os.path.abspath(path)) in ("samples.npz", "png")
+    return source, manifest if ours and manifest.get("num") == source.shape[0] else {}
 
 
 def table(values, names, expected):
@@ -78,6 +80,8 @@ def main():
         raise UserError("--inception is missing: FID needs the weights of InceptionV3, which no package carries: "
                         f"{features.FETCH}; or say --features=efflite0 for FD-EffLite0, which is no FID")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if f.out and os.path.isdir(f.out):
+        raise UserError(f"--out={f.out}: is a folder: name the JSON file")
     folder = os.path.dirname(os.path.abspath(f.out or "report.json"))
     if f.out:
         cli.make_workdir(folder, "out")
@@ -85,7 +89,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     try:
         if f.samples:
-            source, manifest = _file_samples(f.samples, f.num)
+            source, manifest = _file_samples(f.samples, f.num, f.features)
         elif f.num < 1:
             raise UserError(f"--num={f.num}: from the sampler, say how many")
         mesh = sharding.make_mesh()
@@ -113,7 +117,7 @@ def main():
         raise UserError(str(e)) from None
     names = evaluation.shown(f.features, measured.count)
     expected = None
-    if manifest and f.features == "inception":
+    if manifest and network.sha256 == features.INCEPTION_SHA256:
         expected = paper.row(manifest, measured.shape[0])
     say(f"{measured.count:,} samples of {f.samples or f.workdir or f.weights} against {reference.identity['file']}")
     say("\n".join(table(values, names, expected)))

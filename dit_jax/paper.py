@@ -1,6 +1,7 @@
 """The paper's results as commands: python -m dit_jax.paper
 
-Prints every row of tables 2 to 5 of arXiv 2212.09748v2 with the commands that reproduce it, and whether they were run.
+Prints every row of DiT in tables 2 to 5 of arXiv 2212.09748v2 with the commands that reproduce it, and whether they were
+run.
 """
 
 from dit_jax import cli
@@ -8,6 +9,8 @@ from dit_jax import cli
 if __name__ == "__main__":
     cli.parse()  # above the imports that take time
 
+from dit_jax.autoencoder import HUB
+from dit_jax.metrics.features import FETCH
 from dit_jax.models.dit import MODELS
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -29,6 +32,7 @@ DECODERS = {  # table 5: {decoder of DiT-XL/2, 256 px, guidance 1.5: METRICS}
     EMA: (2.27, 4.60, 278.24, 0.83, 0.57)}
 # The original decoder: vae/diffusion_pytorch_model.bin of Stable Diffusion 1.5.
 ORIGINAL_SHA256 = "1b134cded8eb78b184aefb8805b6b572f36fa77b255c483665dda931fa0130c5"
+DECODER_FILES = {sha256: name for name, (_, sha256) in HUB.items()} | {ORIGINAL_SHA256: ORIGINAL}
 REFERENCE = {size: f"VIRTUAL_imagenet{size}{'_labeled' if size == 256 else ''}.npz" for size in (256, 512)}
 WEIGHTS = {size: f"DiT-XL-2-{size}x{size}.pt" for size in (256, 512)}
 CONFIG = {256: "xl2", 512: "xl2_512"}  # that the weights are of
@@ -50,12 +54,14 @@ def row(manifest, size):
     {metric: value}), or None where the paper has no such run. size: of the samples in pixels."""
     usual = {"num": 50_000, "sampler": "ddpm", "steps": "250", "which": "ema"}
     vae, config, scale = manifest.get("vae") or {}, _config(manifest.get("model") or {}), manifest.get("cfg_scale")
-    decoder = ORIGINAL if vae.get("sha256") == ORIGINAL_SHA256 else vae.get("name")
+    decoder = DECODER_FILES.get(vae.get("sha256"))
     if config is None or any(manifest.get(key) != value for key, value in usual.items()):
         return None
     if manifest.get("classes") not in ("random", "balanced") or (scale != 1 and manifest.get("cfg_channels") != 3):
         return None
     published = manifest.get("weights") == WEIGHTS.get(size) and config == CONFIG.get(size)
+    if not published and (manifest.get("batch_size") != 256 or manifest.get("init")):
+        return None  # not the paper's recipe
     step = FULL_STEPS[size] if published else manifest.get("step")
     whole = config == CONFIG.get(size) and step == FULL_STEPS[size]
     if whole and decoder == EMA and (size, scale) in GUIDED:
@@ -83,11 +89,22 @@ def listing():
     encode = ("python -m dit_jax.encode --source=tfds --name=imagenet2012 --path=/data/tfds "
               f"--vae={EMA} --size={{0}} --out=/data/imagenet-latents-{{0}}")
     lines = ["None of these was run by us: they take ImageNet, Inception's weights and an accelerator. Rows of one",
-             "config are one run: train it to fewer steps first, or keep the checkpoints that are asked for",
-             "(checkpoint.keep_every).", "",
-             "Data, once (256 and 512 px; the three decoders share their encoder):",
-             "  python -m dit_jax.prepare --tars=DOWNLOADS --path=/data/tfds"]
+             "config are one run, trained on to more steps: in the order in which they stand here.", "",
+             "Files, once (the published weights are CC-BY-NC):"]
+    lines += [f"  {url}" for size in (256, 512) for url in (
+        f"https://dl.fbaipublicfiles.com/DiT/models/{WEIGHTS[size]}",
+        f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{size}/{REFERENCE[size]}")]
+    lines += [f"  Inception's weights: {FETCH}", "",
+              "Data, once (256 and 512 px; the three decoders share their encoder):",
+              "  python -m dit_jax.prepare --tars=DOWNLOADS --path=/data/tfds"]
     lines += [f"  {encode.format(size)}" for size in (256, 512)]
+    lines += ["", "Table 4: no guidance (FID)"]
+    for (config, steps), value in sorted(NO_GUIDANCE.items(), key=lambda row: row[0][1]):
+        size = 512 if config.endswith("512") else 256
+        lines += [f"  {config} after {steps:,} steps: {value}   [not run]", f"    {_train(config, steps)}",
+                  f"    {_evaluate(f'--workdir=runs/{config} --step={steps}', size, 1, MSE)}"]
+        if config == CONFIG[size] and steps == FULL_STEPS[size]:
+            lines.append(f"    published weights: {_evaluate(f'--weights={WEIGHTS[size]}', size, 1, MSE)}")
     header = "FID sFID IS precision recall"
     for table, size in ((2, 256), (3, 512)):
         config = CONFIG[size]
@@ -98,11 +115,6 @@ def listing():
                           f"    published weights: {_evaluate(f'--weights={WEIGHTS[size]}', size, scale)}",
                           f"    from scratch:      {_train(config, FULL_STEPS[size])}",
                           f"                       {_evaluate(f'--workdir=runs/{config}', size, scale)}"]
-    lines += ["", "Table 4: no guidance (FID)"]
-    for (config, steps), value in NO_GUIDANCE.items():
-        size = 512 if config.endswith("512") else 256
-        lines += [f"  {config} after {steps:,} steps: {value}   [not run]", f"    {_train(config, steps)}",
-                  f"    {_evaluate(f'--workdir=runs/{config} --step={steps}', size, 1, MSE)}"]
     lines += ["", f"Table 5: decoders, DiT-XL/2, 256 px, guidance 1.5 ({header}); the original one is",
               f"vae/diffusion_pytorch_model.bin of Stable Diffusion 1.5, sha256 {ORIGINAL_SHA256}"]
     for vae, values in DECODERS.items():

@@ -46,14 +46,18 @@ def load_run(workdir, step, which, mesh):
     from dit_jax.checkpoint import Checkpoints  # orbax takes its time, and --weights does without
 
     checkpoints = Checkpoints(workdir, read_only=True)
-    config = checkpoints.latest_meta(step)["config"]
+    meta = checkpoints.latest_meta(step)
+    config = meta["config"]
     args = configs.dit_args(layout.settle(config, jax.devices()))
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    step, params = checkpoints.restore_params(step, {"ema": "ema", "raw": "params"}[which], target)
-    return args, params, shardings, {"workdir": os.path.abspath(workdir), "step": step, "which": which,
-                                     "timesteps": config["diffusion"]["timesteps"]}, config.get("vae", {}).get("path", "")
+    item = {"ema": "ema", "raw": "params"}[which]
+    step, params = checkpoints.restore_params(step, item, target)
+    return args, params, shardings, {
+        "workdir": os.path.abspath(workdir), "step": step, "which": which, "fingerprint": meta["fingerprints"][item],
+        "data": meta["data"], "batch_size": config["batch_size"], "init": meta.get("init"),
+        "timesteps": config["diffusion"]["timesteps"]}, config.get("vae", {}).get("path", "")
 
 
 def load_weights(path, which, num_heads, num_classes, mesh):
@@ -232,6 +236,8 @@ class Sampler:
             raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
                             "lower --cfg_scale, or look at the weights")
         images = self.decode(images) if self.decode else images
+        if self.decode and not np.isfinite(images).all():
+            raise UserError("the decoder makes pictures that are not finite: look at --vae")
         return images if self.latent else pictures.to_uint8(images)
 
     def batches(self, start=0):

@@ -148,6 +148,11 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     assert "cut short or damaged" in error()
     np.savez(file, something=np.zeros(3))
     assert "holds neither mu and sigma nor pictures" in error()
+    with open(file, "wb") as f:
+        np.save(f, np.zeros(3))
+    assert "cut short or damaged" in error()
+    np.savez(file, arr_0=images(5), manifest=json.dumps({"somebody": "else's"}))
+    assert evaluation.load_reference(str(file), network).images.shape[0] == 5
     np.savez(file, mu=np.full(3, np.nan), sigma=np.eye(3))
     assert "not finite" in error()
     np.savez(file, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
@@ -166,31 +171,35 @@ def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((COUNT, 8, 8, 3), np.float32))
     one_error(command("evaluate", f"--samples={tmp_path / 'float.npz'}", *flags), "float.npz", "float32", "uint8")
     one_error(command("evaluate", f"--samples={npz}", "--num=0", *flags), reference, "16 x 16", "8 x 8")
+    one_error(command("evaluate", f"--samples={npz}", f"--out={tmp_path}", *flags), f"--out={tmp_path}", "is a folder")
 
 
 def test_the_papers_values_beside_its_runs_alone():
     model = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, block="adaln_zero", input_size=32,
                  in_channels=4, num_classes=1000)
+    file = {name: {"name": "whatever.safetensors", "sha256": sha256} for sha256, name in paper.DECODER_FILES.items()}
     manifest = dict(num=50_000, sampler="ddpm", steps="250", which="ema", classes="random", cfg_scale=1.5, cfg_channels=3,
-                    weights="DiT-XL-2-256x256.pt", vae={"name": paper.EMA}, model=model)
+                    weights="DiT-XL-2-256x256.pt", vae=file[paper.EMA], model=model)
     where, values = paper.row(manifest, 256)
     assert where == "table 2" and values["fid"] == 2.27 and values["recall"] == 0.57
-    assert paper.row(manifest | {"vae": {"name": paper.MSE}}, 256)[1]["fid"] == 2.30
-    original = {"name": "my.bin", "sha256": paper.ORIGINAL_SHA256}
-    assert paper.row(manifest | {"vae": original}, 256) == ("table 5", dict(zip(paper.METRICS, (
+    assert paper.row(manifest | {"vae": file[paper.MSE]}, 256)[1]["fid"] == 2.30
+    assert paper.row(manifest | {"vae": file[paper.ORIGINAL]}, 256) == ("table 5", dict(zip(paper.METRICS, (
         2.46, 5.18, 271.56, 0.82, 0.57))))
     for change in ({"num": 10_000}, {"steps": "100"}, {"cfg_channels": 0}, {"cfg_scale": 4.0}, {"which": "raw"},
-                   {"weights": "mine.pt"}, {"vae": None}, {"classes": "3"}, {"model": model | {"depth": 12}},
+                   {"weights": "mine.pt"}, {"vae": None}, {"vae": {"name": paper.EMA, "sha256": "0" * 64}},
+                   {"classes": "3"}, {"model": model | {"depth": 12}},
                    {"model": model | {"block": "adaln"}}, {"model": model | {"input_size": 64}}):
         assert paper.row(manifest | change, 256) is None
     assert paper.row({}, 256) is None and paper.row({"model": None, "num": 50_000}, 256) is None
     run = {key: value for key, value in manifest.items() if key != "weights"} | {
-        "cfg_scale": 1.0, "step": 400_000, "vae": {"name": paper.MSE}}
+        "cfg_scale": 1.0, "step": 400_000, "vae": file[paper.MSE], "batch_size": 256, "init": None}
     assert paper.row(run, 256) == ("table 4", {"fid": 19.47})
     assert paper.row(run | {"model": model | {"block": "in_context"}}, 256) == ("table 4", {"fid": 35.24})
     large = run | {"model": model | {"input_size": 64}, "step": 3_000_000}
     assert paper.row(large, 512) == ("table 4", {"fid": 11.93})
-    assert paper.row(large | {"vae": {"name": paper.EMA}}, 512)[1]["fid"] == 12.03
+    for change in ({"batch_size": 32}, {"init": {"weights": "other.pt"}}):
+        assert paper.row(run | change, 256) is None
+    assert paper.row(large | {"vae": file[paper.EMA]}, 512)[1]["fid"] == 12.03
     assert paper.row(run | {"step": 7_000_000, "vae": {"name": paper.EMA}}, 256)[1]["sfid"] == 6.85
     for change in ({"step": 500_000}, {"vae": {"name": paper.EMA}}):
         assert paper.row(run | change, 256) is None

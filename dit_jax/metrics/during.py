@@ -31,10 +31,11 @@ class Evaluator:
         for start in range(0, self.num, self.generator.batch_size):
             part = np.arange(start, min(start + self.generator.batch_size, self.num))
             images = self.generator(ema, self.labels[part], part)
+            images = self.decode(images) if self.decode else images
             if not np.isfinite(images).all():
                 raise FloatingPointError
             progress.update(part[-1] + 1)
-            yield pictures.to_uint8(self.decode(images) if self.decode else images)
+            yield pictures.to_uint8(images)
 
     def __call__(self, ema):
         progress = Progress("eval", self.num, "pictures")

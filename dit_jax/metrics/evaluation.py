@@ -159,12 +159,14 @@ def load_reference(path, features):
             there = file.files
             for key in KEYS:
                 arrays[key] = file[key] if key in there else None
-            identity |= {"made": json.loads(str(file["manifest"]))} if "manifest" in there else {}
+            made = json.loads(str(file["manifest"])) if "manifest" in there else None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file: name a reference, an .npz or a folder of PNGs") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path}: is no reference, cut short or damaged ({' '.join(str(e).split())[:150]})") from None
-    made = identity.get("made")
+    if not (isinstance(made, dict) and {"features", "features_sha256"} <= made.keys()):
+        made = None  # of somebody else's file: other keys than the published ones say nothing here
+    identity |= {"made": made} if made else {}
     if made and (made["features"], made["features_sha256"]) != (name, sha256):
         raise ValueError(f"{path}: was made for {made['features']} with weights of sha256 {made['features_sha256'][:16]}..., "
                          f"not for {name} with {sha256[:16]}...: make it again with dit_jax.reference")
