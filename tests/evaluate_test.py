@@ -200,8 +200,8 @@ def test_the_papers_values_beside_its_runs_alone():
     for change in ({"batch_size": 32}, {"init": {"weights": "other.pt"}}):
         assert paper.row(run | change, 256) is None
     assert paper.row(large | {"vae": file[paper.EMA]}, 512)[1]["fid"] == 12.03
-    assert paper.row(run | {"step": 7_000_000, "vae": {"name": paper.EMA}}, 256)[1]["sfid"] == 6.85
-    for change in ({"step": 500_000}, {"vae": {"name": paper.EMA}}):
+    assert paper.row(run | {"step": 7_000_000, "vae": file[paper.EMA]}, 256)[1]["sfid"] == 6.85
+    for change in ({"step": 500_000}, {"vae": file[paper.EMA]}):
         assert paper.row(run | change, 256) is None
 
 
