@@ -118,7 +118,7 @@ def published_shapes(args):
 
 def from_published(flat, args, sha256=None):
     """{published name: array} -> our params, nested and float32. args: of models.dit.DiT. sha256: a hashlib object that
-    takes what `digest` takes, on the way.
+    takes the arrays' bytes on the way, in the order of the file.
 
     Raises UserError naming the array that is missing, left over or of another shape.
     """
