@@ -248,6 +248,8 @@ def measure(part):
                     sides[label]["rates"].append(answer["rate"])
                     sides[label] |= {key: answer[key] for key in ("memory", "value") if key in answer}
                     progress.update(i * len(children) + j + 1)
+            if part.what in ("train", "denoise", "decode"):
+                sides[page.OURS]["profile"] = children[page.OURS].profile()
         except ChildError as e:
             raise UserError(f"{part.name}: {e}") from None
         finally:
@@ -353,6 +355,8 @@ def main():
     say(f"\n{here['cores']} cores of {here['cpu']}\n\n{page.results(parts)}")
     if found := page.targets(parts):
         say(f"\n{page.target_table(found)}\n")
+    if profiled := page.profiles(parts):
+        say(f"\n{profiled}\n")
     if f.out:
         write(parts, f.out)
 

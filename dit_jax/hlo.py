@@ -259,7 +259,7 @@ class Program:
                 scatters = inner.opcode == "all-reduce" and not target and size(root.shape) < size(inner.shape)
                 kind = "reduce-scatter" if scatters else inner.opcode.removesuffix("-start")
                 return self._add_collective(total, kind, inner, fused, inner.shape if target else root.shape)
-        flops, matrix = self._flops(i, computation)
+        flops, matrix = self.flops(i, computation)
         total.flops += flops
         total.matrix_flops += matrix
         if i.opcode not in FREE and not any(f'"{target}"' in i.attributes for target in FREE_TARGETS):
@@ -267,13 +267,21 @@ class Program:
             total.bytes += moved
             total.hbm_bytes += hbm
 
-    def _flops(self, i, computation):
-        """(all, of matrix products)."""
+    def within(self, i):
+        """An instruction, and those that are fused in it."""
+        found = [i]
+        for part in found:
+            if part.opcode == "fusion":
+                found += self.computations[self._called(part)[0]].values()
+        return found
+
+    def flops(self, i, computation):
+        """(all, of matrix products) of an instruction of this computation."""
         if i.opcode == "fusion":
             name = self._called(i)[0]
             if name not in self._fused:
                 inner = self.computations[name]
-                parts = [self._flops(c, inner) for c in inner.values()]
+                parts = [self.flops(c, inner) for c in inner.values()]
                 self._fused[name] = tuple(map(sum, zip(*parts)))
             return self._fused[name]
         if i.opcode == "convolution":

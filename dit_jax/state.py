@@ -38,11 +38,12 @@ def init_state(key, model_args, optimizer):
 def update(state, loss_fn, optimizer, ema_decay):
     """One optimizer and EMA update of loss_fn(params) -> (scalar, metrics)."""
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-    # The gradient's norm tells of this step's arithmetic, the parameters' of what would be saved.
-    metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
+    with jax.named_scope("optimizer"):  # for profiles
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+        # The gradient's norm tells of this step's arithmetic, the parameters' of what would be saved.
+        metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 

@@ -21,7 +21,8 @@ from dit_jax.diffusion import gaussian, samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.state import TrainState, make_optimizer, update
-from dit_jax.timing import evaluation, page
+from dit_jax.benchmark import cores
+from dit_jax.timing import evaluation, page, profile
 
 ARGS = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 FULL = linear_schedule(1000)
@@ -166,6 +167,16 @@ def test_the_command_beside_pytorch(command, tmp_path):
         assert part["name"] in stdout and part["name"] in (out / "benchmarks.md").read_text()
     for what in ("train", "denoise", "decode"):
         assert list(parts[what]["sides"]) == [page.OURS, page.DIFFUSERS]
+    for what in ("train", "denoise", "decode"):
+        side = parts[what]["sides"][page.OURS]
+        kinds, whole = side["profile"]["kinds"], side["profile"]["seconds"]
+        assert 0.3 * whole < sum(seconds for seconds, _ in kinds.values()) < cores() * whole, what
+        # Every product was seen, as often as it ran; training makes some again, and decode's count is of all arithmetic.
+        ratio = sum(flop for _, flop in kinds.values()) / parts[what]["flop"]
+        assert (0.85 if what == "decode" else 0.98) < ratio < (1.4 if what == "train" else 1.02), (what, ratio)
+        assert (profile.OPTIMIZER in kinds) == (what == "train") and (profile.CONVOLUTIONS in kinds) == (what == "decode")
+        assert {profile.WEIGHTS, profile.ATTENTION, profile.ELEMENTWISE} <= set(kinds) or what == "decode"
+    assert profile.OPTIMIZER in stdout and profile.OPTIMIZER in (out / "benchmarks.md").read_text()
     assert np.isfinite([side["value"] for side in parts["train"]["sides"].values()]).all()
     # The targets say nothing of these shapes, but for the sampler's, which two rounds do not decide.
     assert [t["met"] for t in report["targets"]] == [None]
@@ -223,6 +234,10 @@ def test_targets():
     assert met("train", "DiT-S/2", 8, dit_jax=(fast[0][:4], 1), diffusers=(slow[0][:4], 1)) == [None, None, None]
     assert met("sample", "DiT-S/2", 1, dit_jax=([1.02] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [True]
     assert met("sample", "DiT-S/2", 1, dit_jax=([1.04] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [False]
+
+
+def test_times_are_printed_in_the_unit_that_fits():
+    assert [page._time(s) for s in (2.0, 0.9996, 0.0123, -0.5, 4.2e-6)] == ["2 s", "1 s", "12.3 ms", "-500 ms", "4.2 µs"]
 
 
 def test_usual_metrics_are_the_same():

@@ -1,10 +1,14 @@
 """What the commands share."""
 
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from dit_jax import cli
 
 COMMANDS = sorted({p.stem for p in (ROOT / "dit_jax").glob("*.py") if "cli.run(main)" in p.read_text()})
 
@@ -22,3 +26,35 @@ def test_help_shows_the_flags_that_commands_share():
     done = subprocess.run([sys.executable, "-m", "dit_jax.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True)
     for flag in ("samples", "reference", "features", "workdir", "cfg_scale", "process_id"):
         assert f"--{flag}:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or cli.accelerator_attached(), reason="malloc_trim is of glibc")
+def test_memory_of_the_compiler_is_given_back():
+    """By any command, before the arrays of what was compiled are made."""
+    code = """if True:
+        import sys, jax, jax.numpy as jnp
+        from dit_jax import cli, config, layout, sharding, train
+        def rss():
+            return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
+        def main():
+            c = config.paper("DiT-S/8")
+            c.batch_size = 4
+            c = layout.settle(config.resolve(c), jax.devices())
+            init, step, target = train.make_programs(c, sharding.make_mesh(data=1, fsdp=1, tensor=1))
+            batch = {"x": jax.ShapeDtypeStruct((4, 32, 32, 4), jnp.float32), "y": jax.ShapeDtypeStruct((4,), jnp.int32)}
+            lowered, before = step.lower(target, batch), rss()
+            lowered.compile()
+            print("grown", rss() - before)
+        jax.config.update("jax_enable_compilation_cache", False)
+        cli.parse()
+        cli.run(main)
+    """
+    grown = {}
+    for given_back in (True, False):
+        changed = code if given_back else code.replace(
+            "cli.run", "cli._give_back_after_compiling = int\n        cli.run")
+        out = subprocess.run([sys.executable, "-c", changed], cwd=ROOT, text=True, capture_output=True, check=True,
+                             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}).stdout
+        grown[given_back] = int(re.search(r"grown (-?\d+)", out)[1])
+    assert grown[True] < 0.5 * grown[False], grown

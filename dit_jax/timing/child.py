@@ -4,7 +4,7 @@
         child.info, child.ask(calls=3)["seconds"]                        # of one call
 
 One JSON object a line: the spec in, what the process says of itself out; then a number of calls in, how long they took
-out, until its standard input ends. Neither JAX nor PyTorch here: each side imports its own.
+out, or "profile" in, what the call's time goes to out, until its standard input ends. Neither JAX nor PyTorch here: each side imports its own.
 """
 
 import json
@@ -33,12 +33,13 @@ class Timed:
 
     call(): one call, waited for; None, or a dict of results, whose "seconds", where there are any, are taken for the
     call's time. info: plain values. rate(): FLOP/s of a large matrix product, None where that tells nothing. memory():
-    the peak so far, bytes.
+    the peak so far, bytes. profile(): as timing.profile has it, of one call, or None.
     """
     call: Callable
     info: dict = field(default_factory=dict)
     rate: Callable = lambda: None
     memory: Callable = peak_memory
+    profile: Callable = lambda: None
 
 
 def serve(make):
@@ -56,6 +57,9 @@ def serve(make):
         say(timed.info)
         for line in sys.stdin:
             calls, start = json.loads(line), time.perf_counter()
+            if calls == "profile":
+                say(timed.profile())
+                continue
             results = [timed.call() or {} for _ in range(calls)]
             seconds = (time.perf_counter() - start) / calls
             say({"seconds": seconds, **results[-1], "rate": timed.rate(), "memory": timed.memory()})
@@ -95,9 +99,13 @@ class Child:
             raise ChildError(f"{self.module} ended with status {self.process.wait()}"
                              + (", as where memory runs out" if self.process.returncode == -signal.SIGKILL else ""))
         answer = json.loads(line)
-        if "error" in answer:
+        if answer and "error" in answer:
             raise ChildError(answer["error"])
         return answer
+
+    def profile(self):
+        """What a call's time goes to, as timing.profile has it; None where that is not known."""
+        return self._exchange("profile")
 
     def cpu_seconds(self):
         """Processor time so far, None where /proc does not tell: what an idle child takes disturbs the others."""

@@ -14,6 +14,7 @@ from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.generate import Generator
 from dit_jax.models import dit, vae
+from dit_jax.timing import profile
 from dit_jax.timing.child import Timed, peak_memory, serve
 
 
@@ -23,14 +24,17 @@ def device_memory():
     return stats.get("peak_bytes_in_use") or peak_memory()
 
 
-def timed(call, compiled_in, dtype, flop, images):
-    """flop: floating-point operations of a call, over all devices."""
+def timed(call, compiled_in, dtype, flop, images, program=None):
+    """flop: floating-point operations of a call, over all devices. program: the compiled one that a call is of, which
+    can be profiled on a CPU."""
     dtype = jnp.dtype(dtype)
     devices = jax.devices()
     info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
             "device": devices[0].device_kind, "platform": devices[0].platform,
             "data_sheet": flops.data_sheet() and flops.data_sheet() * len(devices)}
-    return Timed(call, info, rate=lambda: flops.measured_flops(dtype) * len(devices), memory=device_memory)
+    profiled = program is not None and devices[0].platform == "cpu"
+    return Timed(call, info, rate=lambda: flops.measured_flops(dtype) * len(devices), memory=device_memory,
+                 profile=lambda: profile.profile(program.as_text(), call) if profiled else None)
 
 
 def compiled(function, *shapes):
@@ -67,7 +71,7 @@ def train_step(config):
         state, values = program(state, batch)
         return {"value": float(jax.block_until_ready((state, values))[1]["loss"])}
 
-    return timed(call, seconds, args["dtype"], n * flops.train_flops(**args), n)
+    return timed(call, seconds, args["dtype"], n * flops.train_flops(**args), n, program)
 
 
 def _sampling(config, images):
@@ -110,7 +114,7 @@ def denoise(config, images, steps=1):
             x_t = program(params, x_t, noise, labels, i)
         jax.block_until_ready(x_t)
 
-    return timed(call, seconds, args["dtype"], steps * images * 4 * flops.macs(**args), images)
+    return timed(call, seconds, args["dtype"], steps * images * 4 * flops.macs(**args), images, program)
 
 
 def sampler(config, images):
@@ -145,7 +149,7 @@ def decode(config, path):
     def call():
         jax.block_until_ready(program(params, latents))
 
-    return timed(call, seconds, "float32", program.cost_analysis()["flops"] * mesh.size, images)
+    return timed(call, seconds, "float32", program.cost_analysis()["flops"] * mesh.size, images, program)
 
 
 def make(spec):

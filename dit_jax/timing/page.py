@@ -4,6 +4,7 @@ import io
 import statistics
 
 from dit_jax.pictures import write_aside
+from dit_jax.timing.profile import KINDS
 
 GIB = 2**30
 OURS, BARE, DIFFUSERS = "dit_jax", "its steps alone", "diffusers"
@@ -22,6 +23,11 @@ most that the process ever held, compilation and initialisation included, its wo
 that package's DiT, made the same function: float32, eager, scaled dot product attention, fused AdamW, the EMA in one
 call for all arrays, inference mode while denoising; timesteps and labels are embedded once for all blocks, as in the
 paper, where that package embeds them in every block again."""
+
+PROFILED = """\
+Where the time of one call goes, of its trace: each kind of operation, its share of the call, and the rate of its
+arithmetic, recomputed products counted. What ran side by side counts each, so *between them*, what no operation accounts
+for, can be less than nothing."""
 
 
 def median(side):
@@ -78,7 +84,7 @@ def common(parts):
 
 def _time(seconds):
     for unit in ("s", "ms", "µs"):
-        if seconds >= 1:
+        if float(f"{abs(seconds):.3g}") >= 1:  # as it is printed: not 1e+03 ms
             break
         seconds *= 1000
     return f"{seconds:.3g} {unit}"
@@ -118,6 +124,25 @@ def results(parts):
         [f"training step of {p['model']}: batch", "tokens", "blocks", *common(growth)], grown) for p in growth[:1]])
 
 
+def profiles(parts):
+    """The table of where the time goes, of the parts that were profiled; empty where none was."""
+    found = [(part["name"], part["sides"][OURS]["profile"]) for part in parts if part["sides"][OURS].get("profile")]
+    if not found:
+        return ""
+    kinds = [kind for kind in KINDS if any(kind in p["kinds"] for _, p in found)]
+    rows = []
+    for kind in kinds:
+        cells = []
+        for _, p in found:
+            seconds, flop = p["kinds"].get(kind, (0, 0))
+            rate = f", {flop / seconds / 1e9:.0f} GFLOP/s" if flop else ""
+            cells.append(f"{_time(seconds)}, {seconds / p['seconds']:.0%}{rate}" if seconds else "")
+        rows.append([kind, *cells])
+    rest = [p["seconds"] - sum(seconds for seconds, _ in p["kinds"].values()) for _, p in found]
+    rows.append(["between them", *(f"{_time(s)}, {s / p['seconds']:.0%}" for s, (_, p) in zip(rest, found))])
+    return table(["where the time goes", *(name for name, _ in found)], rows)
+
+
 def target_table(found):
     met = {True: "met", False: "not met", None: f"too few rounds: {ROUNDS} are asked for"}
     return table(["target", "measured", ""], [[t["target"], t["shown"], met[t["met"]]] for t in found])
@@ -135,6 +160,8 @@ def page(parts, found, machine, plot):
             "\n".join(["```sh", *commands, "```"]), results(parts), notes]
     if found:
         text += [target_table(found)]
+    if profiled := profiles(parts):
+        text += [PROFILED, profiled]
     if plot:
         text += ["How a training step's time grows with the batch, the tokens of an image, and the depth:",
                  "![scaling](scaling.png)"]

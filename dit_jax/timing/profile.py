@@ -1,0 +1,58 @@
+"""Where the time of a compiled program goes, by kind of work, on a CPU: a trace of one call, whose events bear the names
+of the instructions in the program's HLO text."""
+
+import glob
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+
+import jax
+
+from dit_jax import hlo
+
+WEIGHTS, ATTENTION, CONVOLUTIONS = "products with weights", "attention's products", "convolutions"
+ELEMENTWISE, MOVING, OPTIMIZER = "elementwise operations, reductions", "copies, slices", "AdamW, EMA"
+KINDS = (WEIGHTS, ATTENTION, CONVOLUTIONS, ELEMENTWISE, MOVING, OPTIMIZER)  # the rest is between the operations
+
+
+def instructions(text):
+    """HLO text -> {instruction: (kind, matrix FLOPs)} of all that runs by itself."""
+    program, found = hlo.Program(text, [0]), {}
+    for computation in program.computations.values():
+        for i in computation.values():
+            if i.opcode in hlo.FREE:  # a loop's time is that of what is in it
+                continue
+            flops, matrix = program.flops(i, computation)
+            if matrix:
+                inside = program.within(i)
+                batched = any(c.opcode == "dot" and re.search(r"lhs_batch_dims=\{\d", c.attributes) for c in inside)
+                convolution = any(c.opcode == "convolution" for c in inside)
+                kind = CONVOLUTIONS if convolution else ATTENTION if batched else WEIGHTS
+            elif "/optimizer/" in i.attributes:  # the scope in state.update
+                kind = OPTIMIZER
+            else:
+                kind = ELEMENTWISE if flops else MOVING
+            found[i.name] = kind, matrix
+    return found
+
+
+def profile(text, call):
+    """-> {"seconds": of one call() of the program whose HLO text this is, "kinds": {kind: [seconds, matrix FLOPs]}}.
+    Operations that ran side by side count each."""
+    known, seconds, flops = instructions(text), Counter(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            start = time.perf_counter()
+            call()
+            whole = time.perf_counter() - start
+        path, = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in known:
+                        kind, matrix = known[event.name]
+                        seconds[kind] += event.duration_ns / 1e9
+                        flops[kind] += matrix
+    return {"seconds": whole, "kinds": {kind: [seconds[kind], flops[kind]] for kind in KINDS if seconds[kind]}}
