@@ -3,6 +3,7 @@
     python -m dit_jax.reproduce --out=runs/mini                    # everything; an hour and a quarter on 2 cores
     python -m dit_jax.reproduce --out=runs/mini --study=blocks     # one question; others can be added later
     python -m dit_jax.reproduce --out=runs/mini --dry_run          # the plan: runs, commands, estimated time
+    python -m dit_jax.reproduce --out=runs/again --seed=3 --beside=runs/mini   # again, and does it come out the same?
 
 The studies: scaling (figures 2, 6, 7, 8), blocks (figure 5), guidance (appendix A), sampling (figure 10), training
 (figure 9). Each run is an ordinary `train` command in OUT/runs, each set of samples an ordinary `sample` command in
@@ -26,6 +27,10 @@ if __name__ == "__main__":
                          lower_bound=8)
     flags.DEFINE_integer("samples", None, "pictures in a set, a multiple of 10, of which a distance is measured; by "
                          "default the budget's", lower_bound=10)
+    flags.DEFINE_integer("seed", 0, "the first of the seeds, of which a model has up to 3; also that of samples' noise",
+                         lower_bound=0, upper_bound=2**31)
+    flags.DEFINE_string("beside", None, "the folder of a study that has been made with another --seed: whether this one "
+                        "lands within its ranges goes on the page")
     flags.DEFINE_bool("dry_run", False, "print the plan and do nothing")
     cli.parse()  # above the imports that take time
 
@@ -90,10 +95,10 @@ class Task:
 
 class Plan:
     """tasks: {name: Task}, each after what it needs; studies: {study: names of the samples that it is made of}.
-    samples: pictures in a set."""
+    samples: pictures in a set. seed: the first of the runs' seeds, and that of the samples."""
 
-    def __init__(self, out, budget, studies, steps=None, samples=None):
-        self.out, self.tasks, self.studies = out, {}, {}
+    def __init__(self, out, budget, studies, steps=None, samples=None, seed=0):
+        self.out, self.tasks, self.studies, self.seed = out, {}, {}, seed
         if not os.path.isfile(CONFIG):
             raise UserError(f"{CONFIG}: is missing: run from a checkout installed with pip install -e '.[mnist]'")
         mini = runpy.run_path(CONFIG)
@@ -111,11 +116,12 @@ class Plan:
         last, two_seeds = self.steps, ((small, patches[0]), (medium, middle))
         grid = [(size, patch) for size in self.recipe["sizes"] for patch in patches]
         makers = {
-            "scaling": lambda: [self.add(size, patch, seed=seed, sampler=ddim) for size, patch in grid
-                                for seed in range(2 if (size, patch) in two_seeds else 1)],
-            "blocks": lambda: [self.add(medium, middle, block, seed, sampler=ddim) for block in BLOCKS
-                               for seed in range(3)],
-            "guidance": lambda: [self.add(medium, middle, scale=scale, sampler=ddim) for scale in (1.0, *m["scales"])],
+            "scaling": lambda: [self.add(size, patch, nth=nth, sampler=ddim) for size, patch in grid
+                                for nth in range(2 if (size, patch) in two_seeds else 1)],
+            "blocks": lambda: [self.add(medium, middle, block, nth, sampler=ddim) for block in BLOCKS
+                               for nth in range(3)],
+            "guidance": lambda: [self.add(medium, middle, nth=nth, scale=scale, sampler=ddim)
+                                 for scale in (1.0, *m["scales"]) for nth in range(3)],
             "sampling": lambda: [self.add(size, middle, sampler=("ddpm", n)) for size, steps in
                                  ((small, m["many"]), (large, m["few"])) for n in steps],
             "training": lambda: [self.add(size, patch, step=step, sampler=ddim, sets=1 if step < last else SETS)
@@ -127,9 +133,10 @@ class Plan:
             if study in studies:
                 self.studies[study] = makers[study]()
 
-    def add(self, size, patch, block="adaln_zero", seed=0, *, sampler, step=None, scale=1.0, sets=SETS):
-        """The name of these samples, whose task, and that of the run, are planned if they are not yet."""
-        step = step or self.steps
+    def add(self, size, patch, block="adaln_zero", nth=0, *, sampler, step=None, scale=1.0, sets=SETS):
+        """The name of these samples of a model's nth seed. Their task, and that of the run, are planned if they are not
+        yet."""
+        step, seed = step or self.steps, self.seed + nth
         model = f"{self.budget}/{size}/{patch}/{block}"
         run = f"{size}{patch}-{block}-{seed}"
         workdir = os.path.join(self.out, "runs", run)
@@ -142,7 +149,7 @@ class Plan:
             self.tasks[run] = Task(
                 run, ["dit_jax.train", f"--config={CONFIG}:{model}", f"--workdir={workdir}", f"--config.seed={seed}",
                       f"--config.steps={self.steps}", f"--config.checkpoint.every={every}",
-                      f"--config.checkpoint.keep_every={0 if seed or block != 'adaln_zero' else every}"],
+                      f"--config.checkpoint.keep_every={0 if nth or block != 'adaln_zero' else every}"],
                 os.path.join(workdir, "checkpoints", str(self.steps)), START + flop / TRAIN)
         kind, n = sampler
         name, num = f"{run}-{step}-{kind}{n}-{scale:g}", sets * self.samples
@@ -152,7 +159,7 @@ class Plan:
             self.tasks[name] = Task(
                 name, ["dit_jax.sample", f"--workdir={workdir}", f"--step={step}", f"--out={folder}", f"--num={num}",
                        "--classes=balanced", f"--cfg_scale={scale}", "--cfg_channels=0", f"--sampler={kind}",
-                       f"--steps={n}", "--batch_size=100"],
+                       f"--steps={n}", f"--seed={self.seed}", "--batch_size=100"],
                 os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
                 {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
                  "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
@@ -285,7 +292,17 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     if not f.out:
         raise UserError("--out is missing: name a folder")
-    plan = Plan(f.out, f.budget, f.study, f.steps, f.samples)
+    plan, beside = Plan(f.out, f.budget, f.study, f.steps, f.samples, f.seed), None
+    if f.beside:
+        there = read(os.path.join(f.beside, "plan.json"))
+        if there is None:
+            raise UserError(f"--beside={f.beside}: holds no study: there is no plan.json")
+        theirs = {key: there[key] for key in ("budget", "steps", "samples")}
+        if theirs != (wanted := {"budget": f.budget, "steps": plan.steps, "samples": plan.samples}):
+            raise UserError(f"--beside={f.beside}: is of {theirs}, and this is of {wanted}: they cannot be compared")
+        if there["seed"] == f.seed:
+            raise UserError(f"--beside={f.beside}: has seed {f.seed} too, and would tell nothing: give another --seed")
+        beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"])
     if f.dry_run:
         say("\n".join(plan.describe(len(cores()))))
         return
@@ -293,13 +310,13 @@ def main():
     for folder in ("runs", "samples", "results", "logs"):
         cli.make_workdir(os.path.join(f.out, folder), "out")
     with cli.locked(f.out, "out"):
-        manifest = {"budget": f.budget, "steps": plan.steps, "samples": plan.samples}
+        manifest = {"budget": f.budget, "steps": plan.steps, "samples": plan.samples, "seed": f.seed}
         path = os.path.join(f.out, "plan.json")
         if not same_manifest(path, manifest):
             write(path, manifest)
         carry_out(plan)
-        everything = Plan(f.out, f.budget, STUDIES, f.steps, f.samples)  # an earlier command's studies as well
-        page.write(everything, os.path.join(f.out, "report.md"))
+        everything = Plan(f.out, f.budget, STUDIES, f.steps, f.samples, f.seed)  # an earlier command's studies as well
+        page.write(everything, os.path.join(f.out, "report.md"), beside)
     say(f"{f.out}/report.md")
 
 

@@ -85,6 +85,14 @@ def test_guidance_sampling_and_training_compute():
     assert guidance(20, (0.8, 0.9)) == [-1, -1]
     assert guidance(10.1, (0.5, 0.7)) == [0, 0]
 
+    def of_two_seeds(*guided):
+        """Seeds that lie far from each other, each guided."""
+        rows = [result(seed=seed, scale=scale, **distances(mean)) for seed, (plain, mean_guided) in enumerate(guided)
+                for scale, mean in ((1.0, plain), (2.0, mean_guided))]
+        return said(findings.guidance(rows)[1][0])
+
+    assert [of_two_seeds((10, 8), (20, 15)), of_two_seeds((10, 8), (20, 25)), of_two_seeds((10, 12), (20, 25))] == [1, 0, -1]
+
     def sampling(large):
         rows = [result("S", steps=n, gflops=1.0, sampler="ddpm", **distances(20 - n / 100)) for n in (16, 256)]
         rows += [result("L", steps=n, gflops=8.0, sampler="ddpm", **distances(large - n / 100)) for n in (16, 64)]
@@ -150,12 +158,13 @@ def test_the_page_is_made_of_the_files(tmp_path):
     assert "Not run" not in text
     shown = numbers(text)
     for study in ("sampling", "guidance"):
-        for name in plan.studies[study]:
-            with open(plan.tasks[name].done) as f:
-                for values in (v["frechet"] for v in json.load(f)["judges"].values()):
-                    # Of sampling, the range is that of the files made wider by other seeds.
-                    of_one = [np.mean(values)] + [min(values), max(values)] * (study == "guidance")
-                    assert {f"{v:.3g}" for v in of_one} <= shown
+        results = [json.loads(Path(plan.tasks[name].done).read_text()) for name in plan.studies[study]]
+        for same in findings.groups(results).values():
+            for judge in findings.JUDGES:
+                values = [v for r in same for v in r["judges"][judge]["frechet"]]
+                # Of sampling, the range is that of the files made wider by other seeds.
+                of_one = [np.mean(values)] + [min(values), max(values)] * (study == "guidance")
+                assert {f"{v:.3g}" for v in of_one} <= shown
     linked = set(re.findall(r"!\[\w+\]\((\w+\.png)\)", text))
     assert len(linked) == 7 and all((tmp_path / name).stat().st_size > 1000 for name in linked)
     # A study that lacks one result is not shown.
@@ -163,6 +172,37 @@ def test_the_page_is_made_of_the_files(tmp_path):
     page.write(plan, str(tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text()
     assert "Not run: guidance." in text and "## Guidance" not in text
+
+
+def test_beside_another_study(tmp_path):
+    """Where each value of a second study lies in the first one's ranges, and a value that does not; and the outcomes."""
+    first = reproduce.Plan(str(tmp_path / "a"), "small", reproduce.STUDIES)
+    again = reproduce.Plan(str(tmp_path / "b"), "small", reproduce.STUDIES, seed=3)
+    assert {t.about["seed"] for t in again.tasks.values() if t.about} == {3, 4, 5}
+    assert all("--seed=3" in t.argv for t in again.tasks.values() if t.about)
+    made_up(first, reproduce.STUDIES)
+    for name, task in first.tasks.items():
+        if task.about:
+            there = again.tasks[name.replace(task.needs, re.sub(r"\d+$", lambda n: str(int(n[0]) + 3), task.needs), 1)]
+            with open(task.done) as f:
+                reproduce.write(there.done, there.about | {"judges": json.load(f)["judges"]})
+            os.makedirs(there.about["samples"])
+            np.savez(os.path.join(there.about["samples"], "samples.npz"), arr_0=np.zeros((20, 16, 16, 3), np.uint8))
+    for name in ("results/real.json", "seconds.json"):
+        (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+    page.write(again, str(tmp_path / "b" / "report.md"), first)
+    text = (tmp_path / "b" / "report.md").read_text()
+    total = 2 * len(findings.groups([t.about for t in first.tasks.values() if t.about]))
+    assert f"Of {total} mean distances, {total} (100%) lie within" in text
+    assert re.search(r"Of (\d+) outcomes above, \1 are the same there, 0 the opposite, and 0 undecided", text)
+
+    off = again.tasks[next(n for n in again.studies["sampling"])]
+    values = json.loads(Path(off.done).read_text())
+    values["judges"]["network"]["frechet"] = [1e6] * 3
+    reproduce.write(off.done, values)
+    page.write(again, str(tmp_path / "b" / "report.md"), first)
+    text = (tmp_path / "b" / "report.md").read_text()
+    assert f"Of {total} mean distances, {total - 1} (" in text and "| 1e+06" in text.partition("Beside an earlier run")[2]
 
 
 def test_the_plan_is_of_ordinary_commands(tmp_path):
@@ -183,6 +223,11 @@ def test_bad_flags(command, tmp_path):
     one_error(command("reproduce"), "--out")
     one_error(command("reproduce", "--out", tmp_path, "--study=blocks,colours"), "--study=colours", "blocks")
     one_error(command("reproduce", "--out", tmp_path, "--steps=12"), "--steps=12", "multiple of 8")
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "plan.json")
+    (tmp_path / "plan.json").write_text(json.dumps({"budget": "small", "steps": 800, "samples": 1000, "seed": 0}))
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "800", "4000")
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path, "--steps=800"), "--beside", "--seed")
+    (tmp_path / "plan.json").unlink()
     one_error(command("train", "--config=configs/mini.py:small/S/3/adaln_zero", "--workdir", tmp_path / "run"),
               "small/S/3/adaln_zero")
     assert not os.listdir(tmp_path)

