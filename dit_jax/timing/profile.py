@@ -2,6 +2,7 @@
 of the instructions in the program's HLO text."""
 
 import glob
+import math
 import os
 import re
 import tempfile
@@ -18,7 +19,7 @@ KINDS = (WEIGHTS, ATTENTION, CONVOLUTIONS, ELEMENTWISE, MOVING, OPTIMIZER)  # th
 
 
 def instructions(text):
-    """HLO text -> {instruction: (kind, matrix FLOPs)} of all that runs by itself."""
+    """HLO text -> {instruction: (kind, matrix FLOPs, whether XLA may only begin it)} of all that runs by itself."""
     program, found = hlo.Program(text, [0]), {}
     for computation in program.computations.values():
         for i in computation.values():
@@ -34,13 +35,15 @@ def instructions(text):
                 kind = OPTIMIZER
             else:
                 kind = ELEMENTWISE if flops else MOVING
-            found[i.name] = kind, matrix
+            # Outside a fusion, a product is handed to a pool of threads, and goes on when its event has ended.
+            found[i.name] = kind, matrix, i.opcode in ("dot", "convolution")
     return found
 
 
 def profile(text, call):
     """-> {"seconds": of one call() of the program whose HLO text this is, "kinds": {kind: [seconds, matrix FLOPs]}}.
-    Operations that ran side by side count each."""
+    Operations that ran side by side count each. Time in which none was seen is that of the product which was begun
+    last and not awaited."""
     known, seconds, flops = instructions(text), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -48,11 +51,16 @@ def profile(text, call):
             call()
             whole = time.perf_counter() - start
         path, = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    if event.name in known:
-                        kind, matrix = known[event.name]
-                        seconds[kind] += event.duration_ns / 1e9
-                        flops[kind] += matrix
+        events = sorted((event.start_ns, event.duration_ns, event.name)
+                        for plane in jax.profiler.ProfileData.from_file(path).planes for line in plane.lines
+                        for event in line.events if event.name in known)
+    busy, last = math.inf, None
+    for start, duration, name in events:
+        if start > busy and last:
+            seconds[last] += (start - busy) / 1e9
+        busy = max(start + duration, busy if busy < math.inf else 0)
+        kind, matrix, begun = known[name]
+        seconds[kind] += duration / 1e9
+        flops[kind] += matrix
+        last = kind if begun else None
     return {"seconds": whole, "kinds": {kind: [seconds[kind], flops[kind]] for kind in KINDS if seconds[kind]}}
