@@ -42,8 +42,8 @@ def instructions(text):
 
 def profile(text, call):
     """-> {"seconds": of one call() of the program whose HLO text this is, "kinds": {kind: [seconds, matrix FLOPs]}}.
-    Operations that ran side by side count each. Time in which none was seen is that of the product which was begun
-    last and not awaited."""
+    Operations that ran side by side count each. Time in which none was seen counts for a product, where that is what
+    had been begun last."""
     known, seconds, flops = instructions(text), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
