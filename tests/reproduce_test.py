@@ -83,7 +83,8 @@ def test_guidance_sampling_and_training_compute():
 
     assert guidance(5, (0.1, 0.2)) == [1, 1]
     assert guidance(20, (0.8, 0.9)) == [-1, -1]
-    assert guidance(10.1, (0.5, 0.7)) == [0, 0]
+    assert guidance(10.1, (0.51, 0.7)) == [-1, -1]  # set by set, though the ranges overlap
+    assert guidance(10, (0.4, 0.7)) == [0, 0]
 
     def of_two_seeds(*guided):
         """Seeds that lie far from each other, each guided."""

@@ -14,6 +14,7 @@ from dit_jax import flops, paper
 
 JUDGES = ("network", "strokes")  # of measure.Judges
 METRICS = ("frechet", "precision", "recall", "recognised")
+UNPAIRED = "it is not so for every set, or the judges differ"
 # The order of figure 5, best first, with the paper's names.
 ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross-attention", "in_context": "in-context"}
 
@@ -141,16 +142,15 @@ def blocks(results):
 
 
 def guidance(results):
-    """-> (rows: [(scale, {judge: {metric: Value}})], sentences). What is said is the case in every seed's run by itself:
-    guidance is compared on one model, whatever other seeds make of it."""
-    scales = {key[6]: same for key, same in sorted(groups(results).items())}
+    """-> (rows: [(scale, {judge: {metric: Value}})], sentences). Two scales are compared set by set, as the sets of a seed
+    are of the same noise and classes at each scale: what is decided is so for every set of every seed."""
+    scales = {key[6]: sorted(same, key=lambda r: r["seed"]) for key, same in sorted(groups(results).items())}
     rows = [(scale, {j: {m: value(same, j, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
     plain, *guided = scales
 
     def over(metric, j, first, second):
-        pairs = [[r for r in scales[scale] if r["seed"] == seed] for seed in sorted({r["seed"] for r in results})
-                 for scale in (first, second)]
-        return agreed(lower(value(a, j, metric), value(b, j, metric)) for a, b in zip(pairs[::2], pairs[1::2]))
+        a, b = ([v for r in scales[scale] for v in r["judges"][j][metric]] for scale in (first, second))
+        return agreed(int(x < y) - int(x > y) for x, y in zip(a, b, strict=True))
 
     at = guided[-1]
     improved = agreed(max(over("frechet", j, scale, plain) for scale in guided) for j in JUDGES)
@@ -158,9 +158,9 @@ def guidance(results):
     precision = agreed(over("precision", j, plain, at) for j in JUDGES)
     return rows, [
         sentence(improved, "some guidance makes the distance smaller",
-                 "every scale makes the distance larger"),
-        "Recall: " + sentence(recall, f"it falls, from none to {at:g}", f"it rises, from none to {at:g}"),
-        "Precision: " + sentence(precision, f"it rises, from none to {at:g}", f"it falls, from none to {at:g}")]
+                 "every scale makes the distance larger", UNPAIRED),
+        "Recall: " + sentence(recall, f"it falls, from none to {at:g}", f"it rises, from none to {at:g}", UNPAIRED),
+        "Precision: " + sentence(precision, f"it rises, from none to {at:g}", f"it falls, from none to {at:g}", UNPAIRED)]
 
 
 def within(results, spread, others):

@@ -165,7 +165,8 @@ def _guidance(plan, results, spread, folder):
                   [[f"{scale:g}", *(str(row[j][m]) for j in JUDGES for m in metrics)] for scale, row in rows]),
             table(["the paper's XL/2, 256 px: scale", "FID-50K", "precision", "recall"],
                   [[f"{cell:g}" for cell in row] for row in theirs]),
-            _bullets(sentences), "What is said here is so for each of the seeds by itself.",
+            _bullets(sentences), "Scales are compared set by set, of the same noise and classes: what is decided is so for "
+            "every set of every seed.",
             "Three channels or all: these pictures have one channel, so the two are the same here.",
             "![guidance](guidance.png)"]
 
@@ -196,8 +197,7 @@ def _training(plan, results, spread, folder):
     rows, sentences = findings.training(results, spread)
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
                     lambda row: f"{row[0]}/{row[1]}", folder,
-                    "The paper: larger models use a given training compute better, and small ones, trained longer, do "
-                    "not catch up.")
+                    "The paper: small models, even when trained longer, eventually use compute worse than larger ones.")
 
 
 def _grid(plan, folder):
