@@ -108,6 +108,11 @@ def test_guidance_sampling_and_training_compute():
         return said(findings.training(rows, NONE)[1][0])
 
     assert [training(v) for v in (100, 1000, 250)] == [1, -1, 0]
+    # Between two checkpoints, a power law's own value; nothing outside of them.
+    rows = [("L", 2, 1, cost, {j: findings.Value(1000 / cost, 900 / cost, 2000 / cost) for j in findings.JUDGES})
+            for cost in (100.0, 400.0)]
+    assert [v for v in vars(findings.at_compute(rows, 250.0)["strokes"]).values()] == pytest.approx([4, 3.6, 8])
+    assert findings.at_compute(rows, 99.0) is findings.at_compute(rows, 401.0) is None
 
 
 def test_strokes_tell_real_pictures_from_others():

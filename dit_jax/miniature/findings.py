@@ -5,7 +5,7 @@ A result is what reproduce writes of one set or more of samples: {"size", "patch
 or 0 (cannot be decided).
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import log
 
 import numpy as np
@@ -202,9 +202,20 @@ def sampling(results, spread):
                            f"more steps make up for a smaller model: {shown}", shown)]
 
 
+def at_compute(rows, compute):
+    """{judge: Value} at this training compute, on the straight lines between these rows of one model in logarithms; None
+    outside of them."""
+    pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a[3] <= compute <= b[3]]
+    if not pairs:
+        return None
+    a, b = pairs[0]
+    w = log(compute / a[3]) / log(b[3] / a[3])
+    return {j: Value(*(x ** (1 - w) * y**w for x, y in zip(astuple(a[4][j]), astuple(b[4][j])))) for j in JUDGES}
+
+
 def training(results, spread):
     """spread: of seed_spread -> (rows: [(size, patch, step, Gflops x batch x steps x 3, {judge: Value})], sentences).
-    The smaller of two neighbours in size, at its end, against the larger one's last checkpoint that cost no more."""
+    The smaller of two neighbours in size, at its end, against the larger one between its checkpoints, at equal compute."""
     rows = [(key[0], key[1], key[3], same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3,
              {j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()]
     rows.sort(key=lambda row: (log(row[3]), row[2]))
@@ -213,12 +224,11 @@ def training(results, spread):
     for patch in sorted({row[1] for row in rows}):
         for a, b in zip(sizes, sizes[1:]):
             small = max((r for r in rows if r[:2] == (a, patch)), key=lambda r: r[3])
-            large = [r for r in rows if r[:2] == (b, patch) and r[3] <= small[3]]
+            large = at_compute([r for r in rows if r[:2] == (b, patch)], small[3])
             if large:
-                large = max(large, key=lambda r: r[3])
-                decisions.append(agreed(lower(large[4][j], small[4][j]) for j in JUDGES))
-    return rows, [count(decisions, "pairs of neighbours in size at the same patch, each with the smaller one's "
-                        "training compute", "have the larger one ahead")]
+                decisions.append(agreed(lower(large[j], small[4][j]) for j in JUDGES))
+    return rows, [count(decisions, "pairs of neighbours in size at the same patch, at all of the smaller one's training "
+                        "compute (the larger one between two checkpoints)", "have the larger one ahead")]
 
 
 # Of each study, the sentences alone.
