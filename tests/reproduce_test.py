@@ -192,23 +192,19 @@ def test_beside_another_study(tmp_path):
             there = again.tasks[name.replace(task.needs, re.sub(r"\d+$", lambda n: str(int(n[0]) + 3), task.needs), 1)]
             with open(task.done) as f:
                 reproduce.write(there.done, there.about | {"judges": json.load(f)["judges"]})
-            os.makedirs(there.about["samples"])
-            np.savez(os.path.join(there.about["samples"], "samples.npz"), arr_0=np.zeros((20, 16, 16, 3), np.uint8))
-    for name in ("results/real.json", "seconds.json"):
-        (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
-    page.write(again, str(tmp_path / "b" / "report.md"), first)
-    text = (tmp_path / "b" / "report.md").read_text()
+
+    def text():
+        return "\n".join(page.beside(again, first))
+
     total = 2 * len(findings.groups([t.about for t in first.tasks.values() if t.about]))
-    assert f"Of {total} mean distances, {total} (100%) lie within" in text
-    assert re.search(r"Of (\d+) outcomes above, \1 are the same there, 0 the opposite, and 0 undecided", text)
+    assert f"Of {total} mean distances, {total} (100%) lie within" in text()
+    assert re.search(r"Of (\d+) outcomes above, \1 are the same there, 0 the opposite, and 0 undecided", text())
 
     off = again.tasks[next(n for n in again.studies["sampling"])]
     values = json.loads(Path(off.done).read_text())
     values["judges"]["network"]["frechet"] = [1e6] * 3
     reproduce.write(off.done, values)
-    page.write(again, str(tmp_path / "b" / "report.md"), first)
-    text = (tmp_path / "b" / "report.md").read_text()
-    assert f"Of {total} mean distances, {total - 1} (" in text and "| 1e+06" in text.partition("Beside an earlier run")[2]
+    assert f"Of {total} mean distances, {total - 1} (" in text() and "| 1e+06" in text()
 
 
 def test_the_plan_is_of_ordinary_commands(tmp_path):
@@ -278,6 +274,10 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path
         values = judge["frechet"]
         assert f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})" in text
     one_error(command("reproduce", "--out", whole, *flags, "--samples=50"), "samples", "--out")
+    status, _, err = command("reproduce", "--out", tmp_path / "again", "--budget=tiny", "--study=sampling", "--seed=7",
+                             "--beside", whole)
+    text = (tmp_path / "again" / "report.md").read_text()
+    assert status == 0 and "--seed=7" in text and "Of 6 mean distances," in text and "Of 1 outcomes above," in text, err
     # Both judges know digits, and tell noise from them.
     for judge in results_of(whole)["real.json"]["judges"].values():
         assert judge["accuracy"] > 0.85 and judge["noise"]["frechet"] > 3 * judge["training"]["frechet"]

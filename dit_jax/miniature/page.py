@@ -228,10 +228,10 @@ def _everything(plan):
     return [r for n in plan.tasks if plan.tasks[n].about for r in _load(plan, [n]) or []]
 
 
-def _beside(plan, other, spread):
-    """Whether this study lands within the ranges of `other`, the same one with other seeds."""
+def beside(plan, other):
+    """A section: whether this study lands within the ranges of `other`, the same one with other seeds."""
     results, theirs = _everything(plan), _everything(other)
-    their_spread = findings.seed_spread(theirs)
+    spread, their_spread = findings.seed_spread(results), findings.seed_spread(theirs)
     rows = findings.within(theirs, their_spread, results)
     outside = [row for row in rows if row[-1]]
     text = ["## Beside an earlier run",
@@ -252,9 +252,9 @@ def _beside(plan, other, spread):
     return text
 
 
-def write(plan, path, beside=None):
-    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page. beside: the plan of an
-    earlier study with other seeds."""
+def write(plan, path, earlier=None):
+    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page. earlier: the plan of a
+    study with other seeds."""
     folder = os.path.dirname(path)
     spread = findings.seed_spread(_everything(plan))
     with open(os.path.join(plan.out, "results", "real.json")) as f:
@@ -287,8 +287,8 @@ def write(plan, path, beside=None):
         else:
             missing.append(study)
     text += _grid(plan, folder)
-    if beside:
-        text += _beside(plan, beside, spread)
+    if earlier:
+        text += beside(plan, earlier)
     if missing:
         text.append(f"Not run: {', '.join(missing)}.")
     write_aside(path, ("\n\n".join(text) + "\n").encode())
