@@ -3,7 +3,7 @@
     python -m dit_jax.benchmark --config=configs/s2.py --config.batch_size=8
     python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers
     python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
-    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, half an hour on 2 cores
+    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 16 minutes on 2 cores
 
 --what: train (forward, backward, AdamW, EMA), denoise (one guided step), sample (a whole run, and its steps alone),
 decode (the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
@@ -46,6 +46,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -112,10 +113,21 @@ def beside(config, spec):
     return {page.DIFFUSERS: (THEIRS, {**spec, "threads": cores()})}
 
 
+def label(config):
+    """The model's name, with the fields that make it another one: it is then no model with targets."""
+    name = config["model"]["name"]
+    if not name:
+        return "DiT"
+    published = configs.resolve(configs.paper(name))
+    changed = [f"{field.removeprefix('model.')}={value}" for field, _, value in configs.differences(published, config)
+               if field.startswith("model.")]
+    return f"{name} ({', '.join(changed)})" if changed else name
+
+
 def model_parts(what, config, images):
     """The parts of a resolved config that run its network. images: that are denoised at once."""
     f, n, sample = flags.FLAGS, config["batch_size"], config["sample"]
-    model = config["model"]["name"] or "DiT"
+    model = label(config)
     if what == "train":
         spec = {"what": what, "config": config}
         return [Part(f"train {model}, batch {n}", what, model, {
@@ -317,7 +329,12 @@ def chosen(what, scratch):
 
 def main():
     f = flags.FLAGS
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
+    if not math.isfinite(f.seconds):
+        raise UserError(f"--seconds={f.seconds}: how long a timing is at least, a number of seconds")
+    if f.scratch is not None:
+        cli.make_workdir(f.scratch, "scratch")
     what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what
     for kind in what:
         if kind not in WHAT:

@@ -16,12 +16,11 @@ from conftest import ROOT, nhwc, one_error, save_vae
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from dit_jax import convert
+from dit_jax import benchmark, config as configs, convert
 from dit_jax.diffusion import gaussian, samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.state import TrainState, make_optimizer, update
-from dit_jax.benchmark import cores
 from dit_jax.timing import evaluation, page, profile
 
 ARGS = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
@@ -170,7 +169,7 @@ def test_the_command_beside_pytorch(command, tmp_path):
     for what in ("train", "denoise", "decode"):
         side = parts[what]["sides"][page.OURS]
         kinds, whole = side["profile"]["kinds"], side["profile"]["seconds"]
-        assert 0.3 * whole < sum(seconds for seconds, _ in kinds.values()) < cores() * whole, what
+        assert 0.3 * whole < sum(seconds for seconds, _ in kinds.values()) < benchmark.cores() * whole, what
         # Every product was seen, as often as it ran; training makes some again, and decode's count is of all arithmetic.
         ratio = sum(flop for _, flop in kinds.values()) / parts[what]["flop"]
         assert (0.85 if what == "decode" else 0.98) < ratio < (1.4 if what == "train" else 1.02), (what, ratio)
@@ -240,6 +239,56 @@ def test_times_are_printed_in_the_unit_that_fits():
     assert [page._time(s) for s in (2.0, 0.9996, 0.0123, -0.5, 4.2e-6)] == ["2 s", "1 s", "12.3 ms", "-500 ms", "4.2 µs"]
 
 
+def test_a_changed_model_is_not_the_papers():
+    def name(**change):
+        c = configs.paper("DiT-S/2")
+        c.batch_size = 8
+        c.model.update(change)
+        return benchmark.label(configs.resolve(c))
+
+    assert name() == "DiT-S/2" and name(depth=1) == "DiT-S/2 (depth=1)"
+    assert name(block="in_context", remat="full") == "DiT-S/2 (block=in_context, remat=full)"
+
+
+def test_kinds_of_work():
+    """Copies that reckon an index, a lone exponential, and products within a fusion."""
+    text = """HloModule m
+
+%slice (a: f32[4,8], i: s32[]) -> f32[1,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %three = s32[] constant(3)
+  %back = s32[] subtract(%three, %i)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,8]{1,0} dynamic-slice(%a, %back, %zero), dynamic_slice_sizes={1,8}
+}
+
+%product (x: f32[2,4,8], y: f32[2,8,4]) -> f32[2,4,4] {
+  %x = f32[2,4,8]{2,1,0} parameter(0)
+  %y = f32[2,8,4]{2,1,0} parameter(1)
+  ROOT %d = f32[2,4,4]{2,1,0} dot(%x, %y), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (p: f32[4,8], q: s32[], r: f32[2,4,8], s: f32[2,8,4]) -> f32[1,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = s32[] parameter(1)
+  %r = f32[2,4,8]{2,1,0} parameter(2)
+  %s = f32[2,8,4]{2,1,0} parameter(3)
+  %t = f32[8,4]{0,1} transpose(%p), dimensions={1,0}
+  %w = f32[4,4]{1,0} dot(%p, %t), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %b = f32[2,4,4]{2,1,0} fusion(%r, %s), kind=kCustom, calls=%product
+  %u = f32[8,4]{0,1} add(%t, %t), metadata={op_name="jit(step)/optimizer/add"}
+  %cut.1 = f32[1,8]{1,0} fusion(%p, %q), kind=kLoop, calls=%slice
+  ROOT %e = f32[1,8]{1,0} exponential(%cut.1)
+}
+"""
+    found = profile.instructions(text)
+    assert {name: found[name] for name in "twbue"} | {"cut.1": found["cut.1"]} == {
+        "t": (profile.MOVING, 0, False), "w": (profile.WEIGHTS, 2 * 4 * 4 * 8, True),
+        "b": (profile.ATTENTION, 2 * 2 * 4 * 4 * 8, False), "u": (profile.OPTIMIZER, 0, False),
+        "e": (profile.ELEMENTWISE, 0, False), "cut.1": (profile.MOVING, 0, False)}
+
+
 def test_usual_metrics_are_the_same():
     """What evaluation is timed beside gives the same numbers."""
     for metric in ("FID", "precision, recall"):
@@ -258,7 +307,9 @@ def test_usual_metrics_are_the_same():
     ([*TINY, "--config.model.num_heads=5"], ["model.num_heads=5", "model.hidden_size=32"]),
     ([*TINY, "--config.model.dtype=bfloat16", "--against=diffusers"], ["bfloat16", "--config.model.dtype=float32"]),
     ([*TINY, "--what=decode", "--vae=nowhere"], ["nowhere"]),
-    (["--what=data", "--cache=nowhere"], ["nowhere"])])
+    (["--what=data", "--cache=nowhere"], ["nowhere"]),
+    (["--seconds=nan"], ["--seconds=nan"]),
+    (["--scratch=/dev/null/x"], ["--scratch=/dev/null/x"])])
 def test_bad_flags_are_one_line(command, flags, words):
     one_error(command("benchmark", *flags), *words)
 

@@ -7,6 +7,7 @@ One JSON object a line: the spec in, what the process says of itself out; then a
 out, or "profile" in, what the call's time goes to out, until its standard input ends. Neither JAX nor PyTorch here: each side imports its own.
 """
 
+import ctypes
 import json
 import os
 import resource
@@ -45,6 +46,8 @@ class Timed:
 def serve(make):
     """The child's main loop. make(spec) -> Timed; its ValueError, and the calls', go to the parent as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to compute on where the parent is killed
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not get among the lines
 

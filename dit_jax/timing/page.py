@@ -27,8 +27,8 @@ paper, where that package embeds them in every block again."""
 PROFILED = """\
 Where the time of one call goes, of its trace: each kind of operation, its share of the call, and the rate of its
 arithmetic, recomputed products counted. What ran side by side counts each, so *between them*, what no operation accounts
-for, can be less than nothing. A product that XLA only begins counts until the next operation; the rest of it is between
-them, too."""
+for, can be less than nothing. Some products XLA only begins: such a one counts until the next operation begins, and what it
+takes beyond that is not told apart from waiting."""
 
 
 def median(side):

@@ -16,6 +16,12 @@ from dit_jax import hlo
 WEIGHTS, ATTENTION, CONVOLUTIONS = "products with weights", "attention's products", "convolutions"
 ELEMENTWISE, MOVING, OPTIMIZER = "elementwise operations, reductions", "copies, slices", "AdamW, EMA"
 KINDS = (WEIGHTS, ATTENTION, CONVOLUTIONS, ELEMENTWISE, MOVING, OPTIMIZER)  # the rest is between the operations
+ARITHMETIC = hlo.ELEMENTWISE | {"reduce", "reduce-window", "exponential", "exponential-minus-one", "log", "log-plus-one",
+                                "tanh", "logistic", "rsqrt", "sqrt", "power", "sine", "cosine", "erf"}
+
+
+def _is_array(shape):
+    return any(math.prod(dims) > 1 for _, dims, _ in hlo.arrays(shape))
 
 
 def instructions(text):
@@ -25,16 +31,16 @@ def instructions(text):
         for i in computation.values():
             if i.opcode in hlo.FREE:  # a loop's time is that of what is in it
                 continue
-            flops, matrix = program.flops(i, computation)
+            matrix, inside = program.flops(i, computation)[1], program.within(i)
             if matrix:
-                inside = program.within(i)
                 batched = any(c.opcode == "dot" and re.search(r"lhs_batch_dims=\{\d", c.attributes) for c in inside)
                 convolution = any(c.opcode == "convolution" for c in inside)
                 kind = CONVOLUTIONS if convolution else ATTENTION if batched else WEIGHTS
             elif "/optimizer/" in i.attributes:  # the scope in state.update
                 kind = OPTIMIZER
             else:
-                kind = ELEMENTWISE if flops else MOVING
+                # A copy may hold arithmetic on an index, a single number.
+                kind = ELEMENTWISE if any(c.opcode in ARITHMETIC and _is_array(c.shape) for c in inside) else MOVING
             # Outside a fusion, a product is handed to a pool of threads, and goes on when its event has ended.
             found[i.name] = kind, matrix, i.opcode in ("dot", "convolution")
     return found
