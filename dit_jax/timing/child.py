@@ -4,7 +4,8 @@
         child.info, child.ask(calls=3)["seconds"]                        # of one call
 
 One JSON object a line: the spec in, what the process says of itself out; then a number of calls in, how long they took
-out, or "profile" in, what the call's time goes to out, until its standard input ends. Neither JAX nor PyTorch here: each side imports its own.
+out, or "profile" in, what the call's time goes to out, until its standard input ends. Neither JAX nor PyTorch here:
+each side imports its own.
 """
 
 import ctypes

@@ -60,11 +60,11 @@ def profile(text, call):
         events = sorted((event.start_ns, event.duration_ns, event.name)
                         for plane in jax.profiler.ProfileData.from_file(path).planes for line in plane.lines
                         for event in line.events if event.name in known)
-    busy, last = math.inf, None
+    busy, last = 0.0, None
     for start, duration, name in events:
-        if start > busy and last:
+        if last and start > busy:
             seconds[last] += (start - busy) / 1e9
-        busy = max(start + duration, busy if busy < math.inf else 0)
+        busy = max(busy, start + duration)
         kind, matrix, begun = known[name]
         seconds[kind] += duration / 1e9
         flops[kind] += matrix
