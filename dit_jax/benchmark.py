@@ -5,7 +5,7 @@
     python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
     python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 16 minutes on 2 cores
 
---what: train (forward, backward, AdamW, EMA), denoise (one guided step), sample (a whole run, and its steps alone),
+--what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
 decode (the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
 evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside train, denoise, decode and scaling
 (pip install -e '.[benchmark]').
@@ -107,9 +107,10 @@ def beside(config, spec):
     model = config["model"]
     if not (flags.FLAGS.against or flags.FLAGS.report):
         return {}
-    if model["block"] != "adaln_zero" or not model["num_classes"]:
-        raise UserError(f"model.block={model['block']}, model.num_classes={model['num_classes']}: --against=diffusers "
-                        "has adaln_zero alone, with classes")
+    if model["block"] != "adaln_zero":
+        raise UserError(f"model.block={model['block']}: --against=diffusers has adaln_zero alone")
+    if not model["num_classes"]:
+        raise UserError("model.num_classes=0: --against=diffusers has models with classes alone")
     return {page.DIFFUSERS: (THEIRS, {**spec, "threads": cores()})}
 
 
@@ -142,7 +143,8 @@ def model_parts(what, config, images):
     except ValueError as e:
         raise UserError(f"config.sample: {e}") from None
     spec = {"what": "denoise", "config": config, "images": images}
-    if what == "denoise":
+    if what == "denoise":  # a step of DDPM on both sides
+        spec["config"] = config | {"sample": sample | {"sampler": "ddpm"}}
         return [Part(f"denoise {model}, {images} guided", what, model, {
             page.OURS: (OURS, spec), **beside(config, spec)}, f.rounds)]
     sides = {page.OURS: (OURS, {**spec, "what": "sampler"}), page.BARE: (OURS, {**spec, "steps": steps})}
@@ -187,20 +189,20 @@ def decode_parts(config):
 def data_parts(scratch):
     """The data path on --cache and --pictures, or on what is made in the folder `scratch`."""
     f = flags.FLAGS
-    cache, folder, npy = f.cache, f.pictures, os.path.join(scratch, "npy")
+    npy = os.path.join(scratch, "npy")
+    for flag, path, source in (("cache", f.cache, latents.LatentCache), ("pictures", f.pictures, Folder)):
+        try:
+            count = 2 * data.BATCH if path is None else len(source(path))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        if count < 2 * data.BATCH:
+            raise UserError(f"--{flag}={path}: holds {count} examples, and two batches take {2 * data.BATCH}")
     say("data: making what is read")
-    if cache is None:
-        cache = os.path.join(scratch, "cache")
+    cache, folder = f.cache or os.path.join(scratch, "cache"), f.pictures or os.path.join(scratch, "pictures")
+    if f.cache is None:
         data.make_cache(cache, f.num_latents)
-    if folder is None:
-        folder = os.path.join(scratch, "pictures")
+    if f.pictures is None:
         data.make_pictures(folder, 4 * data.BATCH)
-    try:
-        enough = min(len(latents.LatentCache(cache)), len(Folder(folder))) >= 2 * data.BATCH
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    if not enough:
-        raise UserError(f"--cache and --pictures need {2 * data.BATCH} examples at least, for two batches")
     torch = importlib.util.find_spec("torch") is not None
     if torch:
         data.Npy.make(npy, f.num_latents)
@@ -327,6 +329,33 @@ def chosen(what, scratch):
     return parts
 
 
+def carry_out(what, scratch):
+    """Times what is asked for, and says it. scratch: an empty folder."""
+    f, here, parts = flags.FLAGS, machine(), []
+    folder = f.out and os.path.join(f.out, "parts")
+    before = load_parts(folder, here) if f.out else []
+    kept = {(p["model"], *p["base"].values()) for p in before if p["what"] == "scaling"}
+    todo = chosen(what, scratch)
+    if any(kept - {(part.model, *part.about["base"].values())} for part in todo if part.what == "scaling"):
+        raise UserError(f"--out={f.out}: its scaling is of another config, and the plot is of one: use another --out")
+    for part in todo:
+        parts.append(measure(part))
+        if f.out:
+            name = re.sub(r"[^A-Za-z0-9]+", "-", part.name) + ".json"
+            pictures.write_aside(os.path.join(folder, name), (json.dumps(parts[-1], indent=1) + "\n").encode())
+    if f.out:
+        parts = load_parts(folder, here)
+        if not parts:
+            raise UserError(f"--out={f.out}: there are no parts to make a page of")
+    say(f"\n{here['cores']} cores of {here['cpu']}\n\n{page.results(parts)}")
+    if found := page.targets(parts):
+        say(f"\n{page.target_table(found)}\n")
+    if profiled := page.profiles(parts):
+        say(f"\n{profiled}\n")
+    if f.out:
+        write(parts, f.out)
+
+
 def main():
     f = flags.FLAGS
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -348,34 +377,11 @@ def main():
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e "
                                 "'.[benchmark]'")
-    here = machine()
-    folder = f.out and os.path.join(f.out, "parts")
-    if f.out:
-        cli.make_workdir(folder, "out")
-        kept = {(p["model"], *p["base"].values()) for p in load_parts(folder, here) if p["what"] == "scaling"}
-    parts = []
-    with tempfile.TemporaryDirectory(dir=f.scratch) as scratch:
-        todo = chosen(what, scratch)
-        for part in todo:
-            if part.what == "scaling" and f.out and kept - {(part.model, *part.about["base"].values())}:
-                raise UserError(f"--out={f.out}: its scaling is of another config, and the plot is of one: use another "
-                                "--out")
-        for part in todo:
-            parts.append(measure(part))
-            if f.out:
-                name = re.sub(r"[^A-Za-z0-9]+", "-", part.name) + ".json"
-                pictures.write_aside(os.path.join(folder, name), (json.dumps(parts[-1], indent=1) + "\n").encode())
-    if f.out:
-        parts = load_parts(folder, here)
-        if not parts:
-            raise UserError(f"--out={f.out}: there are no parts to make a page of")
-    say(f"\n{here['cores']} cores of {here['cpu']}\n\n{page.results(parts)}")
-    if found := page.targets(parts):
-        say(f"\n{page.target_table(found)}\n")
-    if profiled := page.profiles(parts):
-        say(f"\n{profiled}\n")
-    if f.out:
-        write(parts, f.out)
+    with ExitStack() as held:
+        if f.out:
+            cli.make_workdir(os.path.join(f.out, "parts"), "out")
+            held.enter_context(cli.locked(f.out, "out"))
+        carry_out(what, held.enter_context(tempfile.TemporaryDirectory(dir=f.scratch)))
 
 
 if __name__ == "__main__":

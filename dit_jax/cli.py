@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import glob
 import os
+import signal
 import sys
 import uuid
 
@@ -181,8 +182,21 @@ def _give_back_after_compiling():
     monitoring.register_event_duration_secs_listener(listen)
 
 
+def _interrupted(*_):
+    print("error: interrupted", file=sys.stderr)
+    os._exit(1)
+
+
+def end_with_parent():
+    """This process is not to go on where the one that started it is killed. Of Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def parse():
-    """Parses the flags; --help ends here. A UserError is one line, and status 1."""
+    """Parses the flags; --help ends here. A UserError, or Ctrl-C until `run`, is one line, and status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)  # in the middle of an import, an exception may be lost or a page long
     app.define_help_flags()
     try:
         _parse_flags(sys.argv)
@@ -194,6 +208,8 @@ def parse():
 
 def run(main):
     """Calls main(), whose value is the exit status. A UserError, or Ctrl-C, is one line, and status 1."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _quiet_libtpu()
     enough_threads()
     _give_back_after_compiling()

@@ -65,14 +65,14 @@ MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), f
             "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
 # For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
 TRAIN, SAMPLE, START = 7.5e10, 1.8e11, 6.0
-# Says which cores a command has, and that it ends with the process that started it, also if that one is killed.
+# Says which cores a command has, and that it ends with this process.
 LAUNCH = """
-import ctypes, os, runpy, sys
+import os, runpy, sys
+from dit_jax import cli
+cli.end_with_parent()
 cores, sys.argv = sys.argv[1], sys.argv[2:]
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-    if cores:
-        os.sched_setaffinity(0, map(int, cores.split(",")))
+if cores:
+    os.sched_setaffinity(0, map(int, cores.split(",")))
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 

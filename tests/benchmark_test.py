@@ -1,5 +1,6 @@
 """The benchmark's commands, and that what it times of PyTorch is the same function as ours."""
 
+import fcntl
 import json
 import os
 import re
@@ -303,6 +304,7 @@ def test_usual_metrics_are_the_same():
     (["--report", *TINY], ["--report", "--config"]),
     (["--config.batch_size=4"], ["--config.batch_size=4", "--config=configs/"]),
     ([*TINY, "--config.model.block=in_context", "--against=diffusers"], ["model.block=in_context", "adaln_zero"]),
+    ([*TINY, "--config.model.num_classes=0", "--against=diffusers", "--what=train"], ["model.num_classes=0"]),
     ([*TINY, "--config.sample.cfg_scale=1", "--what=sample"], ["sample.cfg_scale=1", "--what=sample"]),
     ([*TINY, "--config.model.num_heads=5"], ["model.num_heads=5", "model.hidden_size=32"]),
     ([*TINY, "--config.model.dtype=bfloat16", "--against=diffusers"], ["bfloat16", "--config.model.dtype=float32"]),
@@ -312,6 +314,13 @@ def test_usual_metrics_are_the_same():
     (["--scratch=/dev/null/x"], ["--scratch=/dev/null/x"])])
 def test_bad_flags_are_one_line(command, flags, words):
     one_error(command("benchmark", *flags), *words)
+
+
+def test_one_at_a_time_writes_a_report(command, tmp_path):
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    one_error(command("benchmark", "--what=", f"--out={tmp_path}"), f"--out={tmp_path}", "another process")
+    os.close(held)
 
 
 def test_a_child_that_dies_is_one_line(command, tmp_path):

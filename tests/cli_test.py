@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_error
 
 from dit_jax import cli
 
@@ -26,6 +26,19 @@ def test_help_shows_the_flags_that_commands_share():
     done = subprocess.run([sys.executable, "-m", "dit_jax.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True)
     for flag in ("samples", "reference", "features", "workdir", "cfg_scale", "process_id"):
         assert f"--{flag}:" in done.stdout
+
+
+def test_interrupted_is_one_line():
+    """While modules are imported, and later; a command that was started to ignore it, as by nohup, goes on."""
+    def end_of(before, then):
+        code = f"import signal\nfrom dit_jax import cli\n{before}\ncli.parse()\n{then}\nprint('goes on')"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    interrupt = "signal.raise_signal(signal.SIGINT)"
+    one_error(end_of("", interrupt), "interrupted")
+    one_error(end_of("", f"cli.run(lambda: {interrupt})"), "interrupted")
+    assert end_of("signal.signal(signal.SIGINT, signal.SIG_IGN)", interrupt) == (0, "goes on\n", "")
 
 
 @pytest.mark.slow

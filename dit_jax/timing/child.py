@@ -8,7 +8,6 @@ out, or "profile" in, what the call's time goes to out, until its standard input
 each side imports its own.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -18,6 +17,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import Callable
+
+from dit_jax import cli
 
 
 def peak_memory():
@@ -47,8 +48,7 @@ class Timed:
 def serve(make):
     """The child's main loop. make(spec) -> Timed; its ValueError, and the calls', go to the parent as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to compute on where the parent is killed
+    cli.end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not get among the lines
 

@@ -88,19 +88,22 @@ def _sampling(config, images):
 
 
 def denoise(config, images, steps=1):
-    """Guided denoising steps, each a call of one compiled program: the network on a doubled batch, guidance, the DDPM
-    update with given noise. steps: so many of the sampler's, one after the other, are timed together."""
+    """Guided denoising steps, each a call of one compiled program: the network on a doubled batch, guidance, the
+    sampler's update with given noise. steps: so many of the sampler's, one after the other, are timed together."""
     config, args, mesh, params, _, labels = _sampling(config, images)
     s, batch = config["sample"], sharding.batch_sharding(mesh)
     graphdef = dit.abstract(**args | {"place": sharding.Place(mesh, args["num_heads"])})[0]
     schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
 
     def step(params, x, noise, labels, i):
-        model, t = nnx.merge(graphdef, params), jnp.full(len(x), i)
+        model = nnx.merge(graphdef, params)
         y = jnp.concatenate([labels, jnp.full_like(labels, args["num_classes"])])
-        told = jnp.asarray(schedule.timestep_map)[jnp.concatenate([t, t])]
-        out = forward_with_cfg(model, jnp.concatenate([x, x]), told, y, s["cfg_scale"], s["cfg_channels"] or None)
-        return samplers.ddpm_step(schedule, out[: len(x)], x, t, noise)
+
+        def guided(x, t):
+            x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+            return forward_with_cfg(model, x, t, y, s["cfg_scale"], s["cfg_channels"] or None)[: len(labels)]
+
+        return samplers.step(schedule, guided, x, i, lambda _: noise, s["sampler"], s["eta"])
 
     x, noise = (jax.device_put(a, batch) for a in np.random.default_rng(0).standard_normal(
         (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32))
@@ -127,6 +130,7 @@ def sampler(config, images):
     indices = np.arange(images, dtype=np.uint32)
     x = jax.ShapeDtypeStruct((images, args["input_size"], args["input_size"], args["in_channels"]), jnp.float32)
     generator.step, seconds = compiled(generator.step, params, labels, indices, x, np.int32(0))
+    generator.whole(generator.start(indices)).block_until_ready()  # compiles these two as well, before a call is timed
     return timed(lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())}, seconds, args["dtype"],
                  len(generator.schedule) * images * 4 * flops.macs(**args), images)
 
