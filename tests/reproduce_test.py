@@ -108,6 +108,12 @@ def test_guidance_sampling_and_training_compute():
         return said(findings.training(rows, NONE)[1][0])
 
     assert [training(v) for v in (100, 1000, 250)] == [1, -1, 0]
+    rows = [("S", 2, step, 1.0, {j: findings.Value(v, v, v) for j in findings.JUDGES})
+            for step, v in ((10, 30.0), (20, 20.0), (40, 12.0))]
+    assert "left 60% to 60% of the distance at its middle, in all models: none" in findings.levelled(rows)
+    flat = [("L", 2, *row[2:]) for row in rows[:2]] + [("L", 2, 40, 1.0, rows[1][4])]
+    assert "left 60% to 100% " in findings.levelled(rows + flat) and "models: some" in findings.levelled(rows + flat)
+
     # Between two checkpoints, a power law's own value; nothing outside of them.
     rows = [("L", 2, 1, cost, {j: findings.Value(1000 / cost, 900 / cost, 2000 / cost) for j in findings.JUDGES})
             for cost in (100.0, 400.0)]

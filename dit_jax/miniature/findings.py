@@ -231,6 +231,18 @@ def training(results, spread):
                         "compute (the larger one between two checkpoints)", "have the larger one ahead")]
 
 
+def levelled(rows):
+    """A sentence, of the rows of `training`: how much of the distance the last doubling of the steps left."""
+    models = {}
+    for row in rows:
+        models.setdefault(row[:2], {})[row[2]] = row[4]
+    left = [by_step[last][j].mean / by_step[last // 2][j].mean for by_step in models.values() for last in [max(by_step)]
+            for j in JUDGES]
+    return (f"Here the second half of the training left {min(left):.0%} to {max(left):.0%} of the distance at its middle, "
+            "in all models: " + ("some" if max(left) > 0.95 else "none") + " had come to where longer training no longer "
+            "helps, of which the claim is.")
+
+
 # Of each study, the sentences alone.
 OUTCOMES = {"scaling": lambda results, spread: scaling(results, spread)[2],
             "blocks": lambda results, spread: blocks(results)[1],

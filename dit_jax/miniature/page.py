@@ -197,7 +197,8 @@ def _training(plan, results, spread, folder):
     rows, sentences = findings.training(results, spread)
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
                     lambda row: f"{row[0]}/{row[1]}", folder,
-                    "The paper: small models, even when trained longer, eventually use compute worse than larger ones.")
+                    "The paper: small models, even when trained longer, eventually use compute worse than larger ones. "
+                    + findings.levelled(rows))
 
 
 def _grid(plan, folder):
