@@ -90,14 +90,14 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
 
 
-def machine():
+def machine(packages=("jax", "jaxlib", "flax", "numpy", "scipy", "torch", "diffusers")):
     """The machine and the versions, plain values. Parts that differ here are not put on one page."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    versions = {name: installed.get(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "torch", "diffusers")}
+    versions = {name: installed.get(name) for name in packages}
     return {"cpu": cpu, "cores": cores(), "system": platform.platform(terse=True),
             "versions": {"python": platform.python_version(), **versions}}
 

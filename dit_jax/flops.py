@@ -52,7 +52,7 @@ def paper_gflops(**args):
     d, tokens = args["hidden_size"], (args["input_size"] // args["patch_size"]) ** 2
     n = tokens + 2 * (args.get("block") == "in_context")
     norms = 2 * args["depth"] * n * d + tokens * d
-    return (macs(**args, out_channels=args["in_channels"] * 6 // 4) + norms) / 1e9
+    return (macs(**args, out_channels=-(-args["in_channels"] * 6 // 4)) + norms) / 1e9
 
 
 def train_flops(**model_args):

@@ -34,6 +34,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("dry_run", False, "print the plan and do nothing")
     cli.parse()  # above the imports that take time
 
+import contextlib
+import functools
 import json
 import os
 import runpy
@@ -55,6 +57,7 @@ from dit_jax.pictures import write_aside
 from dit_jax.sample import same_manifest
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "mini.py")
+SEEDS = 3  # at most, of a model
 SETS = 3  # of samples of a finished run: their spread is that of sampling
 # What is measured. ddim: steps of the sampler of every study but `sampling`, whose DDPM steps are few (of the large
 # model) and many (of the small one); samples: pictures in a set.
@@ -93,6 +96,11 @@ class Task:
         return os.path.exists(self.done)
 
 
+@functools.cache
+def num_params(**args):
+    return flops.num_params(**args)[1]
+
+
 class Plan:
     """tasks: {name: Task}, each after what it needs; studies: {study: names of the samples that it is made of}.
     samples: pictures in a set. seed: the first of the runs' seeds, and that of the samples."""
@@ -119,13 +127,15 @@ class Plan:
             "scaling": lambda: [self.add(size, patch, nth=nth, sampler=ddim) for size, patch in grid
                                 for nth in range(2 if (size, patch) in two_seeds else 1)],
             "blocks": lambda: [self.add(medium, middle, block, nth, sampler=ddim) for block in BLOCKS
-                               for nth in range(3)],
+                               for nth in range(SEEDS)],
             "guidance": lambda: [self.add(medium, middle, nth=nth, scale=scale, sampler=ddim)
-                                 for scale in (1.0, *m["scales"]) for nth in range(3)],
+                                 for scale in (1.0, *m["scales"]) for nth in range(SEEDS)],
             "sampling": lambda: [self.add(size, middle, sampler=("ddpm", n)) for size, steps in
                                  ((small, m["many"]), (large, m["few"])) for n in steps],
             "training": lambda: [self.add(size, patch, step=step, sampler=ddim, sets=1 if step < last else SETS)
                                  for size, patch in grid for step in (last // 8, last // 4, last // 2, last)]}
+        if not studies:
+            raise UserError(f"--study is empty: one or more of {','.join(STUDIES)}")
         for study in studies:
             if study not in STUDIES:
                 raise UserError(f"--study={study}: unknown; one or more of {','.join(STUDIES)}")
@@ -142,7 +152,7 @@ class Plan:
         workdir = os.path.join(self.out, "runs", run)
         config = configs.resolve(self.get_config(model))
         args = {k: config["model"][k] for k in ("input_size", "patch_size", "in_channels", "hidden_size", "depth",
-                                                "block")}
+                                                "block", "num_heads", "num_classes")}
         if run not in self.tasks:
             flop = flops.train_flops(**args) * config["batch_size"] * self.steps
             every = self.steps // 8
@@ -163,6 +173,7 @@ class Plan:
                 os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
                 {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
                  "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
+                 "params": num_params(**args),
                  "batch_size": config["batch_size"], "samples": folder})
         return name
 
@@ -249,8 +260,11 @@ class Commands:
 def read(path, default=None):
     if not os.path.exists(path):
         return default
-    with open(path) as f:
-        return json.load(f)
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError:
+        raise UserError(f"{path}: is damaged: remove it, and run the same command again") from None
 
 
 def write(path, value):
@@ -265,7 +279,13 @@ def carry_out(plan):
         return
     clock, spent = time.perf_counter(), read(os.path.join(out, "seconds.json"), 0.0)
     said = clock
-    with Commands(plan, slots) as commands:
+
+    def clocked():
+        write(os.path.join(out, "seconds.json"), spent + time.perf_counter() - clock)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(clocked)  # at whatever end
+        commands = stack.enter_context(Commands(plan, slots))
         say(f"{len(todo)} of {len(plan.tasks)} commands to run, {len(slots)} at a time; what they say is in {out}/logs")
         commands.start()
         judges = measure.Judges(plan.recipe["input_size"], plan.samples)  # while the first commands run
@@ -278,7 +298,7 @@ def carry_out(plan):
                     write(task.done, task.about | {"judges": judges.measure(task.about["samples"], task.about["sets"])})
                 done += 1
                 said = 0
-                write(os.path.join(out, "seconds.json"), spent + time.perf_counter() - clock)
+                clocked()
             if time.perf_counter() - said > 60:
                 said = time.perf_counter()
                 say(f"{done} of {len(plan.tasks)} done, {duration(commands.left())} left; running: "
@@ -292,16 +312,19 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     if not f.out:
         raise UserError("--out is missing: name a folder")
+    if os.path.exists(f.out) and not os.path.isdir(f.out):
+        raise UserError(f"--out={f.out}: is no folder")
     plan, beside = Plan(f.out, f.budget, f.study, f.steps, f.samples, f.seed), None
     if f.beside:
         there = read(os.path.join(f.beside, "plan.json"))
-        if there is None:
-            raise UserError(f"--beside={f.beside}: holds no study: there is no plan.json")
-        theirs = {key: there[key] for key in ("budget", "steps", "samples")}
+        if not isinstance(there, dict) or "seed" not in there:
+            raise UserError(f"--beside={f.beside}: holds no study: there is no plan.json of one")
+        theirs = {key: there.get(key) for key in ("budget", "steps", "samples")}
         if theirs != (wanted := {"budget": f.budget, "steps": plan.steps, "samples": plan.samples}):
             raise UserError(f"--beside={f.beside}: is of {theirs}, and this is of {wanted}: they cannot be compared")
-        if there["seed"] == f.seed:
-            raise UserError(f"--beside={f.beside}: has seed {f.seed} too, and would tell nothing: give another --seed")
+        if abs(there["seed"] - f.seed) < SEEDS:
+            raise UserError(f"--beside={f.beside}: has seed {there['seed']} and the {SEEDS - 1} after it, and some runs of "
+                            f"--seed={f.seed} would be the same: give a --seed that is at least {SEEDS} away")
         beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"])
     if f.dry_run:
         say("\n".join(plan.describe(len(cores()))))

@@ -143,12 +143,12 @@ def same_manifest(path, manifest):
         with open(path) as f:
             there = dict(json.load(f))
     except (ValueError, TypeError):
-        raise UserError(f"{path}: is damaged, so that nobody can tell how these samples were made; use another "
+        raise UserError(f"{path}: is damaged, so that nobody can tell how what is here was made; use another "
                         "--out") from None
     differ = [f"{key} ({there.get(key)!r} there, {manifest.get(key)!r} here)" for key in {**there, **manifest}
               if there.get(key) != manifest.get(key)]
     if differ:
-        raise UserError(f"{path}: these samples were made with other settings: {', '.join(differ)}; use another --out")
+        raise UserError(f"{path}: what is here was made with other settings: {', '.join(differ)}; use another --out")
     return True
 
 

