@@ -88,11 +88,15 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def without_one(x, y):
-    """The correlation's lowest and highest value with one model left out, and what its sign then decides: 1 where it is
-    always negative, -1 always positive, else 0."""
-    found = [correlation(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
-    return min(found), max(found), 1 if max(found) < 0 else -1 if min(found) > 0 else 0
+def trend(x, values):
+    """Correlations of x with the means of values, [{judge: Value}] -> ({judge: (correlation, its lowest and highest value
+    with one model left out)}, the decision: of the sign that it keeps whichever model is left out, negative being better)"""
+    found = {}
+    for j in JUDGES:
+        y = np.array([v[j].mean for v in values])
+        without = [correlation(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
+        found[j] = correlation(x, y), min(without), max(without)
+    return found, agreed(1 if high < 0 else -1 if low > 0 else 0 for _, low, high in found.values())
 
 
 def unlearned(models):
@@ -121,15 +125,13 @@ def scaling(results, spread):
     rows = [(name(key), gflops[key], len({r["seed"] for r in models[key]}), values[key],
              {j: value(models[key], j, "recognised") for j in JUDGES}) for key in order]
     x, weights = np.array([gflops[key] for key in order]), np.array([params[key] for key in order])
-    correlations, signs = {}, []
+    correlations, decision = trend(np.log(x), [values[key] for key in order])
     for judge in JUDGES:
-        y = np.array([values[key][judge].mean for key in order])
-        low, high, sign = without_one(np.log(x), y)
-        correlations[judge] = correlation(np.log(x), y), low, high, correlation(x, y), correlation(np.log(weights), y)
-        signs.append(sign)
+        y = [values[key][judge].mean for key in order]
+        correlations[judge] += correlation(x, y), correlation(np.log(weights), y)
     shown = " and ".join(f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f}, one model left out) by {j}"
                          for j, r in correlations.items())
-    sentences = [sentence(agreed(signs), f"models of more Gflops make better samples on the whole, r = {shown}",
+    sentences = [sentence(decision, f"models of more Gflops make better samples on the whole, r = {shown}",
                           f"models of more Gflops make worse samples on the whole, r = {shown}",
                           f"the correlation's sign hangs on one model, or on the judge, r = {shown}")]
 
@@ -157,15 +159,10 @@ def stages(results):
     distance with log Gflops, lowest and highest with one model left out)})], sentences)"""
     rows, decisions = [], {}
     for step in sorted({r["step"] for r in results}):
-        here, signs = [same for key, same in groups(results).items() if key[3] == step], []
-        x, found = np.log([same[0]["gflops"] for same in here]), {}
-        for j in JUDGES:
-            y = np.array([value(same, j).mean for same in here])
-            low, high, sign = without_one(x, y)
-            found[j] = correlation(x, y), low, high
-            signs.append(sign)
+        here = [same for key, same in groups(results).items() if key[3] == step]
+        found, decisions[step] = trend(np.log([same[0]["gflops"] for same in here]),
+                                       [{j: value(same, j) for j in JUDGES} for same in here])
         rows.append((step, found))
-        decisions[step] = agreed(signs)
     shown = " and ".join(f"{step:,}" for step, d in decisions.items() if d > 0)
     return rows, [sentence(agreed(decisions.values()), "models of more Gflops are better on the whole at every stage",
                            "models of more Gflops are worse on the whole at every stage",
@@ -212,12 +209,12 @@ def guidance(results):
     theirs = max(scale for _, scale in paper.GUIDED)
     for scale in sorted({max((s for s in guided if s <= theirs), default=guided[-1]), guided[-1]}):
         for metric, sign in (("recall", 1), ("precision", -1)):
+            yes, no = ("it falls", "it rises")[::sign]
             falls = {j: fall(metric, j, scale) for j in JUDGES}
             decision = agreed(sign * agreed(f) for f in falls.values())
             counts = ", ".join(f"by {j} it falls in {f.count(1)} sets and rises in {f.count(-1)}" for j, f in falls.items())
-            does = {1: "it falls", -1: "it rises"}
             sentences.append(f"{metric.capitalize()}, from none to {scale:g}: " + sentence(
-                decision, f"{does[sign]} ({counts})", f"{does[-sign]} ({counts})", counts))
+                decision, f"{yes} ({counts})", f"{no} ({counts})", counts))
     return rows, sentences
 
 

