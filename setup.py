@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.9.2",
         "scikit-learn>=1.5.2",  # the embedded digits, and the judge
         "scipy>=1.14.1",
+        "threadpoolctl>=3.5.0",
         "tqdm>=4.66.0",
     ],
     extras_require=extras,

@@ -3,13 +3,13 @@
     python -m dit_jax.reproduce --out=runs/mini                    # everything; an hour and 20 minutes on 2 cores
     python -m dit_jax.reproduce --out=runs/mini --study=blocks     # one question; others can be added later
     python -m dit_jax.reproduce --out=runs/mini --dry_run          # the plan: runs, commands, estimated time
-    python -m dit_jax.reproduce --out=runs/again --seed=3 --beside=runs/mini   # again, and does it come out the same?
+    python -m dit_jax.reproduce --out=runs/again --seed=3 --beside=runs/mini   # again: does it come out the same?
 
 The studies: scaling (figures 2, 6, 7, 8), blocks (figure 5), guidance (appendix A), sampling (figure 10), training
 (figure 9). Each run is an ordinary `train` command in OUT/runs, each set of samples an ordinary `sample` command in
 OUT/samples, side by side on the cores of a CPU. Two judges fitted on real training pictures look at the samples; what
-they say is in OUT/results, one JSON file a set, of which OUT/report.md and its plots are made. After any end the same
-command goes on.
+they say is in OUT/results, one JSON file a command, and at the end in OUT/results.json, of which OUT/report.md and its
+plots are made. After any end the same command goes on.
 """
 
 from absl import flags
@@ -27,10 +27,10 @@ if __name__ == "__main__":
                          lower_bound=8)
     flags.DEFINE_integer("samples", None, "pictures in a set, a multiple of 10, of which a distance is measured; by "
                          "default the budget's", lower_bound=10)
-    flags.DEFINE_integer("seed", 0, "the first of the seeds, of which a model has up to 3; also that of samples' noise",
+    flags.DEFINE_integer("seed", 0, "the first of the seeds, of which a model has up to 3",
                          lower_bound=0, upper_bound=2**31)
-    flags.DEFINE_string("beside", None, "the folder of a study that has been made with another --seed: whether this one "
-                        "lands within its ranges goes on the page")
+    flags.DEFINE_string("beside", None, "a folder with the results.json of a study of another --seed: whether this one lands "
+                        "within its ranges goes on the page")
     flags.DEFINE_bool("dry_run", False, "print the plan and do nothing")
     cli.parse()  # above the imports that take time
 
@@ -58,16 +58,17 @@ from dit_jax.sample import same_manifest
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "mini.py")
 SEEDS = 3  # at most, of a model
-SETS = 3  # of samples of a finished run: their spread is that of sampling
-# What is measured. ddim: steps of the sampler of every study but `sampling`, whose DDPM steps are few (of the large
-# model) and many (of the small one); samples: pictures in a set.
-MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32, 64),
-                          many=(16, 32, 64, 128, 256)),
-            "full": dict(samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
+SETS = 2  # of samples of a finished run: their spread is that of sampling
+# What is measured. patch: of the medium model whose blocks and guidance are studied. ddim: steps of the sampler of every
+# study but `sampling`, whose DDPM steps are few (of the large model) and many (of the small one); samples: pictures in a
+# set.
+MEASURED = {"small": dict(patch=8, samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32),
+                          many=(16, 32, 64, 128)),
+            "full": dict(patch=4, samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
                          many=(16, 32, 64, 128, 256, 1000)),
-            "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
+            "tiny": dict(patch=8, samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
 # For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
-TRAIN, SAMPLE, START = 7.5e10, 1.8e11, 6.0
+TRAIN, SAMPLE, START = 2.7e10, 7e10, 10.0
 # Says which cores a command has, and that it ends with this process.
 LAUNCH = """
 import os, runpy, sys
@@ -121,19 +122,19 @@ class Plan:
         ddim, patches = ("ddim", self.ddim), self.recipe["patches"]
         middle = patches[len(patches) // 2]
         small, medium, large = self.recipe["sizes"]
-        last, two_seeds = self.steps, ((small, patches[0]), (medium, middle))
-        grid = [(size, patch) for size in self.recipe["sizes"] for patch in patches]
+        chosen, last = (medium, m["patch"]), self.steps
+        # Two seeds, but for the two that cost the most.
+        grid = [(size, patch, nth) for size in self.recipe["sizes"] for patch in patches
+                for nth in range(1 if patch == patches[0] and size != small else 2)]
         makers = {
-            "scaling": lambda: [self.add(size, patch, nth=nth, sampler=ddim) for size, patch in grid
-                                for nth in range(2 if (size, patch) in two_seeds else 1)],
-            "blocks": lambda: [self.add(medium, middle, block, nth, sampler=ddim) for block in BLOCKS
-                               for nth in range(SEEDS)],
-            "guidance": lambda: [self.add(medium, middle, nth=nth, scale=scale, sampler=ddim)
+            "scaling": lambda: [self.add(size, patch, nth=nth, sampler=ddim) for size, patch, nth in grid],
+            "blocks": lambda: [self.add(*chosen, block, nth, sampler=ddim) for block in BLOCKS for nth in range(SEEDS)],
+            "guidance": lambda: [self.add(*chosen, nth=nth, scale=scale, sampler=ddim)
                                  for scale in (1.0, *m["scales"]) for nth in range(SEEDS)],
-            "sampling": lambda: [self.add(size, middle, sampler=("ddpm", n)) for size, steps in
-                                 ((small, m["many"]), (large, m["few"])) for n in steps],
-            "training": lambda: [self.add(size, patch, step=step, sampler=ddim, sets=1 if step < last else SETS)
-                                 for size, patch in grid for step in (last // 8, last // 4, last // 2, last)]}
+            "sampling": lambda: [self.add(size, middle, nth=nth, sampler=("ddpm", n)) for size, steps in
+                                 ((small, m["many"]), (large, m["few"])) for n in steps for nth in range(2)],
+            "training": lambda: [self.add(size, patch, nth=nth, step=step, sampler=ddim, sets=1 if step < last else SETS)
+                                 for size, patch, nth in grid for step in (last // 8, last // 4, last // 2, last)]}
         if not studies:
             raise UserError(f"--study is empty: one or more of {','.join(STUDIES)}")
         for study in studies:
@@ -159,7 +160,7 @@ class Plan:
             self.tasks[run] = Task(
                 run, ["dit_jax.train", f"--config={CONFIG}:{model}", f"--workdir={workdir}", f"--config.seed={seed}",
                       f"--config.steps={self.steps}", f"--config.checkpoint.every={every}",
-                      f"--config.checkpoint.keep_every={0 if nth or block != 'adaln_zero' else every}"],
+                      f"--config.checkpoint.keep_every={0 if nth > 1 or block != 'adaln_zero' else every}"],
                 os.path.join(workdir, "checkpoints", str(self.steps)), START + flop / TRAIN)
         kind, n = sampler
         name, num = f"{run}-{step}-{kind}{n}-{scale:g}", sets * self.samples
@@ -169,7 +170,7 @@ class Plan:
             self.tasks[name] = Task(
                 name, ["dit_jax.sample", f"--workdir={workdir}", f"--step={step}", f"--out={folder}", f"--num={num}",
                        "--classes=balanced", f"--cfg_scale={scale}", "--cfg_channels=0", f"--sampler={kind}",
-                       f"--steps={n}", f"--seed={self.seed}", "--batch_size=100"],
+                       f"--steps={n}", f"--seed={seed}", "--batch_size=100"],
                 os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
                 {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
                  "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
@@ -316,16 +317,17 @@ def main():
         raise UserError(f"--out={f.out}: is no folder")
     plan, beside = Plan(f.out, f.budget, f.study, f.steps, f.samples, f.seed), None
     if f.beside:
-        there = read(os.path.join(f.beside, "plan.json"))
+        path = os.path.join(f.beside, "results.json")
+        there = read(path)
         if not isinstance(there, dict) or "seed" not in there:
-            raise UserError(f"--beside={f.beside}: holds no study: there is no plan.json of one")
+            raise UserError(f"--beside={f.beside}: holds no finished study: there is no results.json of one")
         theirs = {key: there.get(key) for key in ("budget", "steps", "samples")}
         if theirs != (wanted := {"budget": f.budget, "steps": plan.steps, "samples": plan.samples}):
             raise UserError(f"--beside={f.beside}: is of {theirs}, and this is of {wanted}: they cannot be compared")
         if abs(there["seed"] - f.seed) < SEEDS:
             raise UserError(f"--beside={f.beside}: has seed {there['seed']} and the {SEEDS - 1} after it, and some runs of "
                             f"--seed={f.seed} would be the same: give a --seed that is at least {SEEDS} away")
-        beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"])
+        beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"]), there["results"]
     if f.dry_run:
         say("\n".join(plan.describe(len(cores()))))
         return
@@ -339,7 +341,10 @@ def main():
             write(path, manifest)
         carry_out(plan)
         everything = Plan(f.out, f.budget, STUDIES, f.steps, f.samples, f.seed)  # an earlier command's studies as well
-        page.write(everything, os.path.join(f.out, "report.md"), beside)
+        results = {name: {k: v for k, v in (read(t.done) | t.about).items() if k != "samples"}
+                   for name, t in everything.tasks.items() if t.about and t.is_done}
+        write(os.path.join(f.out, "results.json"), manifest | {"results": results})
+        page.write(everything, results, os.path.join(f.out, "report.md"), beside)
     say(f"{f.out}/report.md")
 
 

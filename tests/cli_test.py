@@ -30,15 +30,16 @@ def test_help_shows_the_flags_that_commands_share():
 
 def test_interrupted_is_one_line():
     """While modules are imported, and later; a command that was started to ignore it, as by nohup, goes on."""
-    def end_of(before, then):
-        code = f"import signal\nfrom dit_jax import cli\n{before}\ncli.parse()\n{then}\nprint('goes on')"
+    def end_of(handler, then):  # set, as these tests may themselves be started to ignore it
+        code = (f"import signal\nsignal.signal(signal.SIGINT, signal.{handler})\nfrom dit_jax import cli\ncli.parse()\n"
+                f"{then}\nprint('goes on')")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
     interrupt = "signal.raise_signal(signal.SIGINT)"
-    one_error(end_of("", interrupt), "interrupted")
-    one_error(end_of("", f"cli.run(lambda: {interrupt})"), "interrupted")
-    assert end_of("signal.signal(signal.SIGINT, signal.SIG_IGN)", interrupt) == (0, "goes on\n", "")
+    one_error(end_of("default_int_handler", interrupt), "interrupted")
+    one_error(end_of("default_int_handler", f"cli.run(lambda: {interrupt})"), "interrupted")
+    assert end_of("SIG_IGN", interrupt) == (0, "goes on\n", "")
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from dataclasses import astuple, dataclass
 from math import log
 
 import numpy as np
+from scipy import stats
 
 from dit_jax import flops, paper
 
 JUDGES = ("network", "strokes")  # of measure.Judges
 METRICS = ("frechet", "precision", "recall", "recognised")
+EXPECTED = 0.95  # of the values of another study are to lie in the ranges
 LEVEL = 0.95  # a model that the second half of its training left less of its distance was still improving
 LEARNED = 0.5  # so many samples must be recognised where a model is said to have learned the class
 # The order of figure 5, best first, with the paper's names.
@@ -22,22 +24,13 @@ ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross
 
 @dataclass(frozen=True)
 class Value:
-    """The mean over seeds and sets, the lowest and the highest."""
+    """The mean over seeds, and the range in which that of another study of as many seeds is expected."""
     mean: float
     low: float
     high: float
 
     def __str__(self):
         return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-
-def value(results, judge, metric="frechet", seed_spread=0.0):
-    """Of results that differ in the seed alone. Of fewer than three seeds, the range is made wider by `seed_spread`, that
-    share of it at either end, which is what other seeds have been seen to do."""
-    values = [v for r in results for v in r["judges"][judge][metric]]
-    wider = seed_spread if len({r["seed"] for r in results}) < 3 else 0.0
-    low, high = min(values), max(values)
-    return Value(min(max(float(np.mean(values)), low), high), low * (1 - wider), high * (1 + wider))
 
 
 def groups(results):
@@ -49,20 +42,40 @@ def groups(results):
     return found
 
 
+def _seeds(results, judge, metric):
+    """Each seed's mean over its sets; of a distance, its logarithm."""
+    means = np.array([np.mean(r["judges"][judge][metric]) for r in results])
+    return np.log(means) if metric == "frechet" else means
+
+
 def seed_spread(results):
-    """{judge: the largest deviation of a seed's distance from the mean of its model's, as a share of it, over all
-    models that have several seeds}; 0 where none has."""
-    spread = dict.fromkeys(JUDGES, 0.0)
-    for same in groups(results).values():
+    """{(judge, metric, step): half the range of one seed around its model's mean, with which EXPECTED of all are in it}:
+    Student's t times the deviation of seeds, pooled over all that is measured at this step with several seeds. Of
+    distances it is of their logarithm."""
+    squares = {}
+    for key, same in groups(results).items():
         for judge in JUDGES:
-            means = [np.mean(r["judges"][judge]["frechet"]) for r in same]
-            spread[judge] = max(spread[judge], *(float(abs(m / np.mean(means) - 1)) for m in means))
-    return spread
+            for metric in METRICS if len(same) > 1 else ():
+                of = squares.setdefault((judge, metric, key[3]), [0.0, 0])
+                of[0] += np.var(_seeds(same, judge, metric)) * len(same)
+                of[1] += len(same) - 1
+    return {key: float(stats.t.ppf((1 + EXPECTED) / 2, freedom) * (total / freedom) ** 0.5)
+            for key, (total, freedom) in squares.items()}
+
+
+def value(results, judge, spread, metric="frechet"):
+    """Of results that differ in the seed alone. spread: of seed_spread. Both this mean and another study's are off by
+    chance: hence the 2."""
+    mean = np.mean(_seeds(results, judge, metric))
+    margin = spread[judge, metric, results[0]["step"]] * (2 / len(results)) ** 0.5
+    three = mean, mean - margin, mean + margin
+    return Value(*(float(np.exp(v) if metric == "frechet" else v) for v in three))
 
 
 def lower(a, b):
-    """1 where a is lower than b, -1 where it is higher, 0 where their ranges overlap."""
-    return 1 if a.high < b.low else -1 if b.high < a.low else 0
+    """1 where a is lower than b, -1 where it is higher, 0 where not each of their means is outside of the other's range,
+    which is as far as two of one mean are apart by chance."""
+    return 1 if a.mean < b.low and a.high < b.mean else -1 if b.mean < a.low and b.high < a.mean else 0
 
 
 def agreed(decisions):
@@ -71,7 +84,7 @@ def agreed(decisions):
     return decisions.pop() if len(decisions) == 1 else 0
 
 
-def sentence(decision, yes, no, why="the ranges overlap, or the judges differ"):
+def sentence(decision, yes, no, why="too close for their ranges, or the judges differ"):
     """yes, no: what is then the case."""
     return {1: f"**As in the paper**: {yes}.", -1: f"**Not as in the paper**: {no}.",
             0: f"**Cannot be decided here**: {why}."}[decision]
@@ -118,12 +131,12 @@ def scaling(results, spread):
     correlations: {judge: (with log Gflops, lowest and highest of these with one model left out, with Gflops, with the
     logarithm of the number of parameters)}, sentences)"""
     models = {key[:2]: same for key, same in groups(results).items()}
-    values = {key: {j: value(same, j, seed_spread=spread[j]) for j in JUDGES} for key, same in models.items()}
+    values = {key: {j: value(same, j, spread) for j in JUDGES} for key, same in models.items()}
     gflops, params = ({key: same[0][what] for key, same in models.items()} for what in ("gflops", "params"))
     order = sorted(models, key=gflops.get)
     name = "{0[0]}/{0[1]}".format
     rows = [(name(key), gflops[key], len({r["seed"] for r in models[key]}), values[key],
-             {j: value(models[key], j, "recognised") for j in JUDGES}) for key in order]
+             {j: value(models[key], j, spread, "recognised") for j in JUDGES}) for key in order]
     x, weights = np.array([gflops[key] for key in order]), np.array([params[key] for key in order])
     correlations, decision = trend(np.log(x), [values[key] for key in order])
     for judge in JUDGES:
@@ -154,14 +167,14 @@ def scaling(results, spread):
     return rows, correlations, sentences
 
 
-def stages(results):
+def stages(results, spread):
     """Figure 6, that more Gflops are better at every stage of the training -> (rows: [(step, {judge: (correlation of the
     distance with log Gflops, lowest and highest with one model left out)})], sentences)"""
     rows, decisions = [], {}
     for step in sorted({r["step"] for r in results}):
         here = [same for key, same in groups(results).items() if key[3] == step]
         found, decisions[step] = trend(np.log([same[0]["gflops"] for same in here]),
-                                       [{j: value(same, j) for j in JUDGES} for same in here])
+                                       [{j: value(same, j, spread) for j in JUDGES} for same in here])
         rows.append((step, found))
     shown = " and ".join(f"{step:,}" for step, d in decisions.items() if d > 0)
     return rows, [sentence(agreed(decisions.values()), "models of more Gflops are better on the whole at every stage",
@@ -171,15 +184,15 @@ def stages(results):
                            + f", of {', '.join(f'{step:,}' for step in decisions)}")]
 
 
-def blocks(results):
+def blocks(results, spread):
     """-> (rows: [(block, Gflops, {judge: Value}, {judge: {seed: mean}}, {judge: recognised})] in the paper's order,
     sentences)"""
     designs = {key[2]: same for key, same in groups(results).items()}
-    values = {block: {j: value(designs[block], j) for j in JUDGES} for block in ORDER}
+    values = {block: {j: value(designs[block], j, spread) for j in JUDGES} for block in ORDER}
     first, *others = ORDER
     rows = [(block, designs[block][0]["gflops"], values[block], {j: {r["seed"]: float(np.mean(
         r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES},
-             {j: value(designs[block], j, "recognised") for j in JUDGES}) for block in ORDER]
+             {j: value(designs[block], j, spread, "recognised") for j in JUDGES}) for block in ORDER]
     sentences = []
     for better, worse in zip(ORDER, others):
         decision = agreed(lower(values[better][j], values[worse][j]) for j in JUDGES)
@@ -190,12 +203,12 @@ def blocks(results):
     return rows, sentences
 
 
-def guidance(results):
+def guidance(results, spread):
     """-> (rows: [(scale, {judge: {metric: Value}})], sentences). Two scales are compared set by set, as the sets of a seed
     are of the same noise and classes at each scale: what is decided is so for every set of every seed. Recall and
     precision at the largest scale of the paper's table, and at the largest here."""
     scales = {key[6]: sorted(same, key=lambda r: r["seed"]) for key, same in sorted(groups(results).items())}
-    rows = [(scale, {j: {m: value(same, j, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
+    rows = [(scale, {j: {m: value(same, j, spread, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
     plain, *guided = scales
 
     def fall(metric, j, scale):
@@ -226,7 +239,7 @@ def within(results, spread, others):
         size, patch, block, step, sampler, steps, scale = key
         name = f"{size}/{patch} {ORDER[block]}, step {step:,}, {sampler.upper()} {steps}, scale {scale:g}"
         for j in JUDGES if key in theirs else ():
-            there, mean = value(same, j, seed_spread=spread[j]), value(theirs[key], j).mean
+            there, mean = value(same, j, spread), value(theirs[key], j).mean
             rows.append((name, j, there, mean, (mean > there.high) - (mean < there.low)))
     return rows
 
@@ -235,7 +248,7 @@ def sampling(results, spread):
     """spread: of seed_spread -> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with
     its best number of steps, against the large one's best among those that cost no more than the small one's most."""
     rows = sorted(((key[0], key[5], same[0]["gflops"] * key[5], {
-        j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()),
+        j: value(same, j, spread) for j in JUDGES}) for key, same in groups(results).items()),
         key=lambda row: row[2])
     costs = {}
     for size, _, cost, _ in rows:
@@ -273,7 +286,7 @@ def training(results, spread):
     The smaller of two neighbours in size, at its end, against the larger one between its checkpoints, at equal compute.
     That the smaller ones are ahead decides nothing while they improve: the claim is of what comes at last."""
     rows = [(key[0], key[1], key[3], same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3,
-             {j: value(same, j, seed_spread=spread[j]) for j in JUDGES}) for key, same in groups(results).items()]
+             {j: value(same, j, spread) for j in JUDGES}) for key, same in groups(results).items()]
     rows.sort(key=lambda row: (log(row[3]), row[2]))
     of = {}
     for row in rows:
@@ -298,10 +311,10 @@ def training(results, spread):
 
 # Of each study, the sentences alone.
 OUTCOMES = {"scaling": lambda results, spread: scaling(results, spread)[2],
-            "blocks": lambda results, spread: blocks(results)[1],
-            "guidance": lambda results, spread: guidance(results)[1],
+            "blocks": lambda results, spread: blocks(results, spread)[1],
+            "guidance": lambda results, spread: guidance(results, spread)[1],
             "sampling": lambda results, spread: sampling(results, spread)[1],
-            "training": lambda results, spread: training(results, spread)[1] + stages(results)[1]}
+            "training": lambda results, spread: training(results, spread)[1] + stages(results, spread)[1]}
 
 
 def outcome(text):

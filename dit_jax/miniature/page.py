@@ -20,27 +20,19 @@ NOTES = """\
 A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out}
 held-out digits, in the features of one of two judges, which saw the {train} training digits alone: *network*, the last
 hidden layer of a two-layer perceptron, and *strokes*, histograms of gradients (nothing in them is learned of the
-classes; it recognises by nearest neighbours). Neither is FID. Values are means over seeds and sets, with the lowest and
-the highest.
+classes; it recognises by nearest neighbours). Neither is FID.
 
-Two models are told apart where their ranges lie apart, the same way by both judges; many comparisons are decided for
-what more than half of them are; a correlation where its sign stays whichever model is left out.
+Values are means over training seeds (of distances, geometric ones), each seed's over its sets of samples. The range after
+a value is that in which {expected:.0%} of the values of another study of as many seeds are expected, by Student's t: how far
+seeds of one model lie apart, pooled over all models at that step ({spread}).
 
-{spread}"""
-SPREAD = """\
-Of models that were trained with several seeds, a seed was off the mean by up to {}: in comparisons of models, the range
-of one that was trained with fewer than three is wider by that at either end."""
+Two values are told apart where each lies outside the other's range, the same way by both judges; many comparisons are
+decided for what more than half of them are; a correlation where its sign stays whichever model is left out."""
 
 
-def _load(plan, names):
-    """The results of these samples, None unless all are there."""
-    tasks, results = [plan.tasks[name] for name in names], []
-    if not all(task.is_done for task in tasks):
-        return None
-    for task in tasks:
-        with open(task.done) as f:
-            results.append(json.load(f) | task.about)
-    return results
+def _load(results, names):
+    """These results, None unless all are there."""
+    return [results[name] for name in names] if all(name in results for name in names) else None
 
 
 def _cells(values):
@@ -130,7 +122,7 @@ def _scaling(plan, results, spread, folder):
 
 
 def _blocks(plan, results, spread, folder):
-    rows, sentences = findings.blocks(results)
+    rows, sentences = findings.blocks(results, spread)
     theirs = {block: paper.NO_GUIDANCE[config, 400_000] for block, config in zip(ORDER, (
         "xl2", "xl2_adaln", "xl2_cross_attention", "xl2_in_context"))}
     with _Plots(os.path.join(folder, "blocks.png"), 3) as axes:
@@ -156,7 +148,7 @@ def _blocks(plan, results, spread, folder):
 
 
 def _guidance(plan, results, spread, folder):
-    rows, sentences = findings.guidance(results)
+    rows, sentences = findings.guidance(results, spread)
     metrics, seeds = findings.METRICS, sorted({r["seed"] for r in results})
     with _Plots(os.path.join(folder, "guidance.png"), 4, xlabel="guidance scale") as axes:
         for panel, metric in zip(axes, metrics):
@@ -213,27 +205,27 @@ def _training(plan, results, spread, folder):
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3",
                     lambda row: f"{row[0]}/{row[1]}", folder,
                     "The paper: small models, even when trained longer, eventually use compute worse than larger ones. "
-                    "Here of the first seed; before the last step, of one set of samples.") + _stages(results, folder)
+                    "Here, before the last step, of one set of samples a seed.") + _stages(results, spread, folder)
 
 
-def _stages(results, folder):
-    rows, sentences = findings.stages(results)
+def _stages(results, spread, folder):
+    rows, sentences = findings.stages(results, spread)
     _distances(os.path.join(folder, "stages.png"),
-               [(f"{r['size']}/{r['patch']}", r["step"], {j: findings.value([r], j) for j in JUDGES})
-                for r in sorted(results, key=lambda r: (r["gflops"], r["step"]))],
+               [(f"{key[0]}/{key[1]}", key[3], {j: findings.value(same, j, spread) for j in JUDGES}) for key, same in sorted(
+                   findings.groups(results).items(), key=lambda item: (item[1][0]["gflops"], item[0][3]))],
                lambda row: row[0], lambda row: row[1], "step")
     return ["## Stages of training: figure 6",
             table(["step", *(f"correlation with log Gflops, {j} (one model left out)" for j in JUDGES)],
                   [[f"{step:,}", *(f"{found[j][0]:.2f} ({found[j][1]:.2f} to {found[j][2]:.2f})" for j in JUDGES)]
                    for step, found in rows]),
-            "The paper: at every stage of the training, larger models and smaller patches are better. Here of the first seed.",
+            "The paper: at every stage of the training, larger models and smaller patches are better.",
             _bullets(sentences), "![stages](stages.png)"]
 
 
-def _grid(plan, folder):
+def _grid(plan, results, folder):
     """Figure 7: twenty samples of every run whose final ones are there, all of the same noise."""
     names = [n for n in dict.fromkeys(n for s in ("scaling", "blocks") for n in plan.studies[s])
-             if plan.tasks[n].about["seed"] == plan.seed and os.path.exists(plan.tasks[n].done)]
+             if n in results and results[n]["seed"] == plan.seed]
     if not names:
         return []
     about = sorted((plan.tasks[n].about for n in names), key=lambda a: (list(ORDER).index(a["block"]), a["gflops"]))
@@ -255,26 +247,22 @@ def _grid(plan, folder):
             "Each row a model, without guidance; each column one noise, and the class below it.", "![grid](grid.png)"]
 
 
-def _everything(plan):
-    return [r for n in plan.tasks if plan.tasks[n].about for r in _load(plan, [n]) or []]
-
-
-def beside(plan, other):
-    """A section: whether this study lands within the ranges of `other`, the same one with other seeds."""
-    results, theirs = _everything(plan), _everything(other)
-    spread, their_spread = findings.seed_spread(results), findings.seed_spread(theirs)
-    rows = findings.within(theirs, their_spread, results)
+def beside(plan, results, other, theirs):
+    """A section: whether this study, {name: result}, lands within the ranges of another of other seeds, `theirs`, and has
+    its outcomes. other: that one's plan."""
+    spread, their_spread = (findings.seed_spread(of.values()) for of in (results, theirs))
+    rows = findings.within(theirs.values(), their_spread, results.values())
     outside = [row for row in rows if row[-1]]
     text = ["## Beside an earlier run",
             f"The same study was made before with seeds from {other.seed} on, here with seeds from {plan.seed} on. Of "
             f"{len(rows)} mean distances, {len(rows) - len(outside)} ({(len(rows) - len(outside)) / len(rows):.0%}) lie "
-            "within the ranges of that one" + (", and these do not:" if outside else ".")] if rows else [
+            f"within the ranges of that one ({findings.EXPECTED:.0%} are expected to)" + (", and these do not:" if outside else ".")] if rows else [
                 f"The study with seeds from {other.seed} on has no results of what is here."]
     if outside:
         text.append(table(["samples", "judge", "distance there", "mean here"],
                           [[name, j, str(there), f"{mean:.3g}"] for name, j, there, mean, _ in outside]))
     both = [(here, there) for study, of in findings.OUTCOMES.items()
-            if (mine := _load(plan, plan.studies[study])) and (before := _load(other, other.studies[study]))
+            if (mine := _load(results, plan.studies[study])) and (before := _load(theirs, other.studies[study]))
             for here, there in zip(of(mine, spread), of(before, their_spread))]
     if both:
         outcomes = [tuple(map(findings.outcome, pair)) for pair in both]
@@ -286,22 +274,22 @@ def beside(plan, other):
     return text
 
 
-def write(plan, path, earlier=None):
-    """plan: of all studies (reproduce.Plan). Those whose results are there come onto the page. earlier: the plan of a
-    study with other seeds."""
+def write(plan, results, path, earlier=None):
+    """plan: of all studies (reproduce.Plan). results: {name: result} of what is there: studies of which all is there come
+    onto the page. earlier: the plan and the results of a study with other seeds."""
     folder = os.path.dirname(path)
-    spread = findings.seed_spread(_everything(plan))
+    spread = findings.seed_spread(results.values())
     with open(os.path.join(plan.out, "results", "real.json")) as f:
         real = json.load(f)
     with open(os.path.join(plan.out, "seconds.json")) as f:
         seconds = json.load(f)
     here, recipe = machine(PACKAGES), plan.recipe
-    made = max(os.path.getmtime(task.done) for task in plan.tasks.values() if task.about and task.is_done)
+    made = max(os.path.getmtime(plan.tasks[name].done) for name in results)
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if version)
     sizes = "; ".join(f"{size}: {depth} blocks of width {width}" for size, (depth, width) in recipe["sizes"].items())
-    notes = NOTES.format(samples=plan.samples, held_out=real["held_out"], train=real["train"],
-                         spread=SPREAD.format(" and ".join(f"{spread[j]:.0%} ({j})" for j in JUDGES))
-                         if any(spread.values()) else "No model was trained with several seeds.")
+    one_seed = [f"{spread[j, 'frechet', plan.steps]:.0%} by {j}" for j in JUDGES if (j, "frechet", plan.steps) in spread]
+    notes = NOTES.format(samples=plan.samples, held_out=real["held_out"], train=real["train"], expected=findings.EXPECTED,
+                         spread=f"for the distance of one seed at the end, {' and '.join(one_seed)} either way")
     text = ["# The paper's claims in miniature",
             f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, "
             f"{time.strftime('%Y-%m-%d', time.localtime(made))}, in {duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
@@ -316,14 +304,13 @@ def write(plan, path, earlier=None):
     missing = []
     for study, section in (("scaling", _scaling), ("blocks", _blocks), ("guidance", _guidance), ("sampling", _sampling),
                            ("training", _training)):
-        results = _load(plan, plan.studies[study])
-        if results:
-            text += section(plan, results, spread, folder)
+        if of := _load(results, plan.studies[study]):
+            text += section(plan, of, spread, folder)
         else:
             missing.append(study)
-    text += _grid(plan, folder)
+    text += _grid(plan, results, folder)
     if earlier:
-        text += beside(plan, earlier)
+        text += beside(plan, results, *earlier)
     if missing:
         text.append(f"Not run: {', '.join(missing)}.")
     write_aside(path, ("\n\n".join(filter(None, text)) + "\n").encode())
