@@ -38,7 +38,16 @@ def said(text):
     return found[0]
 
 
-NONE = dict.fromkeys(findings.JUDGES, 0.0)
+class Spread(dict):
+    """Of findings.seed_spread: half the range of one seed, the same for all that is measured."""
+    def __init__(self, share):
+        self.share = share
+
+    def __missing__(self, key):
+        return self.share
+
+
+SMALL = Spread(0.01)
 
 
 @pytest.mark.parametrize("power, expected", [(-0.5, 1), (0.5, -1), (0.0, 0)])
@@ -47,21 +56,45 @@ def test_scaling_says_what_the_numbers_say(power, expected):
     results = [result(size, patch, gflops=g, **distances(100 * g**power * (1 if power else rng.uniform(0.99, 1.01)),
                                                          0.02))
                for i, size in enumerate("SML") for patch in (2, 4, 8) for g in [4.0**i * (8 / patch) ** 2]]
-    rows, correlations, sentences = findings.scaling(results, NONE)
+    rows, correlations, sentences = findings.scaling(results, SMALL)
     assert [said(s) for s in sentences] == [expected] * 4
     assert ("S/4 worse than S/8" in sentences[1]) == (power > 0)
-    stages = findings.stages([r | {"step": step} for r in results for step in (50, 100)])
+    stages = findings.stages([r | {"step": step} for r in results for step in (50, 100)], SMALL)
     assert [step for step, _ in stages[0]] == [50, 100] and said(stages[1][0]) == expected
     # At one stage the other way round.
     turned = [r | {"step": 50, "gflops": 1 / r["gflops"]} for r in results]
-    sentence = findings.stages(turned + results)[1][0]
+    sentence = findings.stages(turned + results, SMALL)[1][0]
     assert said(sentence) == 0 and ("at step 100 alone, of 50, 100" in sentence) == (power < 0)
     assert [row[1] for row in rows] == sorted(r["gflops"] for r in results)
     x, y = np.log([row[1] for row in rows]), [row[3]["network"].mean for row in rows]
     assert correlations["network"][0] == pytest.approx(np.corrcoef(x, y)[0, 1])
-    # Another seed of one model that lies far off takes the decisions, but not the correlation.
-    spread = findings.seed_spread([*results, result("S", 2, seed=1, gflops=16.0, **distances(1e4))])
-    assert spread["network"] > 0.9 and [said(s) for s in findings.scaling(results, spread)[2]] == [expected, 0, 0, 0]
+    # Seeds that lie far apart take the decisions on single models, but not the correlation.
+    assert [said(s) for s in findings.scaling(results, Spread(99.0))[2]] == [expected, 0, 0, 0]
+
+
+def test_ranges_are_those_in_which_another_study_is_expected():
+    """Against drawn studies: 95 % of the second one's means, of any number of seeds, by either scale; and of pairs of
+    models that are the same, 5 % are told apart."""
+    rng, inside, apart = np.random.default_rng(0), [], []
+    models = [("S", p, n) for p, n in ((2, 2), (4, 2), (8, 3), (16, 1), (32, 1))]
+
+    def study():
+        return [result(size, patch, seed=seed, network=[10 * np.exp(rng.normal(0, 0.2))], strokes=[5.0],
+                       recall=[rng.normal(0.5, 0.03)]) for size, patch, seeds in models for seed in range(seeds)]
+
+    for _ in range(1000):
+        first, second = study(), study()
+        spread = findings.seed_spread(first)
+        ranges, again = ({key: {m: findings.value(same, "network", spread, m) for m in ("frechet", "recall")}
+                          for key, same in findings.groups(of).items()} for of in (first, second))
+        inside += [(ranges[key][m].low < again[key][m].mean < ranges[key][m].high) for key in ranges
+                   for m in ("frechet", "recall")]
+        two, three, *ones = (ranges[key]["frechet"] for key in list(ranges)[1:])
+        apart += [findings.lower(two, three) != 0, findings.lower(*ones) != 0]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015) and np.mean(apart) == pytest.approx(0.05, abs=0.02)
+    # Distances to each side by the same factor; of sets of one seed, the mean alone counts.
+    mean = findings.value([result(network=(8.0, 12.0))], "network", Spread(np.log(2) / 2**0.5))
+    assert [mean.mean, mean.low, mean.high] == pytest.approx([10, 5, 20])
 
 
 def test_the_papers_own_correlation():
@@ -73,7 +106,7 @@ def test_blocks_are_ordered_where_seeds_and_judges_allow():
     def decisions(means, **change):
         results = [result(block=block, seed=seed, **distances(mean * (1 + 0.02 * seed))) | change.get(block, {})
                    for block, mean in zip(findings.ORDER, means) for seed in range(3)]
-        return [said(s) for s in findings.blocks(results)[1]]
+        return [said(s) for s in findings.blocks(results, findings.seed_spread(results))[1]]
 
     assert decisions([1, 2, 3, 4]) == [1, 1, 1, 1]
     assert decisions([2, 1, 3, 4]) == [-1, 1, 1, -1]
@@ -86,7 +119,7 @@ def test_blocks_are_ordered_where_seeds_and_judges_allow():
 def test_guidance_sampling_and_training_compute():
     def guidance(scaled, recall):
         rows = [result(**distances(10)), result(scale=2.0, recall=recall, **distances(scaled))]
-        sentences = findings.guidance(rows)[1]
+        sentences = findings.guidance(rows, SMALL)[1]
         assert len(sentences) == 3 and sentences[1].startswith("Recall, from none to 2: ")
         return [said(s) for s in sentences][:2]
 
@@ -99,28 +132,28 @@ def test_guidance_sampling_and_training_compute():
         """Seeds that lie far from each other, each guided."""
         rows = [result(seed=seed, scale=scale, **distances(mean)) for seed, (plain, mean_guided) in enumerate(guided)
                 for scale, mean in ((1.0, plain), (2.0, mean_guided))]
-        return said(findings.guidance(rows)[1][0])
+        return said(findings.guidance(rows, SMALL)[1][0])
 
     assert [of_two_seeds((10, 8), (20, 15)), of_two_seeds((10, 8), (20, 25)), of_two_seeds((10, 12), (20, 25))] == [1, 0, -1]
 
     def sampling(large):
         rows = [result("S", steps=n, gflops=1.0, sampler="ddpm", **distances(20 - n / 100)) for n in (16, 256)]
         rows += [result("L", steps=n, gflops=8.0, sampler="ddpm", **distances(large - n / 100)) for n in (16, 64)]
-        return findings.sampling(rows, NONE)[1][0]
+        return findings.sampling(rows, SMALL)[1][0]
 
     assert [said(sampling(mean)) for mean in (10, 40, 17.6)] == [1, -1, 0]
     assert "L with 16 steps" in sampling(10)  # with 64 it costs more than the small one ever does
 
     # Recall falls at a large scale alone, and the paper's largest is looked at too.
     rows = [result(scale=s, recall=recall, **distances(10)) for s, recall in ((1.0, (0.5, 0.6)), (1.5, (0.6, 0.7)), (4.0, (0.1, 0.2)))]
-    sentences = [s for s in findings.guidance(rows)[1] if s.startswith("Recall")]
+    sentences = [s for s in findings.guidance(rows, SMALL)[1] if s.startswith("Recall")]
     assert [(s[:25], said(s)) for s in sentences] == [("Recall, from none to 1.5:", -1), ("Recall, from none to 4: *", 1)]
     assert "by network it falls in 2 sets and rises in 0" in sentences[1]
 
     def training(large, small=(40, 20, 19.9)):
         rows = [result("S", step=n, gflops=1.0, **distances(v)) for n, v in zip((25, 50, 100), small)]
         rows += [result("L", step=n, gflops=4.0, **distances(large / n)) for n in (25, 50, 100)]
-        return said(findings.training(rows, NONE)[1][0])
+        return said(findings.training(rows, SMALL)[1][0])
 
     assert [training(v) for v in (100, 1000, 498)] == [1, -1, 0]
     # That the small one is ahead while it improves decides nothing; that the large one is, does.
@@ -174,26 +207,29 @@ def made_up(plan, studies):
     reproduce.write(os.path.join(plan.out, "seconds.json"), 100.0)
 
 
-def test_the_page_is_made_of_the_files(tmp_path):
+def results_in(plan):
+    return {name: json.loads(Path(t.done).read_text()) for name, t in plan.tasks.items() if t.about}
+
+
+def test_the_page_is_made_of_the_results(tmp_path):
     plan = reproduce.Plan(str(tmp_path), "small", reproduce.STUDIES)
     made_up(plan, reproduce.STUDIES)
-    page.write(plan, str(tmp_path / "report.md"))
+    results = results_in(plan)
+    page.write(plan, results, str(tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text()
     assert "Not run" not in text
     shown = numbers(text)
     for study in ("sampling", "guidance"):
-        results = [json.loads(Path(plan.tasks[name].done).read_text()) for name in plan.studies[study]]
-        for same in findings.groups(results).values():
+        of_study = [results[name] for name in plan.studies[study]]
+        for same in findings.groups(of_study).values():
             for judge in findings.JUDGES:
-                values = [v for r in same for v in r["judges"][judge]["frechet"]]
-                # Of sampling, the range is that of the files made wider by other seeds.
-                of_one = [np.mean(values)] + [min(values), max(values)] * (study == "guidance")
-                assert {f"{v:.3g}" for v in of_one} <= shown
+                seeds = [np.mean(r["judges"][judge]["frechet"]) for r in same]
+                assert f"{np.exp(np.mean(np.log(seeds))):.3g}" in shown
     linked = set(re.findall(r"!\[\w+\]\((\w+\.png)\)", text))
     assert len(linked) == 8 and all((tmp_path / name).stat().st_size > 1000 for name in linked)
     # A study that lacks one result is not shown.
-    os.remove(plan.tasks[plan.studies["guidance"][-1]].done)
-    page.write(plan, str(tmp_path / "report.md"))
+    del results[plan.studies["guidance"][-1]]
+    page.write(plan, results, str(tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text()
     assert "Not run: guidance." in text and "## Guidance" not in text
 
@@ -203,7 +239,7 @@ def test_beside_another_study(tmp_path):
     first = reproduce.Plan(str(tmp_path / "a"), "small", reproduce.STUDIES)
     again = reproduce.Plan(str(tmp_path / "b"), "small", reproduce.STUDIES, seed=3)
     assert {t.about["seed"] for t in again.tasks.values() if t.about} == {3, 4, 5}
-    assert all("--seed=3" in t.argv for t in again.tasks.values() if t.about)
+    assert all(f"--seed={t.about['seed']}" in t.argv for t in again.tasks.values() if t.about)
     made_up(first, reproduce.STUDIES)
     for name, task in first.tasks.items():
         if task.about:
@@ -212,16 +248,16 @@ def test_beside_another_study(tmp_path):
                 reproduce.write(there.done, there.about | {"judges": json.load(f)["judges"]})
 
     def text():
-        return "\n".join(page.beside(again, first))
+        return "\n".join(page.beside(again, results_in(again), first, results_in(first)))
 
     total = 2 * len(findings.groups([t.about for t in first.tasks.values() if t.about]))
     assert f"Of {total} mean distances, {total} (100%) lie within" in text()
     assert re.search(r"Of (\d+) outcomes above, \1 are the same there, 0 the opposite, and 0 undecided", text())
 
-    off = again.tasks[next(n for n in again.studies["sampling"])]
-    values = json.loads(Path(off.done).read_text())
-    values["judges"]["network"]["frechet"] = [1e6] * 3
-    reproduce.write(off.done, values)
+    for name in again.studies["sampling"][:2]:  # the two seeds of a model
+        values = json.loads(Path(again.tasks[name].done).read_text())
+        values["judges"]["network"]["frechet"] = [1e6] * 2
+        reproduce.write(again.tasks[name].done, values)
     assert f"Of {total} mean distances, {total - 1} (" in text() and "| 1e+06" in text()
 
 
@@ -243,16 +279,16 @@ def test_bad_flags(command, tmp_path):
     one_error(command("reproduce"), "--out")
     one_error(command("reproduce", "--out", tmp_path, "--study=blocks,colours"), "--study=colours", "blocks")
     one_error(command("reproduce", "--out", tmp_path, "--steps=12"), "--steps=12", "multiple of 8")
-    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "plan.json")
-    (tmp_path / "plan.json").write_text(json.dumps({"budget": "small", "steps": 800, "samples": 1000, "seed": 0}))
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "results.json")
+    (tmp_path / "results.json").write_text(json.dumps({"budget": "small", "steps": 800, "samples": 1000, "seed": 0}))
     one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "800", "4000")
     one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path, "--steps=800", "--seed=2"), "--beside", "--seed=2", "3 away")
-    (tmp_path / "plan.json").unlink()
+    (tmp_path / "results.json").unlink()
     one_error(command("train", "--config=configs/mini.py:small/S/3/adaln_zero", "--workdir", tmp_path / "run"),
               "small/S/3/adaln_zero")
-    (tmp_path / "plan.json").write_text("{")
-    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "plan.json", "damaged")
-    (tmp_path / "plan.json").unlink()
+    (tmp_path / "results.json").write_text("{")
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "results.json", "damaged")
+    (tmp_path / "results.json").unlink()
     one_error(command("reproduce", "--out", tmp_path, "--study="), "--study is empty")
     one_error(command("reproduce", "--out=README.md", "--dry_run"), "--out=README.md: is no folder")
     assert not os.listdir(tmp_path)
@@ -288,14 +324,14 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path
     for out in (killed, whole):
         status, said, err = command("reproduce", "--out", out, *flags)
         assert status == 0, err + said
-    assert 2 <= len(before) < len(results_of(whole)) == 4
+    assert 2 <= len(before) < len(results_of(whole)) == 7
     assert results_of(killed) == results_of(whole)
     text = (killed / "report.md").read_text()
     assert "Not run: scaling, blocks, guidance, training." in text
-    one = next(r for name, r in results_of(whole).items() if name.endswith("-ddpm4-1.json"))
-    for judge in one["judges"].values():  # of one seed, as all are here
-        values = judge["frechet"]
-        assert f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})" in text
+    both = [r["judges"] for name, r in results_of(whole).items() if name.endswith("-ddpm4-1.json")]
+    for judge in findings.JUDGES:
+        means = [np.mean(judges[judge]["frechet"]) for judges in both]
+        assert len(means) == 2 and f"{np.exp(np.mean(np.log(means))):.3g} (" in text
     one_error(command("reproduce", "--out", whole, *flags, "--samples=50"), "samples", "--out")
     status, _, err = command("reproduce", "--out", tmp_path / "again", "--budget=tiny", "--study=sampling", "--seed=7",
                              "--beside", whole)

@@ -239,7 +239,7 @@ def within(results, spread, others):
         size, patch, block, step, sampler, steps, scale = key
         name = f"{size}/{patch} {ORDER[block]}, step {step:,}, {sampler.upper()} {steps}, scale {scale:g}"
         for j in JUDGES if key in theirs else ():
-            there, mean = value(same, j, spread), value(theirs[key], j).mean
+            there, mean = value(same, j, spread), value(theirs[key], j, spread).mean
             rows.append((name, j, there, mean, (mean > there.high) - (mean < there.low)))
     return rows
 
