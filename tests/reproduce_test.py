@@ -295,7 +295,7 @@ def test_bad_flags(command, tmp_path):
 
 
 def results_of(out):
-    found = {path.name: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
+    found = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
     return {name: {k: v for k, v in values.items() if k not in DIFFERENT} for name, values in found.items()}
 
 
@@ -328,15 +328,20 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path
     assert results_of(killed) == results_of(whole)
     text = (killed / "report.md").read_text()
     assert "Not run: scaling, blocks, guidance, training." in text
-    both = [r["judges"] for name, r in results_of(whole).items() if name.endswith("-ddpm4-1.json")]
+    both = [r["judges"] for name, r in results_of(whole).items() if name.endswith("-ddpm4-1")]
     for judge in findings.JUDGES:
         means = [np.mean(judges[judge]["frechet"]) for judges in both]
         assert len(means) == 2 and f"{np.exp(np.mean(np.log(means))):.3g} (" in text
     one_error(command("reproduce", "--out", whole, *flags, "--samples=50"), "samples", "--out")
-    status, _, err = command("reproduce", "--out", tmp_path / "again", "--budget=tiny", "--study=sampling", "--seed=7",
-                             "--beside", whole)
-    text = (tmp_path / "again" / "report.md").read_text()
-    assert status == 0 and "--seed=7" in text and "Of 6 mean distances," in text and "Of 1 outcomes above," in text, err
+    # Beside the same results under other seeds.
+    there = json.loads((whole / "results.json").read_text())
+    assert set(there["results"]) == set(before | results_of(whole)) - {"real"} and there["seed"] == 0
+    moved = {re.sub(r"-(\d)-", lambda n: f"-{int(n[1]) + 7}-", name, count=1): r for name, r in there["results"].items()}
+    reproduce.write(tmp_path / "results.json", there | {"seed": 7, "results": moved})
+    status, said, err = command("reproduce", "--out", whole, *flags, "--beside", tmp_path)
+    text = (whole / "report.md").read_text()
+    assert status == 0 and "Of 6 mean distances, 6 (100%) lie within" in text and "Of 1 outcomes above, 1 are" in text, err
+    assert "commands to run" not in said + err
     # Both judges know digits, and tell noise from them.
-    for judge in results_of(whole)["real.json"]["judges"].values():
+    for judge in results_of(whole)["real"]["judges"].values():
         assert judge["accuracy"] > 0.85 and judge["noise"]["frechet"] > 3 * judge["training"]["frechet"]
