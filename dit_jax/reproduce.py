@@ -59,14 +59,13 @@ from dit_jax.sample import same_manifest
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "mini.py")
 SEEDS = 3  # at most, of a model
 SETS = 2  # of samples of a finished run: their spread is that of sampling
-# What is measured. patch: of the medium model whose blocks and guidance are studied. ddim: steps of the sampler of every
-# study but `sampling`, whose DDPM steps are few (of the large model) and many (of the small one); samples: pictures in a
-# set.
-MEASURED = {"small": dict(patch=8, samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32),
+# What is measured. ddim: steps of the sampler of every study but `sampling`, whose DDPM steps are few (of the large
+# model) and many (of the small one); samples: pictures in a set.
+MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32),
                           many=(16, 32, 64, 128)),
-            "full": dict(patch=4, samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
+            "full": dict(samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
                          many=(16, 32, 64, 128, 256, 1000)),
-            "tiny": dict(patch=8, samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
+            "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
 # For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
 TRAIN, SAMPLE, START = 2.7e10, 7e10, 10.0
 # Says which cores a command has, and that it ends with this process.
@@ -122,17 +121,21 @@ class Plan:
         ddim, patches = ("ddim", self.ddim), self.recipe["patches"]
         middle = patches[len(patches) // 2]
         small, medium, large = self.recipe["sizes"]
-        chosen, last = (medium, m["patch"]), self.steps
-        # Two seeds, but for the two that cost the most.
-        grid = [(size, patch, nth) for size in self.recipe["sizes"] for patch in patches
-                for nth in range(1 if patch == patches[0] and size != small else 2)]
+        chosen, last = (medium, middle), self.steps
+
+        def seeds(size, patch):
+            """Those that cost the most are trained once."""
+            once = (medium, patches[0]), (large, patches[0]), (large, middle)
+            return range(1 if (size, patch) in once else 2)
+
+        grid = [(size, patch, nth) for size in self.recipe["sizes"] for patch in patches for nth in seeds(size, patch)]
         makers = {
             "scaling": lambda: [self.add(size, patch, nth=nth, sampler=ddim) for size, patch, nth in grid],
             "blocks": lambda: [self.add(*chosen, block, nth, sampler=ddim) for block in BLOCKS for nth in range(SEEDS)],
             "guidance": lambda: [self.add(*chosen, nth=nth, scale=scale, sampler=ddim)
                                  for scale in (1.0, *m["scales"]) for nth in range(SEEDS)],
             "sampling": lambda: [self.add(size, middle, nth=nth, sampler=("ddpm", n)) for size, steps in
-                                 ((small, m["many"]), (large, m["few"])) for n in steps for nth in range(2)],
+                                 ((small, m["many"]), (large, m["few"])) for n in steps for nth in seeds(size, middle)],
             "training": lambda: [self.add(size, patch, nth=nth, step=step, sampler=ddim, sets=1 if step < last else SETS)
                                  for size, patch, nth in grid for step in (last // 8, last // 4, last // 2, last)]}
         if not studies:
