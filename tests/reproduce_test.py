@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import time
 from pathlib import Path
@@ -281,7 +282,8 @@ def test_bad_flags(command, tmp_path):
     one_error(command("reproduce", "--out", tmp_path, "--steps=12"), "--steps=12", "multiple of 8")
     one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "results.json")
     (tmp_path / "results.json").write_text(json.dumps({"budget": "small", "steps": 800, "samples": 1000, "seed": 0}))
-    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "800", "4000")
+    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "'steps': 800,",
+              f"'steps': {runpy.run_path(reproduce.CONFIG)['BUDGETS']['small']['steps']},")
     one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path, "--steps=800", "--seed=2"), "--beside", "--seed=2", "3 away")
     (tmp_path / "results.json").unlink()
     one_error(command("train", "--config=configs/mini.py:small/S/3/adaln_zero", "--workdir", tmp_path / "run"),
