@@ -491,8 +491,11 @@ on_host_supervise() {
         fi
         delay=$((BACKOFF * (1 << (restarts < 7 ? restarts - 1 : 6))))
         note "running, waits $delay s after status $status"
-        sleep "$delay" &
-        wait $! || :
+        # By seconds: a signal that comes just before a `wait` would be noticed at the end of it.
+        while [[ $delay -gt 0 && -z $stopping ]]; do
+            sleep 1 || :
+            delay=$((delay - 1))
+        done
         if [[ -n $stopping ]]; then
             note "stopped, status $status"
             return "$status"
