@@ -187,10 +187,13 @@ def _interrupted(*_):
     os._exit(1)
 
 
-def end_with_parent():
-    """This process is not to go on where the one that started it is killed. Of Linux alone."""
+def end_with_parent(parent=None):
+    """This process is not to go on where the one that started it is killed. Of Linux alone. parent: that one's number, by
+    which it is seen whether it was killed before this call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent not in (None, os.getppid()):
+            os._exit(1)
 
 
 def parse():

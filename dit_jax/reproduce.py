@@ -72,8 +72,8 @@ TRAIN, SAMPLE, START = 2.7e10, 7e10, 10.0
 LAUNCH = """
 import os, runpy, sys
 from dit_jax import cli
-cli.end_with_parent()
-cores, sys.argv = sys.argv[1], sys.argv[2:]
+cli.end_with_parent(int(sys.argv[1]))
+cores, sys.argv = sys.argv[2], sys.argv[3:]
 if cores:
     os.sched_setaffinity(0, map(int, cores.split(",")))
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -230,8 +230,9 @@ class Commands:
                 return
             slot = self.free.pop(0)
             with open(self._log(task), "a") as log:
-                process = subprocess.Popen([sys.executable, "-c", LAUNCH, slot, *task.argv], stdin=subprocess.DEVNULL,
-                                           stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                argv = [sys.executable, "-c", LAUNCH, str(os.getpid()), slot, *task.argv]
+                process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                           start_new_session=True)
             self.running[task.name] = process, slot, time.perf_counter()
 
     def ended(self):
