@@ -5,6 +5,7 @@ and hand plain arguments down; nothing below them sees one.
 """
 
 import difflib
+import functools
 import math
 
 from ml_collections import ConfigDict
@@ -112,9 +113,14 @@ def _flatten(tree, prefix=""):
             yield f"{prefix}{key}", value
 
 
+@functools.cache
+def _known_fields():
+    return [name for name, _ in _flatten(paper())]
+
+
 def unknown_field(field):
     """None where `field` ("model.depth") exists, else what to say."""
-    known = [name for name, _ in _flatten(paper())]
+    known = _known_fields()
     if field in known:
         return None
     near = difflib.get_close_matches(field, known, n=3) or [name for name in known if name.endswith("." + field)]
@@ -132,8 +138,9 @@ def resolve(config):
     for name, _ in _flatten(config):
         if problem := unknown_field(name):
             raise UserError(problem)
-    for name, _ in _flatten(paper()):
-        if name not in dict(_flatten(config)):
+    given = dict(_flatten(config))
+    for name in _known_fields():
+        if name not in given:
             raise UserError(f"config field {name} is missing: start from dit_jax.config.paper()")
     model = config["model"]
     if model["name"]:

@@ -332,6 +332,7 @@ def table(slices, models):
 def main():
     f = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # an attached TPU is left alone
+    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, a TPU's program cannot be read back
     try:
         import libtpu  # noqa: F401
     except ImportError:

@@ -7,6 +7,11 @@ from pathlib import Path
 # Four fake devices, and one step in flight at a time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["PJRT_NPROC"] = "16"  # see dit_jax.cli.enough_threads
+# Two processes test side by side: threads of NumPy and PyTorch beside these would wait for each other.
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+# Both, the commands they start and later tests share what XLA has compiled.
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 import jax
 import numpy as np
@@ -54,18 +59,11 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """The environment in which commands that run one after the other keep what they compile."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-
-
-@pytest.fixture(scope="session")
-def command(compiled):
+def command():
     """command("train", *flags) runs python -m dit_jax.train as a user does -> (exit status, stdout, stderr).
     With wait=False: the process, started. devices: how many fake ones."""
     def run(name, *flags, wait=True, devices=1):
-        env = os.environ | compiled | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         process = subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *map(str, flags)], cwd=ROOT, env=env,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if not wait:

@@ -77,10 +77,11 @@ def test_every_form_of_the_same_samples_gives_the_same_numbers(run, picture_fold
     with np.load(reference) as ref:
         for metric, values, mu, sigma in (("fid", rows.pool, "mu", "sigma"), ("sfid", rows.spatial, "mu_s", "sigma_s")):
             values = values.astype(np.float64)
-            own = np.cov(values, rowvar=False)
-            # Eigenvalues of the product, where SciPy's root of a singular matrix fails.
-            trace = np.sqrt(np.maximum(linalg.eigvals(own @ ref[sigma]).real, 0)).sum()
-            expected = np.square(values.mean(0) - ref[mu]).sum() + np.trace(own) + np.trace(ref[sigma]) - 2 * trace
+            centred = (values - values.mean(0)) / np.sqrt(COUNT - 1)
+            # Where SciPy's root of a singular matrix fails. X'X S has the eigenvalues of X S X', and zeros.
+            trace = np.sqrt(np.maximum(linalg.eigvals(centred @ ref[sigma] @ centred.T).real, 0)).sum()
+            expected = (np.square(values.mean(0) - ref[mu]).sum() + np.square(centred).sum() + np.trace(ref[sigma])
+                        - 2 * trace)
             np.testing.assert_allclose(reports[0]["metrics"][metric], expected, rtol=1e-3)
     p = np.exp(rows.logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)

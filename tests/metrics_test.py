@@ -1,3 +1,5 @@
+import signal
+
 import numpy as np
 import pytest
 from conftest import GOLDEN
@@ -34,6 +36,20 @@ def test_the_judge_tells_good_samples_from_bad():
     ones = train.x[train.y == 1]
     collapsed = judge.report(real, (held_out.x, held_out.y), ones, np.ones(len(ones)))
     assert collapsed["recognised"] > 0.97 and collapsed["frechet"] > 10 * good["frechet_floor"]
+
+
+def test_a_judge_whose_fit_is_interrupted_is_none():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    import sklearn.neural_network  # noqa: F401, which takes longer than the alarm
+    before, images = signal.signal(signal.SIGALRM, interrupt), np.zeros((20_000, 8, 8, 1), np.float32)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt, match="^$"):
+            judge.Judge(images, np.arange(len(images)) % 10)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_judge_features_are_those_it_decides_by():

@@ -38,7 +38,7 @@ runpy.run_module(f"dit_jax.{name}", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="module")
-def start(compiled):
+def start():
     """start(count, *flags) -> the running processes. which: not all of them. faults: {index: code run first}."""
     started = []
 
@@ -46,8 +46,7 @@ def start(compiled):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        env = os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-                                       "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         processes = []
         for i in range(count) if which is None else which:
             among = [f"--coordinator=localhost:{port}", f"--process_count={count}", f"--process_id={i}",

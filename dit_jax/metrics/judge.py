@@ -33,7 +33,12 @@ class Judge:
         self.network = MLPClassifier((256, 64), max_iter=40, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self.network.fit(images.reshape(len(images), -1), labels)
+            # At Ctrl-C, fit ends early and warns: a judge that knows less would go on.
+            warnings.filterwarnings("error", "Training interrupted", UserWarning)
+            try:
+                self.network.fit(images.reshape(len(images), -1), labels)
+            except UserWarning:
+                raise KeyboardInterrupt from None
 
     def recognise(self, images):
         return self.network.predict(images.reshape(len(images), -1))

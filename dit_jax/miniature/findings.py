@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from math import log
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from dit_jax import flops, paper
 
@@ -59,7 +59,7 @@ def seed_spread(results):
                 of = squares.setdefault((judge, metric, key[3]), [0.0, 0])
                 of[0] += np.var(_seeds(same, judge, metric)) * len(same)
                 of[1] += len(same) - 1
-    return {key: float(stats.t.ppf((1 + EXPECTED) / 2, freedom) * (total / freedom) ** 0.5)
+    return {key: float(stdtrit(freedom, (1 + EXPECTED) / 2) * (total / freedom) ** 0.5)
             for key, (total, freedom) in squares.items()}
 
 
