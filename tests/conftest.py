@@ -1,7 +1,9 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 # Four fake devices, and one step in flight at a time.
@@ -13,9 +15,12 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
+import forked
 import jax
 import numpy as np
 import pytest
+
+from dit_jax import cli
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -59,17 +64,27 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 
 
 @pytest.fixture(scope="session")
-def command():
-    """command("train", *flags) runs python -m dit_jax.train as a user does -> (exit status, stdout, stderr).
-    With wait=False: the process, started. devices: how many fake ones."""
+def command(tmp_path_factory):
+    """command("train", *flags) runs python -m dit_jax.train as a user does, but for the imports of what is not ours, which
+    are there already -> (exit status, stdout, stderr). With wait=False: as a user does; the process, started. devices: how
+    many fake ones."""
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("output")
+    context.set_forkserver_preload(forked.IMPORTED)
+
     def run(name, *flags, wait=True, devices=1):
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        process = subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *map(str, flags)], cwd=ROOT, env=env,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env, argv = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}, [str(flag) for flag in flags]
         if not wait:
-            return process
-        out, err = process.communicate(timeout=500)
-        return process.returncode, out, err
+            return subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *argv], cwd=ROOT, env=os.environ | env,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        out, err = (folder / f"{uuid.uuid4()}.txt" for _ in range(2))
+        process = context.Process(target=forked.run, args=(name, argv, str(ROOT), env | {"GLIBC_TUNABLES": cli.MALLOC},
+                                                           str(out), str(err)))
+        process.start()
+        process.join(500)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(err.read_text())
+        return process.exitcode, out.read_text(), err.read_text()
 
     return run
 
