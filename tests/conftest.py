@@ -1,9 +1,5 @@
 import json
-import multiprocessing
 import os
-import subprocess
-import sys
-import uuid
 from pathlib import Path
 
 # Four fake devices, and one step in flight at a time.
@@ -63,28 +59,24 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
         "--config.log_every=1", "--config.sample.every=0", "--config.judge.samples=0", "--config.checkpoint.keep=0"]
 
 
-@pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    """command("train", *flags) runs python -m dit_jax.train as a user does, but for the imports of what is not ours, which
-    are there already -> (exit status, stdout, stderr). With wait=False: as a user does; the process, started. devices: how
-    many fake ones."""
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("output")
-    context.set_forkserver_preload(forked.IMPORTED)
+def start(name, *flags, devices=1, code="", argv=(), **env):
+    """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
+    of the flags, which it is to take away."""
+    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": cli.MALLOC}
+    run = f"import runpy\n{code}\nrunpy.run_module('dit_jax.{name}', run_name='__main__', alter_sys=True)"
+    return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(ROOT), env)
 
+
+@pytest.fixture(scope="session")
+def command():
+    """command("train", *flags) runs python -m dit_jax.train -> (exit status, stdout, stderr). With wait=False: the process,
+    started."""
     def run(name, *flags, wait=True, devices=1):
-        env, argv = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}, [str(flag) for flag in flags]
+        process = start(name, *flags, devices=devices)
         if not wait:
-            return subprocess.Popen([sys.executable, "-m", f"dit_jax.{name}", *argv], cwd=ROOT, env=os.environ | env,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        out, err = (folder / f"{uuid.uuid4()}.txt" for _ in range(2))
-        process = context.Process(target=forked.run, args=(name, argv, str(ROOT), env | {"GLIBC_TUNABLES": cli.MALLOC},
-                                                           str(out), str(err)))
-        process.start()
-        process.join(500)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(err.read_text())
-        return process.exitcode, out.read_text(), err.read_text()
+            return process
+        out, err = process.communicate(timeout=500)
+        return process.returncode, out, err
 
     return run
 

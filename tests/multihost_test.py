@@ -5,25 +5,25 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 
+import conftest
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, losses, records, write_cache
+from conftest import TINY, losses, records, write_cache
 from numpy.testing import assert_allclose
 
 from dit_jax import hosts
 from dit_jax.data import pipeline
 
 RUN = [*TINY, "--config.steps=24", "--config.checkpoint.every=4"]
-# The command, with every row that is read noted, and with `fault` done first.
-WRAPPED = """
-import os, runpy, sys
+# First: every row that is read is noted, and `fault` is done.
+FIRST = """
+import os, sys
 from dit_jax.data import sources
-name, rows, fault = sys.argv[1:4]
+rows, fault = sys.argv[1:3]
 examples = sources.Arrays.examples
 for source in (sources.Arrays, sources.LatentCache):
     def noted(self, indices, flips, examples=source.examples):
@@ -32,8 +32,7 @@ for source in (sources.Arrays, sources.LatentCache):
         return examples(self, indices, flips)
     source.examples = noted
 exec(fault)
-sys.argv[:] = [name, *sys.argv[4:]]
-runpy.run_module(f"dit_jax.{name}", run_name="__main__", alter_sys=True)
+del sys.argv[1:3]
 """
 
 
@@ -46,14 +45,12 @@ def start():
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         processes = []
         for i in range(count) if which is None else which:
             among = [f"--coordinator=localhost:{port}", f"--process_count={count}", f"--process_id={i}",
                      f"--host_timeout={timeout}"] if count > 1 else []
-            processes.append(subprocess.Popen(
-                [sys.executable, "-c", WRAPPED, name, f"{rows}{i}" if rows != os.devnull else rows, faults.get(i, ""),
-                 *map(str, flags), *among], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            argv = f"{rows}{i}" if rows != os.devnull else rows, faults.get(i, "")
+            processes.append(conftest.start(name, *flags, *among, code=FIRST, argv=argv, TF_CPP_MIN_LOG_LEVEL="3"))
         started.extend(processes)
         return processes
 
@@ -131,11 +128,11 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
     is killed is a test of sampling, below.)"""
     for count, mesh, victim, how, at in ((4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 6), (2, [], 1, signal.SIGSTOP, 14)):
         before = max(map(int, os.listdir(tmp_path / "checkpoints")), default=0) if at > 6 else 0
-        processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh)
+        processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh, timeout=20)  # on two cores, compiling takes them all
         wait_for(step_reached(tmp_path, at), processes)
         processes[victim].send_signal(how)
         others = [p for p in processes if p is not processes[victim]]
-        for status, out, err in ends(others, timeout=10 + 15):
+        for status, out, err in ends(others, timeout=20 + 15):
             assert status == hosts.AGAIN, (status, err)
             one_line(err, "another host was lost", "goes on")
         processes[victim].kill()

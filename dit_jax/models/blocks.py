@@ -12,6 +12,7 @@ LayerNorm statistics and the softmax are float32.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,12 +77,34 @@ def _gelu_backward(x, g):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
+@jax.custom_vjp
+def product(x, kernel):
+    """x (..., I) times kernel (I, O)."""
+    return x @ kernel
+
+
+def _product_backward(kept, g):
+    x, kernel = kept
+
+    def of_rows(x, g):  # of more dimensions, XLA on CPU makes transposed copies, and multiplies these slower; a TPU does not
+        return x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+
+    def of_all(x, g):
+        return jnp.tensordot(g, x, 2 * [tuple(range(x.ndim - 1))]).T
+
+    return g @ kernel.T, jax.lax.platform_dependent(x, g, cpu=of_rows, default=of_all)
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)  # @, which remat "dots" is to see
+Linear = partial(nnx.Linear, dot_general=lambda x, kernel, *_, **__: product(x, kernel))
+
+
 class SelfAttention(nnx.Module):
     def __init__(self, dim, num_heads, *, dtype, place, rngs):
         self.num_heads, self.place = num_heads, place
         # Columns of qkv: head by head, q, k and v of each, so that a tensor-parallel mesh can split the heads.
-        self.qkv = nnx.Linear(dim, 3 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         qkv = rearrange(self.qkv(x), "b n (h three k) -> b n h three k", h=self.num_heads, three=3)
@@ -95,9 +118,9 @@ class SelfAttention(nnx.Module):
 class CrossAttention(nnx.Module):
     def __init__(self, dim, num_heads, *, dtype, place, rngs):
         self.num_heads, self.place = num_heads, place
-        self.q = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.kv = nnx.Linear(dim, 2 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)  # columns as in SelfAttention
-        self.proj = nnx.Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.q = Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.kv = Linear(dim, 2 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)  # columns as in SelfAttention
+        self.proj = Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, context):
         q = rearrange(self.q(x), "b n (h k) -> b n h k", h=self.num_heads)
@@ -111,8 +134,8 @@ class CrossAttention(nnx.Module):
 class Mlp(nnx.Module):
     def __init__(self, dim, *, dtype, place, rngs):
         self.place = place
-        self.fc1 = nnx.Linear(dim, MLP_RATIO * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(MLP_RATIO * dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(dim, MLP_RATIO * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(MLP_RATIO * dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         x = gelu(self.place(self.fc1(x), "batch", None, "units"))
@@ -129,7 +152,7 @@ class AdaLNBlock(nnx.Module):
         self.attn = SelfAttention(dim, num_heads, dtype=dtype, place=place, rngs=rngs)
         self.norm2 = layer_norm(dim, affine=False, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dtype=dtype, place=place, rngs=rngs)
-        self.adaLN_modulation = nnx.Linear(dim, (6 if gated else 4) * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.adaLN_modulation = Linear(dim, (6 if gated else 4) * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, c):
         """x (B, N, D), c (B, D)."""
