@@ -62,7 +62,7 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 def start(name, *flags, devices=1, code="", argv=(), **env):
     """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
     of the flags, which it is to take away."""
-    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": cli.MALLOC}
+    env = os.environ | env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": cli.MALLOC}
     run = f"import runpy\n{code}\nrunpy.run_module('dit_jax.{name}', run_name='__main__', alter_sys=True)"
     return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(ROOT), env)
 

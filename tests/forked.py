@@ -18,6 +18,7 @@ def _run(code, argv, cwd, env, out, err):
     for fd, path in enumerate((out, err), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
+    os.environ.clear()
     os.environ.update(env)
     sys.path[0], sys.argv = cwd, ["-c", *argv]
     try:
@@ -27,11 +28,12 @@ def _run(code, argv, cwd, env, out, err):
 
 
 class Forked:
-    """python -c code *argv, with what the tests use of subprocess.Popen."""
+    """python -c code *argv, with what the tests use of subprocess.Popen. What a library reads of env as it is imported has
+    been read before."""
 
     def __init__(self, code, argv, cwd, env):
         (_, self._out), (_, self._err) = tempfile.mkstemp(), tempfile.mkstemp()
-        self._process = CONTEXT.Process(target=_run, args=(code, argv, cwd, env, self._out, self._err), daemon=True)
+        self._process = CONTEXT.Process(target=_run, args=(code, argv, cwd, dict(env), self._out, self._err), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 
