@@ -32,7 +32,10 @@ class Forked:
     been read before."""
 
     def __init__(self, code, argv, cwd, env):
-        (_, self._out), (_, self._err) = tempfile.mkstemp(), tempfile.mkstemp()
+        files = tempfile.mkstemp(), tempfile.mkstemp()
+        for fd, _ in files:
+            os.close(fd)
+        self._out, self._err = (path for _, path in files)
         self._process = CONTEXT.Process(target=_run, args=(code, argv, cwd, dict(env), self._out, self._err), daemon=True)
         self._process.start()
         self.pid = self._process.pid
