@@ -13,7 +13,7 @@ BUDGETS = {
     "small": dict(input_size=16, patches=(2, 4, 8), sizes={"S": (2, 96), "M": (4, 96), "L": (6, 128)},  # depth, width
                   steps=6400, batch_size=16, learning_rate=2e-3, b2=0.95, ema_decay=0.995),
     "full": dict(input_size=32, patches=(2, 4, 8), sizes={"S": (6, 128), "M": (8, 256), "L": (12, 384)},
-                 steps=16_000, batch_size=256, learning_rate=5e-4, b2=0.95, ema_decay=0.999),
+                 steps=3200, batch_size=256, learning_rate=5e-4, b2=0.95, ema_decay=0.995),
     "tiny": dict(input_size=16, patches=(4, 8), sizes={"S": (1, 32), "M": (1, 64), "L": (2, 64)},
                  steps=32, batch_size=8, learning_rate=2e-3, b2=0.95, ema_decay=0.9),
 }

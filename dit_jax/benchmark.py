@@ -27,7 +27,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("against", None, ["diffusers"], "what is timed beside it: PyTorch on diffusers' DiT")
     flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
     flags.DEFINE_string("out", None, "a folder for the report and its parts")
-    flags.DEFINE_integer("rounds", 5, "timings of each; 3 at most of what takes long and has no target", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "timings of each; 3 or 1 at most of what takes long and has no target", lower_bound=1)
     flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
     flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
     flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
@@ -47,6 +47,7 @@ import os
 import platform
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,11 +96,24 @@ def machine(packages=("jax", "jaxlib", "flax", "numpy", "scipy", "torch", "diffu
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
-            cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
+            text = f.read()
+        cpu = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), cpu)
+        # Virtual machines of one name differ in this, and by it in their matrix rate by 3 times.
+        cpu += next((f" with {name}" for name, flag in (("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in text), "")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     versions = {name: installed.get(name) for name in packages}
     return {"cpu": cpu, "cores": cores(), "system": platform.platform(terse=True),
             "versions": {"python": platform.python_version(), **versions}}
+
+
+def commit():
+    """Of the code, as git has it, with -dirty where files were changed since; None where it has none."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(__file__), text=True,
+                               capture_output=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def beside(config, spec):
@@ -116,12 +130,12 @@ def beside(config, spec):
 
 def label(config):
     """The model's name, with the fields that make it another one: it is then no model with targets."""
-    name = config["model"]["name"]
+    name, model = config["model"]["name"], config["model"]
     if not name:
-        return "DiT"
+        return f"DiT {model['depth']}x{model['hidden_size']}/{model['patch_size']}"
     published = configs.resolve(configs.paper(name))
     changed = [f"{field.removeprefix('model.')}={value}" for field, _, value in configs.differences(published, config)
-               if field.startswith("model.")]
+               if field.startswith("model.") and (field, value) != ("model.dtype", "float32")]  # in which targets are
     return f"{name} ({', '.join(changed)})" if changed else name
 
 
@@ -156,8 +170,9 @@ def scaling_parts(config, model):
     n, patch = config["batch_size"], config["model"]["patch_size"]
     grid, depth = config["model"]["input_size"] // patch, config["model"]["depth"]
     base, parts = {"batch": n, "tokens": grid**2, "depth": depth}, {}
-    for key, value, factors in (("batch", n, (0.25, 0.5, 1, 2)), ("tokens", grid, (0.5, 0.75, 1, 1.5)),
-                                ("depth", depth, (0.25, 0.5, 1, 2))):
+    # First what all three lines of the plot share.
+    for key, value, factors in (("batch", n, (1,)), ("batch", n, (0.25, 0.5, 2)), ("tokens", grid, (0.5, 0.75, 1.5)),
+                                ("depth", depth, (0.25, 0.5, 2))):
         for v in sorted({max(1, round(value * factor)) for factor in factors}):
             at = base | {key: v**2 if key == "tokens" else v}
             side = patch * (v if key == "tokens" else grid)
@@ -178,10 +193,10 @@ def decode_parts(config):
     args, scale = (codec.args, codec.scale) if codec else (vae.PUBLISHED, autoencoder.SCALE)
     side = config["model"]["input_size"]
     size = side * 2 ** (len(args["block_out_channels"]) - 1)
-    images = autoencoder.batch_size(size)
+    images, which = autoencoder.batch_size(size), f" by {os.path.basename(os.path.normpath(path))}" if path else ""
     args = {key: args[key] for key in ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}
-    return [Part(f"decode {images} of {size} px", "decode", "VAE", {
-        page.OURS: (OURS, {"what": "decode", "config": config, "path": path}),
+    return [Part(f"decode {images} of {size} px{which}", "decode", "VAE", {
+        page.OURS: (OURS, {"what": "decode", "side": side, "path": path}),
         **beside(config, {"what": "decode", "images": images, "side": side, "args": args, "scale": scale})},
         min(f.rounds, 3))]
 
@@ -204,19 +219,21 @@ def data_parts(scratch):
     if f.pictures is None:
         data.make_pictures(folder, 4 * data.BATCH)
     torch = importlib.util.find_spec("torch") is not None
+    shape = latents.LatentCache(cache).shape
     if torch:
-        data.Npy.make(npy, f.num_latents)
+        data.Npy.make(npy, f.num_latents, shape)
     else:
         say("PyTorch is not installed: no DataLoader to set beside (pip install -e '.[torch]')")
     parts = []
     for kind, path, other, rows in (
             ("latents", cache, npy, 8 * f.num_latents),  # about as long as the others take
             ("JPEG", folder, folder, 4 * data.BATCH)):
-        spec = {"kind": kind, "path": other}
-        sides = {page.OURS: (DATA, {**spec, "path": path, "workers": None, "rows": rows})}
+        spec = {"kind": kind, "path": other, "rows": rows}
+        sides = {page.OURS: (DATA, {**spec, "path": path, "workers": None})}
         for workers in sorted({0, cores()}) if torch else ():
             sides[f"DataLoader, {workers} workers"] = DATA, {**spec, "workers": workers}
-        parts.append(Part(f"data, {kind}", "data", "", sides, f.rounds, warm=False))
+        what = f"{kind}, {'x'.join(map(str, shape))}" if kind == "latents" else kind
+        parts.append(Part(f"data, {what}", "data", "", sides, f.rounds, warm=False))
     return parts
 
 
@@ -240,7 +257,7 @@ def measure(part):
         try:
             children, calls = {}, {}
             for label, (module, spec) in part.sides.items():
-                children[label] = child = stack.enter_context(Child(module, spec))
+                children[label] = child = stack.enter_context(Child(module, spec, plain=module == THEIRS))
                 if page.DIFFUSERS in part.sides and label == page.OURS and (
                         child.info["platform"] != "cpu" or child.info["dtype"] != "float32"):
                     raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs "
@@ -270,14 +287,14 @@ def measure(part):
             progress.close()
     work = {key: sides[page.OURS].pop(key, None) for key in ("images", "flop")}  # of a call, the same on all sides
     return {"name": part.name, "what": part.what, "model": part.model, **work, "sides": sides,
-            "idle": None if idle is None else idle / at_work, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
-            "command": " ".join(["python -m dit_jax.benchmark", *sys.argv[1:]]), **part.about}
+            "idle": None if idle is None else idle / at_work, "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+            "machine": machine(), "command": " ".join(["python -m dit_jax.benchmark", *sys.argv[1:]]), **part.about}
 
 
 def load_parts(folder, here):
-    """The records in OUT/parts, those of REPORT's order first. Raises UserError where one is of another machine."""
+    """The records in OUT/parts, by WHAT's order. Raises UserError where one is of another machine."""
     parts = []
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
         path = os.path.join(folder, name)
         try:
             with open(path) as f:

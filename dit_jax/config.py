@@ -150,8 +150,10 @@ def resolve(config):
             if model[key] is None:
                 model[key] = value
 
+    values = dict(_flatten(config))
+
     def check(field, ok, must):
-        value = dict(_flatten(config))[field]
+        value = values[field]
         try:
             good = ok(value)
         except TypeError:

@@ -12,6 +12,20 @@ from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.models import dit
 
 
+def guided(model, labels, null, cfg_scale, cfg_channels):
+    """model(x, t, y) -> model(x, t) of `labels` under guidance (cfg_channels None: of all), on a doubled batch, whose second
+    half is of the class `null`. cfg_scale 1: without guidance, on the batch as it is."""
+    if cfg_scale == 1:
+        return lambda x, t: model(x, t, labels)
+    y = jnp.concatenate([labels, jnp.full_like(labels, null)])
+
+    def model_fn(x, t):
+        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+        return forward_with_cfg(model, x, t, y, cfg_scale, cfg_channels)[: len(labels)]
+
+    return model_fn
+
+
 class Generator:
     """generator(params, labels, indices) -> images (N, H, W, C) float32 in host memory.
 
@@ -50,27 +64,18 @@ class Generator:
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(indices)
             return lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
 
-        def guided(params, labels):
-            model = nnx.merge(graphdef, params)
-
-            def model_fn(x, t):
-                if cfg_scale == 1:
-                    return model(x, t, labels)
-                y = jnp.concatenate([labels, jnp.full_like(labels, self.num_classes)])
-                x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-                return forward_with_cfg(model, x, t, y, cfg_scale, cfg_channels)[: len(labels)]
-
-            return model_fn
+        def model_fn(params, labels):
+            return guided(nnx.merge(graphdef, params), labels, self.num_classes, cfg_scale, cfg_channels)
 
         def start(indices):
             return noise_of(indices)(len(self.schedule))
 
         def step(params, labels, indices, x, i):
-            return samplers.step(self.schedule, guided(params, labels), x, i, noise_of(indices), sampler, eta)
+            return samplers.step(self.schedule, model_fn(params, labels), x, i, noise_of(indices), sampler, eta)
 
         def run(params, labels, indices):
             noise = noise_of(indices)
-            return samplers.sample(self.schedule, guided(params, labels), noise(len(self.schedule)), noise, sampler, eta)
+            return samplers.sample(self.schedule, model_fn(params, labels), noise(len(self.schedule)), noise, sampler, eta)
 
         batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self.batch_sharding, self.on_step = batch, on_step

@@ -26,6 +26,7 @@ NO_GUIDANCE = {  # table 4: {(config, steps): FID-50K}, with the ft-MSE decoder
     ("l2", 400_000): 23.33, ("xl8", 400_000): 106.41, ("xl4", 400_000): 43.01, ("xl2", 400_000): 19.47,
     ("xl2_in_context", 400_000): 35.24, ("xl2_cross_attention", 400_000): 26.14, ("xl2_adaln", 400_000): 25.21,
     ("xl2", 2_352_000): 10.67, ("xl2", 7_000_000): 9.62, ("xl2_512", 1_301_000): 13.78, ("xl2_512", 3_000_000): 11.93}
+SAMPLING_COMPUTE = (("L/2", 1000, 80.7, 25.9), ("XL/2", 128, 15.2, 23.7))  # figure 10: model, steps, Tflops, FID-10K
 ORIGINAL, MSE, EMA = "original", "stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"
 DECODERS = {  # table 5: {decoder of DiT-XL/2, 256 px, guidance 1.5: METRICS}
     ORIGINAL: (2.46, 5.18, 271.56, 0.82, 0.57), MSE: (2.30, 4.73, 276.09, 0.83, 0.57),

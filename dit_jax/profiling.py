@@ -14,7 +14,12 @@ from dit_jax.logging import say
 
 def keep_compiled(shared=None):
     """What XLA compiles is kept for the next start: in ~/.cache/dit_jax, or, where several hosts run one program, which
-    the first of them writes, in the folder `shared`. JAX's own JAX_COMPILATION_CACHE_DIR goes first."""
+    the first of them writes, in the folder `shared`. JAX's own JAX_COMPILATION_CACHE_DIR goes first. Several hosts on CPU: nothing."""
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # There each host has another key, and only the first writes: it alone would find its program, and then wait for
+        # the others, which compile, longer than Gloo waits.
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

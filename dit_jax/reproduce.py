@@ -5,11 +5,11 @@
     python -m dit_jax.reproduce --out=runs/mini --dry_run          # the plan: runs, commands, estimated time
     python -m dit_jax.reproduce --out=runs/again --seed=3 --beside=runs/mini   # again: does it come out the same?
 
-The studies: scaling (figures 2, 6, 7, 8), blocks (figure 5), guidance (appendix A), sampling (figure 10), training
-(figure 9). Each run is an ordinary `train` command in OUT/runs, each set of samples an ordinary `sample` command in
+The studies: scaling (figures 2, 7, 8), blocks (figure 5), guidance (appendix A), sampling (figure 10), training
+(figures 6, 9). Each run is an ordinary `train` command in OUT/runs, each set of samples an ordinary `sample` command in
 OUT/samples, side by side on the cores of a CPU. Two judges fitted on real training pictures look at the samples; what
 they say is in OUT/results, one JSON file a command, and at the end in OUT/results.json, of which OUT/report.md and its
-plots are made. After any end the same command goes on.
+plots are made. After any end the same command goes on. Where a command fails, the others go on, and the page says so.
 """
 
 from absl import flags
@@ -49,6 +49,7 @@ from dataclasses import dataclass, field
 import jax
 
 from dit_jax import config as configs, flops
+from dit_jax.benchmark import machine
 from dit_jax.config import UserError
 from dit_jax.logging import duration, say
 from dit_jax.miniature import measure, page
@@ -58,16 +59,17 @@ from dit_jax.sample import same_manifest
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "mini.py")
 SEEDS = 3  # at most, of a model
-SETS = 2  # of samples of a finished run: their spread is that of sampling
+SETS = 2  # of samples of a finished run
 # What is measured. ddim: steps of the sampler of every study but `sampling`, whose DDPM steps are few (of the large
 # model) and many (of the small one); samples: pictures in a set.
 MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32),
-                          many=(16, 32, 64, 128)),
+                          many=(16, 32, 64, 128, 256)),
             "full": dict(samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
                          many=(16, 32, 64, 128, 256, 1000)),
             "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
 # For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
 TRAIN, SAMPLE, START = 2.7e10, 7e10, 10.0
+PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "mlxtend"
 # Says which cores a command has, and that it ends with this process.
 LAUNCH = """
 import os, runpy, sys
@@ -111,22 +113,22 @@ class Plan:
             raise UserError(f"{CONFIG}: is missing: run from a checkout installed with pip install -e '.[mnist]'")
         mini = runpy.run_path(CONFIG)
         self.budget, self.get_config = budget, mini["get_config"]
-        self.recipe, m = mini["BUDGETS"][budget], MEASURED[budget]
+        m = MEASURED[budget]
+        self.recipe = json.loads(json.dumps(mini["BUDGETS"][budget] | m))  # as it comes back from a file
         self.steps, self.samples = steps or self.recipe["steps"], samples or m["samples"]
         if self.steps % 8:
             raise UserError(f"--steps={self.steps}: must be a multiple of 8, as checkpoints are kept of every eighth")
         if self.samples % 10:
             raise UserError(f"--samples={self.samples}: must be a multiple of 10, the number of classes")
-        self.ddim = m["ddim"]
-        ddim, patches = ("ddim", self.ddim), self.recipe["patches"]
+        ddim, patches = ("ddim", m["ddim"]), self.recipe["patches"]
         middle = patches[len(patches) // 2]
         small, medium, large = self.recipe["sizes"]
         chosen, last = (medium, middle), self.steps
 
         def seeds(size, patch):
-            """Those that cost the most are trained once."""
+            """Those that cost the most are trained once; the one of other studies as often as there."""
             once = (medium, patches[0]), (large, patches[0]), (large, middle)
-            return range(1 if (size, patch) in once else 2)
+            return range(1 if (size, patch) in once else SEEDS if (size, patch) == chosen else 2)
 
         grid = [(size, patch, nth) for size in self.recipe["sizes"] for patch in patches for nth in seeds(size, patch)]
         makers = {
@@ -137,7 +139,8 @@ class Plan:
             "sampling": lambda: [self.add(size, middle, nth=nth, sampler=("ddpm", n)) for size, steps in
                                  ((small, m["many"]), (large, m["few"])) for n in steps for nth in seeds(size, middle)],
             "training": lambda: [self.add(size, patch, nth=nth, step=step, sampler=ddim, sets=1 if step < last else SETS)
-                                 for size, patch, nth in grid for step in (last // 8, last // 4, last // 2, last)]}
+                                 for size, patch, nth in grid for step in (last // 8, last // 4, last // 2, last)
+                         if nth < 2 or step == last]}
         if not studies:
             raise UserError(f"--study is empty: one or more of {','.join(STUDIES)}")
         for study in studies:
@@ -146,6 +149,12 @@ class Plan:
         for study in STUDIES:
             if study in studies:
                 self.studies[study] = makers[study]()
+
+    @property
+    def manifest(self):
+        """What the results follow from."""
+        return {"budget": self.budget, "steps": self.steps, "samples": self.samples, "seed": self.seed,
+                "recipe": self.recipe}
 
     def add(self, size, patch, block="adaln_zero", nth=0, *, sampler, step=None, scale=1.0, sets=SETS):
         """The name of these samples of a model's nth seed. Their task, and that of the run, are planned if they are not
@@ -177,17 +186,17 @@ class Plan:
                 os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
                 {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
                  "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
-                 "params": num_params(**args),
-                 "batch_size": config["batch_size"], "samples": folder})
+                 "params": num_params(**args), "batch_size": config["batch_size"], "samples": folder})
         return name
 
     def describe(self, slots):
         """Lines: each task with its estimate, and the whole."""
         tasks = self.tasks.values()
-        lines = [f"{task.seconds / 60:6.1f} min  python -m {shlex.join(task.argv)}" for task in tasks]
-        on_cpu = f"; about {duration(sum(t.seconds for t in tasks) / slots)} on {slots} cores of a laptop"
+        on_cpu = self.budget != "full"
+        lines = [f"{task.seconds / 60:6.1f} min  " * on_cpu + f"python -m {shlex.join(task.argv)}" for task in tasks]
+        whole = f"; about {duration(sum(t.seconds for t in tasks) / slots)}, {slots} at a time, each on a core of a laptop"
         return lines + [f"{sum(not t.about for t in tasks)} runs, {sum(bool(t.about) for t in tasks)} sets of samples"
-                        + on_cpu * (self.budget != "full")]
+                        + whole * on_cpu]
 
 
 def cores():
@@ -200,10 +209,11 @@ def cores():
 
 
 class Commands:
-    """Runs a plan's tasks, as many at a time as there are slots, the longest first. Ends them when it is left."""
+    """Runs a plan's tasks, as many at a time as there are slots, the longest first. Ends them when it is left. failed:
+    {name: what its log ends with}; what needs such a task is never begun."""
 
     def __init__(self, plan, slots):
-        self.plan, self.free, self.running, self.finished = plan, list(slots), {}, set()
+        self.plan, self.free, self.running, self.finished, self.failed = plan, list(slots), {}, set(), {}
         self.count, self.taken, self.estimated = len(slots), 0.0, 0.0
 
     def __enter__(self):
@@ -223,7 +233,7 @@ class Commands:
 
     def start(self):
         tasks = self.plan.tasks
-        ready = [t for t in tasks.values() if not t.is_done and t.name not in {*self.running, *self.finished}
+        ready = [t for t in tasks.values() if not t.is_done and t.name not in {*self.running, *self.finished, *self.failed}
                  and (t.needs is None or tasks[t.needs].is_done and t.needs not in self.running)]
         for task in sorted(ready, key=lambda t: -t.seconds):
             if not self.free:
@@ -236,7 +246,7 @@ class Commands:
             self.running[task.name] = process, slot, time.perf_counter()
 
     def ended(self):
-        """The tasks that have ended since, well. Raises UserError where one did not."""
+        """The tasks that have ended since, well."""
         for name, (process, slot, start) in list(self.running.items()):
             if process.poll() is None:
                 continue
@@ -246,8 +256,9 @@ class Commands:
             if process.returncode:
                 with open(self._log(task), errors="replace") as f:
                     last = [line.strip() for line in f if line.strip()][-1:] or ["no word"]
-                raise UserError(f"{name} ended with status {process.returncode}: {last[0]} (all of it: "
-                                f"{self._log(task)})")
+                self.failed[name] = f"{name} ended with status {process.returncode}: {last[0]} (all of it: {self._log(task)})"
+                say(self.failed[name])
+                continue
             self.finished.add(name)
             self.taken += time.perf_counter() - start
             self.estimated += task.seconds
@@ -257,7 +268,7 @@ class Commands:
         """Seconds to the end of all, by the estimates and how they have fared."""
         pace, now = self.taken / self.estimated if self.estimated else 1.0, time.perf_counter()
         rest = {name: task.seconds * pace for name, task in self.plan.tasks.items()
-                if not task.is_done and name not in self.finished}
+                if not task.is_done and name not in {*self.finished, *self.failed} and task.needs not in self.failed}
         rest |= {name: max(0, rest.get(name, 0) - (now - start)) for name, (_, _, start) in self.running.items()}
         return max([sum(rest.values()) / self.count, *(rest[name] for name in self.running)])
 
@@ -277,11 +288,12 @@ def write(path, value):
 
 
 def carry_out(plan):
-    """All that is not done yet: runs, samples, and what the judges say of them."""
-    out, slots, real = plan.out, cores(), os.path.join(plan.out, "results", "real.json")
+    """All that is not done yet: runs, samples, and what the judges say of them -> {name: problem} of the failed ones."""
+    out, slots = plan.out, cores()
+    real, made = os.path.join(out, "results", "real.json"), os.path.join(out, "made.json")
     todo = [t for t in plan.tasks.values() if not t.is_done]
-    if not todo and os.path.exists(real):
-        return
+    if not todo and os.path.exists(real) and os.path.exists(made):
+        return {}
     clock, spent = time.perf_counter(), read(os.path.join(out, "seconds.json"), 0.0)
     said = clock
 
@@ -296,20 +308,22 @@ def carry_out(plan):
         judges = measure.Judges(plan.recipe["input_size"], plan.samples)  # while the first commands run
         write(real, judges.real())
         done = len(plan.tasks) - len(todo)
-        while done < len(plan.tasks):
+        while commands.running:
             for task in commands.ended():
                 commands.start()
                 if task.about:
                     write(task.done, task.about | {"judges": judges.measure(task.about["samples"], task.about["sets"])})
                 done += 1
                 said = 0
-                clocked()
             if time.perf_counter() - said > 60:
                 said = time.perf_counter()
+                clocked()
                 say(f"{done} of {len(plan.tasks)} done, {duration(commands.left())} left; running: "
                     f"{', '.join(commands.running) or 'none'}")
             commands.start()
             time.sleep(0.2)
+        write(made, {"date": time.strftime("%Y-%m-%d"), "machine": machine(PACKAGES)})
+        return commands.failed
 
 
 def main():
@@ -325,13 +339,14 @@ def main():
         there = read(path)
         if not isinstance(there, dict) or "seed" not in there:
             raise UserError(f"--beside={f.beside}: holds no finished study: there is no results.json of one")
-        theirs = {key: there.get(key) for key in ("budget", "steps", "samples")}
-        if theirs != (wanted := {"budget": f.budget, "steps": plan.steps, "samples": plan.samples}):
-            raise UserError(f"--beside={f.beside}: is of {theirs}, and this is of {wanted}: they cannot be compared")
+        differ = [f"{key} ({there.get(key)} there, {value} here)" for key, value in plan.manifest.items()
+                  if key != "seed" and there.get(key) != value]
+        if differ:
+            raise UserError(f"--beside={f.beside}: cannot be compared: {', '.join(differ)}")
         if abs(there["seed"] - f.seed) < SEEDS:
             raise UserError(f"--beside={f.beside}: has seed {there['seed']} and the {SEEDS - 1} after it, and some runs of "
                             f"--seed={f.seed} would be the same: give a --seed that is at least {SEEDS} away")
-        beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"]), there["results"]
+        beside = Plan(f.beside, f.budget, STUDIES, plan.steps, plan.samples, there["seed"]), there
     if f.dry_run:
         say("\n".join(plan.describe(len(cores()))))
         return
@@ -339,16 +354,22 @@ def main():
     for folder in ("runs", "samples", "results", "logs"):
         cli.make_workdir(os.path.join(f.out, folder), "out")
     with cli.locked(f.out, "out"):
-        manifest = {"budget": f.budget, "steps": plan.steps, "samples": plan.samples, "seed": f.seed}
         path = os.path.join(f.out, "plan.json")
-        if not same_manifest(path, manifest):
-            write(path, manifest)
-        carry_out(plan)
+        if not same_manifest(path, plan.manifest):
+            write(path, plan.manifest)
+        failed = carry_out(plan)
         everything = Plan(f.out, f.budget, STUDIES, f.steps, f.samples, f.seed)  # an earlier command's studies as well
-        results = {name: {k: v for k, v in (read(t.done) | t.about).items() if k != "samples"}
+        results = {name: {k: v for k, v in read(t.done).items() if k != "samples"}
                    for name, t in everything.tasks.items() if t.about and t.is_done}
-        write(os.path.join(f.out, "results.json"), manifest | {"results": results})
-        page.write(everything, results, os.path.join(f.out, "report.md"), beside)
+        if not results:
+            raise UserError(next(iter(failed.values())))
+        study = plan.manifest | read(os.path.join(f.out, "made.json")) | {
+            "seconds": read(os.path.join(f.out, "seconds.json")), "real": read(os.path.join(f.out, "results", "real.json")),
+            "failed": failed, "results": results}
+        write(os.path.join(f.out, "results.json"), study)
+        page.write(everything, study, os.path.join(f.out, "report.md"), beside)
+    if failed:
+        raise UserError(f"{len(failed)} failed, and {f.out}/report.md is of the rest: {next(iter(failed.values()))}")
     say(f"{f.out}/report.md")
 
 

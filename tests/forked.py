@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
+from unittest import mock
 
 IMPORTED = ["jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.linalg", "scipy.special", "sklearn.datasets",
             "matplotlib.figure", "matplotlib.backends.backend_agg"]
@@ -16,7 +18,7 @@ CONTEXT.set_forkserver_preload(IMPORTED)
 
 def _run(code, argv, cwd, env, out, err):
     for fd, path in enumerate((out, err), 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), fd)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), fd)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -32,10 +34,10 @@ class Forked:
     been read before."""
 
     def __init__(self, code, argv, cwd, env):
-        files = tempfile.mkstemp(), tempfile.mkstemp()
-        for fd, _ in files:
-            os.close(fd)
-        self._out, self._err = (path for _, path in files)
+        self._folder = tempfile.TemporaryDirectory()  # which goes with this object
+        self._out, self._err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
+        with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"):  # as dit_jax sets it for its commands
+            forkserver.ensure_running()
         self._process = CONTEXT.Process(target=_run, args=(code, argv, cwd, dict(env), self._out, self._err), daemon=True)
         self._process.start()
         self.pid = self._process.pid

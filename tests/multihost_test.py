@@ -79,12 +79,10 @@ def step_reached(workdir, step):
 
 
 def one_line(err, *words):
-    """One line of ours, the last; before it XLA's log, which cannot be silenced once JAX has been imported."""
-    ours = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(ours) == 1 and "Traceback" not in err, err
-    assert err.rstrip().endswith(ours[0]) and ours[0].startswith("error: host "), err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: host "), err
     for word in words:
-        assert str(word) in ours[0], ours[0]
+        assert str(word) in lines[0], lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +128,11 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
     is killed is a test of sampling, below.)"""
     for count, mesh, victim, how, at in ((4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 6), (2, [], 1, signal.SIGSTOP, 14)):
         before = max(map(int, os.listdir(tmp_path / "checkpoints")), default=0) if at > 6 else 0
-        # All compile: one that finds its program compiled might wait for the others longer than Gloo does.
-        together = dict.fromkeys(range(count), "import jax\njax.config.update('jax_enable_compilation_cache', False)")
-        processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh, timeout=20, faults=together)
+        processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh)
         wait_for(step_reached(tmp_path, at), processes)
         processes[victim].send_signal(how)
         others = [p for p in processes if p is not processes[victim]]
-        for status, out, err in ends(others, timeout=20 + 15):
+        for status, out, err in ends(others, timeout=10 + 15):
             assert status == hosts.AGAIN, (status, err)
             one_line(err, "another host was lost", "goes on")
         processes[victim].kill()

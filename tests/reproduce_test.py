@@ -1,16 +1,16 @@
 import json
 import os
 import re
-import runpy
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import one_error
 
-from dit_jax import reproduce
+from dit_jax import benchmark, reproduce
 from dit_jax.miniature import findings, page
 
 DIFFERENT = {"run", "samples"}  # of a result: where its files are
@@ -68,7 +68,8 @@ def test_scaling_says_what_the_numbers_say(power, expected):
     assert said(sentence) == 0 and ("at step 100 alone, of 50, 100" in sentence) == (power < 0)
     assert [row[1] for row in rows] == sorted(r["gflops"] for r in results)
     x, y = np.log([row[1] for row in rows]), [row[3]["network"].mean for row in rows]
-    assert correlations["network"][0] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    r = correlations["network"][0]
+    assert r.mean == pytest.approx(np.corrcoef(x, y)[0, 1]) and r.low <= r.mean <= r.high
     # Seeds that lie far apart take the decisions on single models, but not the correlation.
     assert [said(s) for s in findings.scaling(results, Spread(99.0))[2]] == [expected, 0, 0, 0]
 
@@ -98,9 +99,36 @@ def test_ranges_are_those_in_which_another_study_is_expected():
     assert [mean.mean, mean.low, mean.high] == pytest.approx([10, 5, 20])
 
 
-def test_the_papers_own_correlation():
+def test_the_papers_own_numbers():
     _, gflops, fid, _ = zip(*findings.paper_models())
     assert len(fid) == 12 and findings.correlation(np.log(gflops), fid) == pytest.approx(-0.93, abs=0.005)
+    assert findings.paper_counts() == [(60, 66), (9, 9), (8, 8)]
+
+
+def test_correlations_by_chance_and_in_another_study():
+    """Of unrelated numbers one in 20 counts; and 95 % of second studies lie in the range of the first."""
+    rng, n = np.random.default_rng(0), 9
+    x = np.arange(n)
+    found = [findings.correlation(x, rng.standard_normal(n)) for _ in range(4000)]
+    assert np.mean(np.abs(found) > findings.chance(n)) == pytest.approx(0.05, abs=0.01)
+    inside, truth = [], np.exp(-0.1 * x)
+    for _ in range(200):
+        first, second = (truth * np.exp(rng.normal(0, 0.1, n)) for _ in range(2))
+        margin = np.exp(1.96 * 0.1 * 2**0.5)
+        r = findings.trend(x, [{j: findings.Value(v, v / margin, v * margin) for j in findings.JUDGES} for v in first], 400)[0]
+        inside.append(r["strokes"].low < findings.correlation(x, second) < r["strokes"].high)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.07)  # drawn around what was measured, it is a little narrow
+
+
+def test_many_comparisons():
+    def of(ahead, behind, undecided, theirs=None):
+        return findings.tally([1] * ahead + [-1] * behind + [0] * undecided, "pairs", "is better", theirs)
+
+    assert [of(19, behind, 17 - behind, (60, 66))[0] for behind in (0, 1, 2, 17)] == [1, 1, 0, 0]
+    assert [of(ahead, 19, 17 - ahead, (60, 66))[0] for ahead in (1, 17)] == [-1, 0]
+    assert of(18, 0, 18)[0] == 0 and of(5, 1, 0)[0] == 0 and of(5, 0, 1)[0] == 1
+    assert of(5, 1, 2, (9, 9))[1] == ("in 5 of 8 pairs is better, in 1 it is the other way round, 2 are undecided; in the paper "
+                                      "itself, 9 of 9")
 
 
 def test_blocks_are_ordered_where_seeds_and_judges_allow():
@@ -118,24 +146,27 @@ def test_blocks_are_ordered_where_seeds_and_judges_allow():
 
 
 def test_guidance_sampling_and_training_compute():
-    def guidance(scaled, recall):
-        rows = [result(**distances(10)), result(scale=2.0, recall=recall, **distances(scaled))]
+    def guidance(*seeds, recall=(0, 0, 0)):
+        """seeds: distances of each, without guidance and by scale; they lie far from each other. recall: how it changes."""
+        rows = [result(seed=seed, scale=[1.0, 1.5, 4.0][i], recall=np.add((0.5, 0.6), recall[seed] * (i > 0)), **(
+            distances(mean) if np.ndim(mean) == 0 else {j: [v] for j, v in zip(findings.JUDGES, mean)}))
+                for seed, means in enumerate(seeds) for i, mean in enumerate(means)]
         sentences = findings.guidance(rows, SMALL)[1]
-        assert len(sentences) == 3 and sentences[1].startswith("Recall, from none to 2: ")
+        assert sentences[1].startswith("Recall, from none to 1.5: ") and sentences[2].startswith("Precision, from none to 1.5: ")
         return [said(s) for s in sentences][:2]
 
-    assert guidance(5, (0.1, 0.2)) == [1, 1]
-    assert guidance(20, (0.8, 0.9)) == [-1, -1]
-    assert guidance(10.1, (0.51, 0.7)) == [-1, -1]  # set by set, though the ranges overlap
-    assert guidance(10, (0.4, 0.7)) == [0, 0]
-
-    def of_two_seeds(*guided):
-        """Seeds that lie far from each other, each guided."""
-        rows = [result(seed=seed, scale=scale, **distances(mean)) for seed, (plain, mean_guided) in enumerate(guided)
-                for scale, mean in ((1.0, plain), (2.0, mean_guided))]
-        return said(findings.guidance(rows, SMALL)[1][0])
-
-    assert [of_two_seeds((10, 8), (20, 15)), of_two_seeds((10, 8), (20, 25)), of_two_seeds((10, 12), (20, 25))] == [1, 0, -1]
+    fell, rose, mixed = (-0.2, -0.25, -0.22), (0.2, 0.25, 0.22), (-0.2, 0.2, -0.1)
+    assert guidance((10, 8), (20, 15), (15, 11.8), recall=fell) == [1, 1]
+    assert guidance((10, 12), (20, 25), (15, 18.5), recall=rose) == [-1, -1]
+    assert guidance((10, 8), (20, 25), (15, 12), recall=mixed) == [0, 0]
+    assert guidance((10, 8), (20, 15))[0] == 0  # both fall, and of two seeds that tells little
+    assert guidance((10, 12, 8), (20, 25, 15.5), (15, 18.5, 11.9))[0] == 1  # at one scale of two
+    assert guidance((10, 12, 9), (20, 25, 15), (15, 18.5, 14))[0] == 0  # enough for the only scale, not for the best of two
+    apart = [((m, m), (0.8 * m, 1.2 * m), (1.2 * m, 0.8 * m)) for m in (10, 20, 15)]
+    assert guidance(*apart)[0] == 0  # the judges name different scales
+    sentence = findings.guidance([result(seed=s, scale=k, **distances(m)) for s in range(3) for k, m in (
+        (1.0, 10 + s), (1.5, 11.9 + s), (4.0, (10 + s) * 0.8))], SMALL)[1][0]
+    assert "smaller at the scale 4." in sentence
 
     def sampling(large):
         rows = [result("S", steps=n, gflops=1.0, sampler="ddpm", **distances(20 - n / 100)) for n in (16, 256)]
@@ -143,13 +174,13 @@ def test_guidance_sampling_and_training_compute():
         return findings.sampling(rows, SMALL)[1][0]
 
     assert [said(sampling(mean)) for mean in (10, 40, 17.6)] == [1, -1, 0]
-    assert "L with 16 steps" in sampling(10)  # with 64 it costs more than the small one ever does
+    assert "L/2 with 16 steps" in sampling(10)  # with 64 it costs more than the small one ever does
 
     # Recall falls at a large scale alone, and the paper's largest is looked at too.
-    rows = [result(scale=s, recall=recall, **distances(10)) for s, recall in ((1.0, (0.5, 0.6)), (1.5, (0.6, 0.7)), (4.0, (0.1, 0.2)))]
+    rows = [result(seed=seed, scale=s, recall=np.add(recall, seed * s / 100), **distances(10)) for seed in range(3)
+            for s, recall in ((1.0, (0.5, 0.6)), (1.5, (0.6, 0.7)), (4.0, (0.1, 0.2)))]
     sentences = [s for s in findings.guidance(rows, SMALL)[1] if s.startswith("Recall")]
     assert [(s[:25], said(s)) for s in sentences] == [("Recall, from none to 1.5:", -1), ("Recall, from none to 4: *", 1)]
-    assert "by network it falls in 2 sets and rises in 0" in sentences[1]
 
     def training(large, small=(40, 20, 19.9)):
         rows = [result("S", step=n, gflops=1.0, **distances(v)) for n, v in zip((25, 50, 100), small)]
@@ -161,7 +192,7 @@ def test_guidance_sampling_and_training_compute():
     assert [training(v, (40, 20, 10)) for v in (100, 1000)] == [1, 0]
 
     # Between two checkpoints, a power law's own value; nothing outside of them.
-    rows = [("L", 2, 1, cost, {j: findings.Value(1000 / cost, 900 / cost, 2000 / cost) for j in findings.JUDGES})
+    rows = [findings.Row("L/2", 1, cost, {j: findings.Value(1000 / cost, 900 / cost, 2000 / cost) for j in findings.JUDGES})
             for cost in (100.0, 400.0)]
     assert [v for v in vars(findings.at_compute(rows, 250.0)["strokes"]).values()] == pytest.approx([4, 3.6, 8])
     assert findings.at_compute(rows, 99.0) is findings.at_compute(rows, 401.0) is None
@@ -202,26 +233,30 @@ def made_up(plan, studies):
         reproduce.write(task.done, task.about | {"judges": values})
         os.makedirs(task.about["samples"], exist_ok=True)
         np.savez(os.path.join(task.about["samples"], "samples.npz"), arr_0=np.zeros((20, 16, 16, 3), np.uint8))
-    one = {"frechet": 1.0}
-    reproduce.write(os.path.join(plan.out, "results", "real.json"), {"train": 4000, "held_out": 1000, "judges": {
-        j: {"accuracy": 0.9, "training": one, "noise": one} for j in findings.JUDGES}})
-    reproduce.write(os.path.join(plan.out, "seconds.json"), 100.0)
 
 
-def results_in(plan):
-    return {name: json.loads(Path(t.done).read_text()) for name, t in plan.tasks.items() if t.about}
+def study_in(plan):
+    """As results.json."""
+    one = dict.fromkeys(findings.METRICS, 1.0)
+    return plan.manifest | {
+        "date": "2026-01-02", "machine": benchmark.machine(reproduce.PACKAGES), "seconds": 100.0, "failed": {}, "real": {
+            "train": 4000, "held_out": 1000, "judges": {j: {"accuracy": 0.9, "training": one, "noise": one}
+                                                        for j in findings.JUDGES}},
+        "results": {name: json.loads(Path(t.done).read_text()) for name, t in plan.tasks.items() if t.about}}
 
 
 def test_the_page_is_made_of_the_results(tmp_path):
     plan = reproduce.Plan(str(tmp_path), "small", reproduce.STUDIES)
     made_up(plan, reproduce.STUDIES)
-    results = results_in(plan)
-    page.write(plan, results, str(tmp_path / "report.md"))
+    study = study_in(plan)
+    results = study["results"]
+    page.write(plan, study, str(tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text()
-    assert "Not run" not in text
+    assert "Not run" not in text and "2026-01-02" in text and "1 min 40 s" in text
+    assert f"jax {study['machine']['versions']['jax']}" in text and f"learning rate {plan.recipe['learning_rate']:g}" in text
     shown = numbers(text)
-    for study in ("sampling", "guidance"):
-        of_study = [results[name] for name in plan.studies[study]]
+    for name in ("sampling", "guidance"):
+        of_study = [results[n] for n in plan.studies[name]]
         for same in findings.groups(of_study).values():
             for judge in findings.JUDGES:
                 seeds = [np.mean(r["judges"][judge]["frechet"]) for r in same]
@@ -230,9 +265,9 @@ def test_the_page_is_made_of_the_results(tmp_path):
     assert len(linked) == 8 and all((tmp_path / name).stat().st_size > 1000 for name in linked)
     # A study that lacks one result is not shown.
     del results[plan.studies["guidance"][-1]]
-    page.write(plan, results, str(tmp_path / "report.md"))
+    page.write(plan, study | {"failed": {"S2": "S2 diverged"}}, str(tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text()
-    assert "Not run: guidance." in text and "## Guidance" not in text
+    assert "Not run: guidance." in text and "## Guidance" not in text and "**Failed**: S2 diverged" in text
 
 
 def test_beside_another_study(tmp_path):
@@ -248,18 +283,26 @@ def test_beside_another_study(tmp_path):
             with open(task.done) as f:
                 reproduce.write(there.done, there.about | {"judges": json.load(f)["judges"]})
 
-    def text():
-        return "\n".join(page.beside(again, results_in(again), first, results_in(first)))
+    def text(**change):
+        return "\n".join(page.beside(again, study_in(again) | change, first, study_in(first)))
 
-    total = 2 * len(findings.groups([t.about for t in first.tasks.values() if t.about]))
-    assert f"Of {total} mean distances, {total} (100%) lie within" in text()
+    def within(text):
+        """{metric: how many lie within, of how many, by network}"""
+        rows = re.findall(r"\| (\w+) +\| (\d+) of (\d+) \(", text)
+        return {metric: (int(inside), int(of)) for metric, inside, of in rows}
+
+    total = len(findings.groups([t.about for t in first.tasks.values() if t.about]))
+    assert within(text()) == dict.fromkeys(["distance", "precision", "recall", "recognised"], (total, total))
+    assert "outside" not in text() and "**The judges are not the same**" not in text()
+    real = json.loads(json.dumps(study_in(again)["real"]).replace("1.0", "2.0"))
+    assert "**The judges are not the same**" in text(real=real)
     assert re.search(r"Of (\d+) outcomes above, \1 are the same there, 0 the opposite, and 0 undecided", text())
 
     for name in again.studies["sampling"][:2]:  # the two seeds of a model
         values = json.loads(Path(again.tasks[name].done).read_text())
         values["judges"]["network"]["frechet"] = [1e6] * 2
         reproduce.write(again.tasks[name].done, values)
-    assert f"Of {total} mean distances, {total - 1} (" in text() and "| 1e+06" in text()
+    assert within(text())["distance"] == (total - 1, total) and "| 1e+06" in text()
 
 
 def test_the_plan_is_of_ordinary_commands(tmp_path):
@@ -281,10 +324,12 @@ def test_bad_flags(command, tmp_path):
     one_error(command("reproduce", "--out", tmp_path, "--study=blocks,colours"), "--study=colours", "blocks")
     one_error(command("reproduce", "--out", tmp_path, "--steps=12"), "--steps=12", "multiple of 8")
     one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "results.json")
-    (tmp_path / "results.json").write_text(json.dumps({"budget": "small", "steps": 800, "samples": 1000, "seed": 0}))
-    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path), "--beside", "'steps': 800,",
-              f"'steps': {runpy.run_path(reproduce.CONFIG)['BUDGETS']['small']['steps']},")
-    one_error(command("reproduce", "--out", tmp_path, "--beside", tmp_path, "--steps=800", "--seed=2"), "--beside", "--seed=2", "3 away")
+    manifest = reproduce.Plan(str(tmp_path), "small", ["sampling"]).manifest
+    (tmp_path / "results.json").write_text(json.dumps(manifest | {"steps": 800, "recipe": None}))
+    beside = "--out", tmp_path, "--beside", tmp_path, "--study=sampling"
+    one_error(command("reproduce", *beside), "--beside", f"steps (800 there, {manifest['steps']} here)", "recipe (None there")
+    (tmp_path / "results.json").write_text(json.dumps(manifest))
+    one_error(command("reproduce", *beside, "--seed=2"), "--beside", "--seed=2", "3 away")
     (tmp_path / "results.json").unlink()
     one_error(command("train", "--config=configs/mini.py:small/S/3/adaln_zero", "--workdir", tmp_path / "run"),
               "small/S/3/adaln_zero")
@@ -294,6 +339,26 @@ def test_bad_flags(command, tmp_path):
     one_error(command("reproduce", "--out", tmp_path, "--study="), "--study is empty")
     one_error(command("reproduce", "--out=README.md", "--dry_run"), "--out=README.md: is no folder")
     assert not os.listdir(tmp_path)
+
+
+def test_where_a_command_fails_the_others_go_on(tmp_path):
+    """But not what needs its outcome."""
+    def task(name, *argv, needs=None):
+        return reproduce.Task(name, list(argv), str(tmp_path / name), 1.0, needs)
+
+    (tmp_path / "logs").mkdir()
+    made = {name: ("timeit", "-n1", "-r1", f"open({str(tmp_path / name)!r}, 'w')") for name in ("after", "other")}
+    tasks = task("bad", "dit_jax.train", "--config=nowhere"), task("after", *made["after"], needs="bad"), task("other", *made["other"])
+    plan = SimpleNamespace(out=str(tmp_path), tasks={t.name: t for t in tasks})
+    with reproduce.Commands(plan, [""]) as commands:
+        commands.start()
+        while commands.running:
+            done = [t.name for t in commands.ended()]
+            assert commands.left() >= 0 and done in ([], ["other"])
+            commands.start()
+            time.sleep(0.01)
+    assert commands.finished == {"other"} and list(commands.failed) == ["bad"] and "nowhere" in commands.failed["bad"]
+    assert not (tmp_path / "after").exists()
 
 
 def results_of(out):
@@ -342,7 +407,7 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path
     reproduce.write(tmp_path / "results.json", there | {"seed": 7, "results": moved})
     status, said, err = command("reproduce", "--out", whole, *flags, "--beside", tmp_path)
     text = (whole / "report.md").read_text()
-    assert status == 0 and "Of 6 mean distances, 6 (100%) lie within" in text and "Of 1 outcomes above, 1 are" in text, err
+    assert status == 0 and text.count("3 of 3 (100%)") == 8 and "Of 1 outcomes above, 1 are" in text, err
     assert "commands to run" not in said + err
     # Both judges know digits, and tell noise from them.
     for judge in results_of(whole)["real"]["judges"].values():

@@ -5,6 +5,7 @@ A result is what reproduce writes of one set or more of samples: {"size", "patch
 or 0 (cannot be decided).
 """
 
+import itertools
 from dataclasses import astuple, dataclass
 from math import log
 
@@ -16,7 +17,6 @@ from dit_jax import flops, paper
 JUDGES = ("network", "strokes")  # of measure.Judges
 METRICS = ("frechet", "precision", "recall", "recognised")
 EXPECTED = 0.95  # of the values of another study are to lie in the ranges
-LEVEL = 0.95  # a model that the second half of its training left less of its distance was still improving
 LEARNED = 0.5  # so many samples must be recognised where a model is said to have learned the class
 # The order of figure 5, best first, with the paper's names.
 ORDER = {"adaln_zero": "adaLN-Zero", "adaln": "adaLN", "cross_attention": "cross-attention", "in_context": "in-context"}
@@ -48,28 +48,48 @@ def _seeds(results, judge, metric):
     return np.log(means) if metric == "frechet" else means
 
 
+def student(freedom, level=EXPECTED):
+    """As many deviations to either side hold `level` of Student's distribution."""
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
 def seed_spread(results):
     """{(judge, metric, step): half the range of one seed around its model's mean, with which EXPECTED of all are in it}:
-    Student's t times the deviation of seeds, pooled over all that is measured at this step with several seeds. Of
-    distances it is of their logarithm."""
-    squares = {}
-    for key, same in groups(results).items():
+    Student's t times the deviation of seeds, pooled over all models with several seeds at this step. Of distances it is of
+    their logarithm. Of the settings in which a model was sampled, the first one counts (unguided DDIM, where that is
+    among them): the others are of the same runs."""
+    first, squares = {}, {}
+    for key, same in sorted(groups(results).items()):
+        if len(same) > 1:
+            first.setdefault(key[:4], same)
+    for (*_, step), same in first.items():
         for judge in JUDGES:
-            for metric in METRICS if len(same) > 1 else ():
-                of = squares.setdefault((judge, metric, key[3]), [0.0, 0])
+            for metric in METRICS:
+                of = squares.setdefault((judge, metric, step), [0.0, 0])
                 of[0] += np.var(_seeds(same, judge, metric)) * len(same)
                 of[1] += len(same) - 1
-    return {key: float(stdtrit(freedom, (1 + EXPECTED) / 2) * (total / freedom) ** 0.5)
-            for key, (total, freedom) in squares.items()}
+    return {key: student(freedom) * (total / freedom) ** 0.5 for key, (total, freedom) in squares.items()}
 
 
-def value(results, judge, spread, metric="frechet"):
-    """Of results that differ in the seed alone. spread: of seed_spread. Both this mean and another study's are off by
-    chance: hence the 2."""
-    mean = np.mean(_seeds(results, judge, metric))
-    margin = spread[judge, metric, results[0]["step"]] * (2 / len(results)) ** 0.5
+def set_spread(results):
+    """{judge: by what share the distances of two sets of one run deviate from their mean}, over all runs; None where none
+    has two."""
+    logs = {j: [np.log(r["judges"][j]["frechet"]) for r in results if len(r["judges"][j]["frechet"]) > 1] for j in JUDGES}
+    return {j: float(np.mean([np.var(of, ddof=1) for of in sets])) ** 0.5 if sets else None for j, sets in logs.items()}
+
+
+def value(results, judge, spread, metric="frechet", others=None):
+    """Of results that differ in the seed alone. spread: of seed_spread. others: how many seeds the other study has, by
+    default as many. Both means are off by chance: hence the sum."""
+    mean, n = np.mean(_seeds(results, judge, metric)), len(results)
+    margin = spread[judge, metric, results[0]["step"]] * (1 / n + 1 / (others or n)) ** 0.5
     three = mean, mean - margin, mean + margin
     return Value(*(float(np.exp(v) if metric == "frechet" else v) for v in three))
+
+
+def share(results, judge, metric="recognised"):
+    """The mean alone."""
+    return float(np.mean(_seeds(results, judge, metric)))
 
 
 def lower(a, b):
@@ -90,33 +110,50 @@ def sentence(decision, yes, no, why="too close for their ranges, or the judges d
             0: f"**Cannot be decided here**: {why}."}[decision]
 
 
-def tally(decisions, what, better):
-    """Many comparisons -> (what more than half of them are decided for, the counts in words)."""
+def tally(decisions, what, better, theirs=None):
+    """Many comparisons -> (the decision of all, the counts in words): for what more than half of them are decided, if of
+    those decided no larger share goes the other way than in the paper. theirs: (how many go the paper's way in the paper
+    itself, of how many); by default all."""
     n = [sum(d == k for d in decisions) for k in (1, -1, 0)]
-    whole = next((k for k, times in zip((1, -1), n) if 2 * times > len(decisions)), 0)
-    return whole, f"of {len(decisions)} {what}, {n[0]} {better}, {n[1]} the other way round, {n[2]} undecided"
+    allowed = (theirs[1] - theirs[0]) / theirs[1] if theirs else 0
+    whole = next((k for k, most, other in ((1, *n[:2]), (-1, *n[1::-1]))
+                  if 2 * most > len(decisions) and other <= allowed * (most + other)), 0)
+    reference = f"; in the paper itself, {theirs[0]} of {theirs[1]}" if theirs else ""
+    return whole, (f"in {n[0]} of {len(decisions)} {what} {better}, in {n[1]} it is the other way round, {n[2]} are "
+                   f"undecided{reference}")
 
 
 def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def trend(x, values):
-    """Correlations of x with the means of values, [{judge: Value}] -> ({judge: (correlation, its lowest and highest value
-    with one model left out)}, the decision: of the sign that it keeps whichever model is left out, negative being better)"""
-    found = {}
+def chance(n):
+    """The correlation of n pairs of unrelated numbers is further from 0 once in 20 times."""
+    t = student(n - 2)
+    return t / (n - 2 + t * t) ** 0.5
+
+
+def trend(x, values, draws=4000):
+    """Correlations of x with the means of values, [{judge: Value}] -> ({judge: Value}, the decision: by both judges beyond
+    `chance`, negative being better). The range is that of another study, as two studies differ that are drawn around these
+    means: in the inverse hyperbolic tangent of r, as near -1 all of another study's r may lie to one side."""
+    found, rng = {}, np.random.default_rng(0)
     for j in JUDGES:
-        y = np.array([v[j].mean for v in values])
-        without = [correlation(np.delete(x, i), np.delete(y, i)) for i in range(len(x))]
-        found[j] = correlation(x, y), min(without), max(without)
-    return found, agreed(1 if high < 0 else -1 if low > 0 else 0 for _, low, high in found.values())
+        mean, low, high = (np.log([getattr(v[j], what) for v in values]) for what in ("mean", "low", "high"))
+        deviation = (high - low) / 2 / student(np.inf) / 2**0.5  # half of the range's square is of each study
+        one, other = ([correlation(x, np.exp(mean + z * deviation)) for z in rng.standard_normal((draws, len(mean)))]
+                      for _ in range(2))
+        r, far = correlation(x, np.exp(mean)), np.quantile(np.abs(np.arctanh(other) - np.arctanh(one)), EXPECTED)
+        found[j] = Value(r, *(float(np.tanh(np.arctanh(r) + sign * far)) for sign in (-1, 1)))
+    least = chance(len(x))
+    return found, agreed(1 if r.mean < -least else -1 if r.mean > least else 0 for r in found.values())
 
 
 def unlearned(models):
     """A sentence on {name: share of samples recognised by the network}."""
     few = [f"{name} ({share:.0%})" for name, share in models.items() if share < LEARNED]
-    return (f"Less than {LEARNED:.0%} of the samples are recognised as their class (by the network) of {', '.join(few)}: these "
-            "had not well learned the class." if few else "")
+    return f"Not well learned is the class, as the network recognises less than half of the samples, by {', '.join(few)}." \
+        if few else ""
 
 
 def paper_models():
@@ -126,41 +163,49 @@ def paper_models():
             for name, config in names]
 
 
+def paper_counts():
+    """What `scaling` counts, in the paper's table 4: [(in how many the better one is the paper's, of how many)]."""
+    models = {tuple(name.removeprefix("DiT-").split("/")): (gflops, fid) for name, gflops, fid, _ in paper_models()}
+    order = sorted(models, key=models.get)
+    pairs = [(b, a) for i, a in enumerate(order) for b in order[i + 1:]]
+    sizes = [((b, p), (a, p)) for a, b in itertools.pairwise(("S", "B", "L", "XL")) for p in "248"]
+    patches = [((s, a), (s, b)) for a, b in itertools.pairwise("248") for s in ("S", "B", "L", "XL")]
+    return [(sum(models[a][1] < models[b][1] for a, b in of), len(of)) for of in (pairs, sizes, patches)]
+
+
 def scaling(results, spread):
     """spread: of seed_spread -> (rows: [(model, Gflops, number of seeds, {judge: Value}, {judge: recognised})] by Gflops,
-    correlations: {judge: (with log Gflops, lowest and highest of these with one model left out, with Gflops, with the
-    logarithm of the number of parameters)}, sentences)"""
+    correlations: {judge: (with log Gflops, a Value; with Gflops; with the logarithm of the number of parameters)},
+    sentences)"""
     models = {key[:2]: same for key, same in groups(results).items()}
     values = {key: {j: value(same, j, spread) for j in JUDGES} for key, same in models.items()}
     gflops, params = ({key: same[0][what] for key, same in models.items()} for what in ("gflops", "params"))
     order = sorted(models, key=gflops.get)
     name = "{0[0]}/{0[1]}".format
     rows = [(name(key), gflops[key], len({r["seed"] for r in models[key]}), values[key],
-             {j: value(models[key], j, spread, "recognised") for j in JUDGES}) for key in order]
+             {j: share(models[key], j) for j in JUDGES}) for key in order]
     x, weights = np.array([gflops[key] for key in order]), np.array([params[key] for key in order])
-    correlations, decision = trend(np.log(x), [values[key] for key in order])
-    for judge in JUDGES:
-        y = [values[key][judge].mean for key in order]
-        correlations[judge] += correlation(x, y), correlation(np.log(weights), y)
-    shown = " and ".join(f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f}, one model left out) by {j}"
-                         for j, r in correlations.items())
-    sentences = [sentence(decision, f"models of more Gflops make better samples on the whole, r = {shown}",
-                          f"models of more Gflops make worse samples on the whole, r = {shown}",
-                          f"the correlation's sign hangs on one model, or on the judge, r = {shown}")]
+    found, decision = trend(np.log(x), [values[key] for key in order])
+    means = {j: [values[key][j].mean for key in order] for j in JUDGES}
+    correlations = {j: (found[j], correlation(x, means[j]), correlation(np.log(weights), means[j])) for j in JUDGES}
+    shown = f"r = {' and '.join(f'{found[j].mean:.2f} by {j}' for j in JUDGES)} (by chance, to ±{chance(len(x)):.2f})"
+    sentences = [sentence(decision, f"models of more Gflops make better samples on the whole, {shown}",
+                          f"models of more Gflops make worse samples on the whole, {shown}",
+                          f"a judge's correlation is no larger than by chance, {shown}")]
 
     def better(a, b):
         return agreed(lower(values[a][j], values[b][j]) for j in JUDGES)
 
     sizes, patches = list(dict.fromkeys(s for s, _ in models)), sorted({p for _, p in models})
-    for what, pairs, wins in (
-            ("pairs of models", [(b, a) for i, a in enumerate(order) for b in order[i + 1:]],
-             "have the one of more Gflops ahead, however they are spent"),
-            ("steps to larger sizes at the same patch", [((b, p), (a, p)) for a, b in zip(sizes, sizes[1:])
-                                                         for p in patches], "make better samples"),
-            ("steps to smaller patches at the same size", [((s, a), (s, b)) for a, b in zip(patches, patches[1:])
-                                                           for s in sizes], "make better samples")):
+    for what, pairs, theirs in (
+            ("pairs of models the one of more Gflops", [(b, a) for i, a in enumerate(order) for b in order[i + 1:]],
+             paper_counts()[0]),
+            ("pairs of neighbours in size, of the same patch, the larger one",
+             [((b, p), (a, p)) for a, b in itertools.pairwise(sizes) for p in patches], paper_counts()[1]),
+            ("pairs of neighbours in patch, of the same size, that of smaller patches",
+             [((s, a), (s, b)) for a, b in itertools.pairwise(patches) for s in sizes], paper_counts()[2])):
         decisions = [better(a, b) for a, b in pairs]
-        whole, counts = tally(decisions, what, wins)
+        whole, counts = tally(decisions, what, "is better", theirs)
         worse = [f"{name(a)} worse than {name(b)}" for (a, b), d in zip(pairs, decisions) if d < 0]
         counts += f" ({', '.join(worse)})" * bool(worse)
         sentences.append(sentence(whole, counts, counts, counts))
@@ -168,8 +213,8 @@ def scaling(results, spread):
 
 
 def stages(results, spread):
-    """Figure 6, that more Gflops are better at every stage of the training -> (rows: [(step, {judge: (correlation of the
-    distance with log Gflops, lowest and highest with one model left out)})], sentences)"""
+    """Figure 6, that more Gflops are better at every stage of the training -> (rows: [(step, {judge: correlation of the
+    distance with log Gflops, a Value})], sentences)"""
     rows, decisions = [], {}
     for step in sorted({r["step"] for r in results}):
         here = [same for key, same in groups(results).items() if key[3] == step]
@@ -179,7 +224,7 @@ def stages(results, spread):
     shown = " and ".join(f"{step:,}" for step, d in decisions.items() if d > 0)
     return rows, [sentence(agreed(decisions.values()), "models of more Gflops are better on the whole at every stage",
                            "models of more Gflops are worse on the whole at every stage",
-                           "they are better on the whole, by both judges and whichever model is left out, at "
+                           "they are better on the whole, by both judges, at "
                            + (f"step {shown} alone" if shown else "no step")
                            + f", of {', '.join(f'{step:,}' for step in decisions)}")]
 
@@ -192,7 +237,7 @@ def blocks(results, spread):
     first, *others = ORDER
     rows = [(block, designs[block][0]["gflops"], values[block], {j: {r["seed"]: float(np.mean(
         r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES},
-             {j: value(designs[block], j, spread, "recognised") for j in JUDGES}) for block in ORDER]
+             {j: share(designs[block], j) for j in JUDGES}) for block in ORDER]
     sentences = []
     for better, worse in zip(ORDER, others):
         decision = agreed(lower(values[better][j], values[worse][j]) for j in JUDGES)
@@ -204,117 +249,124 @@ def blocks(results, spread):
 
 
 def guidance(results, spread):
-    """-> (rows: [(scale, {judge: {metric: Value}})], sentences). Two scales are compared set by set, as the sets of a seed
-    are of the same noise and classes at each scale: what is decided is so for every set of every seed. Recall and
-    precision at the largest scale of the paper's table, and at the largest here."""
+    """-> (rows: [(scale, {judge: {metric: Value}})], sentences). Two scales are compared seed by seed, as a seed's samples
+    are of the same noise and classes at each: by Student's t of the differences, which asks for 2 seeds and more. Where the
+    best of several scales is taken, each is judged the more strictly (Bonferroni). Recall and precision at the largest
+    scale of the paper's table, and at the largest here."""
     scales = {key[6]: sorted(same, key=lambda r: r["seed"]) for key, same in sorted(groups(results).items())}
     rows = [(scale, {j: {m: value(same, j, spread, m) for m in METRICS} for j in JUDGES}) for scale, same in scales.items()]
     plain, *guided = scales
 
-    def fall(metric, j, scale):
-        """1, -1 or 0 of each set: whether the metric falls from no guidance to this scale."""
-        before, after = ([v for r in scales[s] for v in r["judges"][j][metric]] for s in (plain, scale))
-        return [int(a < b) - int(a > b) for a, b in zip(after, before, strict=True)]
+    def fall(metric, scale, level=EXPECTED):
+        """1, -1 or 0: whether the metric falls from no guidance to this scale, by both judges."""
+        decisions = []
+        for j in JUDGES:
+            change = np.subtract(*(_seeds(scales[s], j, metric) for s in (scale, plain)))
+            n = len(change)
+            margin = student(n - 1, level) * np.std(change, ddof=1) / n**0.5 if n > 1 else np.inf
+            decisions.append(int(change.mean() < -margin) - int(change.mean() > margin))
+        return agreed(decisions)
 
-    improved = agreed(max(agreed(fall("frechet", j, scale)) for scale in guided) for j in JUDGES)
-    sentences = ["Distance: " + sentence(improved, "some guidance makes it smaller", "every scale makes it larger",
-                                         "no scale makes it smaller in every set by both judges")]
+    falls = {scale: fall("frechet", scale, 1 - (1 - EXPECTED) / len(guided)) for scale in guided}
+    smaller = ", ".join(f"{scale:g}" for scale, decision in falls.items() if decision > 0)
+    sentences = ["Distance: " + sentence(
+        1 if smaller else min(falls.values(), key=abs), f"it is smaller at the scale {smaller}", "every scale makes it larger",
+        "at no scale is it smaller by both judges, beyond what seeds differ in")]
     theirs = max(scale for _, scale in paper.GUIDED)
     for scale in sorted({max((s for s in guided if s <= theirs), default=guided[-1]), guided[-1]}):
         for metric, sign in (("recall", 1), ("precision", -1)):
             yes, no = ("it falls", "it rises")[::sign]
-            falls = {j: fall(metric, j, scale) for j in JUDGES}
-            decision = agreed(sign * agreed(f) for f in falls.values())
-            counts = ", ".join(f"by {j} it falls in {f.count(1)} sets and rises in {f.count(-1)}" for j, f in falls.items())
             sentences.append(f"{metric.capitalize()}, from none to {scale:g}: " + sentence(
-                decision, f"{yes} ({counts})", f"{no} ({counts})", counts))
+                sign * fall(metric, scale), yes, no, "by one judge or both, the change is within what seeds differ in"))
     return rows, sentences
 
 
 def within(results, spread, others):
     """Whether the means of `others`, the same samples of other seeds, lie within the ranges of `results` -> [(model and
-    sampler, judge, Value there, mean of the others, 1: above, -1: below, 0: within)]"""
+    sampler, metric, judge, Value there, mean of the others, 1: above, -1: below, 0: within)]"""
     theirs, rows = groups(others), []
     for key, same in groups(results).items():
         size, patch, block, step, sampler, steps, scale = key
         name = f"{size}/{patch} {ORDER[block]}, step {step:,}, {sampler.upper()} {steps}, scale {scale:g}"
-        for j in JUDGES if key in theirs else ():
-            there, mean = value(same, j, spread), value(theirs[key], j, spread).mean
-            rows.append((name, j, there, mean, (mean > there.high) - (mean < there.low)))
+        for j, metric in itertools.product(JUDGES, METRICS) if key in theirs else ():
+            there, mean = value(same, j, spread, metric, len(theirs[key])), value(theirs[key], j, spread, metric).mean
+            rows.append((name, metric, j, there, mean, (mean > there.high) - (mean < there.low)))
     return rows
 
 
+@dataclass(frozen=True)
+class Row:
+    """Of a study of compute. steps: of sampling, or of training; cost: Gflops."""
+    model: str
+    steps: int
+    cost: float
+    values: dict  # {judge: Value}
+
+
 def sampling(results, spread):
-    """spread: of seed_spread -> (rows: [(size, steps, Gflops a sample, {judge: Value})], sentences). The small model with
-    its best number of steps, against the large one's best among those that cost no more than the small one's most."""
-    rows = sorted(((key[0], key[5], same[0]["gflops"] * key[5], {
-        j: value(same, j, spread) for j in JUDGES}) for key, same in groups(results).items()),
-        key=lambda row: row[2])
+    """spread: of seed_spread -> (Rows, whose cost is that of a sample, sentences). The small model with its best number of
+    steps, against the large one's best among those that cost no more than the small one's most."""
+    rows = sorted((Row(f"{key[0]}/{key[1]}", key[5], same[0]["gflops"] * key[5], {j: value(same, j, spread) for j in JUDGES})
+                   for key, same in groups(results).items()), key=lambda row: row.cost)
     costs = {}
-    for size, _, cost, _ in rows:
-        costs.setdefault(size, []).append(cost)
-    small, large = sorted(costs, key=lambda size: min(costs[size]))
+    for row in rows:
+        costs.setdefault(row.model, []).append(row.cost)
+    small, large = sorted(costs, key=lambda model: min(costs[model]))
     decisions, shown = [], []
     for j in JUDGES:
-        best = min((r for r in rows if r[0] == small), key=lambda r: r[3][j].mean)
-        most = max(r[2] for r in rows if r[0] == small)
-        rivals = [r for r in rows if r[0] == large and r[2] <= most]
+        best = min((r for r in rows if r.model == small), key=lambda r: r.values[j].mean)
+        rivals = [r for r in rows if r.model == large and r.cost <= max(costs[small])]
         if not rivals:
             return rows, [sentence(0, "", "", "the large model's fewest steps cost more than the small one's most")]
-        rival = min(rivals, key=lambda r: r[3][j].mean)
-        decisions.append(lower(rival[3][j], best[3][j]))
-        shown.append(f"{large} with {rival[1]} steps ({rival[2]:.3g} Gflops) has {rival[3][j]}, {small} at its best, "
-                     f"with {best[1]} steps ({best[2]:.3g} Gflops), {best[3][j]} by {j}")
+        rival = min(rivals, key=lambda r: r.values[j].mean)
+        decisions.append(lower(rival.values[j], best.values[j]))
+        shown.append(f"{large} with {rival.steps} steps ({rival.cost:.3g} Gflops) has {rival.values[j]}, {small} at its best, "
+                     f"with {best.steps} steps ({best.cost:.3g} Gflops), {best.values[j]} by {j}")
     shown = "; ".join(shown)
     return rows, [sentence(agreed(decisions), f"more steps do not make up for a smaller model: {shown}",
                            f"more steps make up for a smaller model: {shown}", shown)]
 
 
 def at_compute(rows, compute):
-    """{judge: Value} at this training compute, on the straight lines between these rows of one model in logarithms; None
+    """{judge: Value} at this training compute, on the straight lines between these Rows of one model in logarithms; None
     outside of them."""
-    pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a[3] <= compute <= b[3]]
+    pairs = [(a, b) for a, b in itertools.pairwise(rows) if a.cost <= compute <= b.cost]
     if not pairs:
         return None
     a, b = pairs[0]
-    w = log(compute / a[3]) / log(b[3] / a[3])
-    return {j: Value(*(x ** (1 - w) * y**w for x, y in zip(astuple(a[4][j]), astuple(b[4][j])))) for j in JUDGES}
+    w = log(compute / a.cost) / log(b.cost / a.cost)
+    return {j: Value(*(x ** (1 - w) * y**w for x, y in zip(astuple(a.values[j]), astuple(b.values[j])))) for j in JUDGES}
 
 
 def training(results, spread):
-    """spread: of seed_spread -> (rows: [(size, patch, step, Gflops x batch x steps x 3, {judge: Value})], sentences).
-    The smaller of two neighbours in size, at its end, against the larger one between its checkpoints, at equal compute.
-    That the smaller ones are ahead decides nothing while they improve: the claim is of what comes at last."""
-    rows = [(key[0], key[1], key[3], same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3,
-             {j: value(same, j, spread) for j in JUDGES}) for key, same in groups(results).items()]
-    rows.sort(key=lambda row: (log(row[3]), row[2]))
+    """spread: of seed_spread -> (Rows, whose cost is Gflops x batch x steps x 3, sentences). The smaller of two neighbours
+    in size, at its end, against the larger one between its checkpoints, at equal compute. The claim is of models that were
+    trained for long: that the smaller ones are ahead decides nothing while more than half of them still improve."""
     of = {}
-    for row in rows:
-        of.setdefault(row[:2], []).append(row)
-    sizes = sorted({size for size, _ in of}, key=lambda size: min(r[3] for r in rows if r[0] == size))
-    decisions, left = [], []
+    for key, same in groups(results).items():
+        cost = same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3
+        of.setdefault(key[:2], []).append(Row(f"{key[0]}/{key[1]}", key[3], cost, {j: value(same, j, spread) for j in JUDGES}))
+    of = {model: sorted(rows, key=lambda row: row.steps) for model, rows in of.items()}
+    sizes = sorted({size for size, _ in of}, key=lambda size: min(of[key][0].cost for key in of if key[0] == size))
+    decisions, improving = [], []
     for patch in sorted({patch for _, patch in of}):
-        for a, b in zip(sizes, sizes[1:]):
+        for a, b in itertools.pairwise(sizes):
             *_, middle, small = of[a, patch]
-            if large := at_compute(of[b, patch], small[3]):
-                decisions.append(agreed(lower(large[j], small[4][j]) for j in JUDGES))
-                left.append(max(small[4][j].mean / middle[4][j].mean for j in JUDGES))
-    whole, counts = tally(decisions, "pairs of neighbours in size at the same patch, at all of the smaller one's training "
-                          "compute (the larger one between two checkpoints)", "have the larger one ahead")
-    improving = sum(share < LEVEL for share in left)
-    counts += (f". Of the smaller ones, {improving} of {len(left)} were still improving: the second half of their training "
-               f"left {min(left):.0%} to {max(left):.0%} of their distance" if left else "")
-    if whole < 0 and improving:
+            if large := at_compute(of[b, patch], small.cost):
+                decisions.append(agreed(lower(large[j], small.values[j]) for j in JUDGES))
+                improving.append(agreed(lower(small.values[j], middle.values[j]) for j in JUDGES) > 0)
+    whole, counts = tally(decisions, "pairs of neighbours in size, of the same patch and at all of the smaller one's training "
+                          "compute (the larger one between two checkpoints), the larger one", "is better")
+    counts += (f". Of the smaller ones, {sum(improving)} of {len(improving)} still improved in the second half of their "
+               "training")
+    if whole < 0 and 2 * sum(improving) > len(improving):
         whole, counts = 0, f"{counts}; the paper's claim is of models that have been trained for long"
-    return rows, [sentence(whole, counts, counts, counts)]
+    return sorted(itertools.chain(*of.values()), key=lambda row: row.cost), [sentence(whole, counts, counts, counts)]
 
 
-# Of each study, the sentences alone.
-OUTCOMES = {"scaling": lambda results, spread: scaling(results, spread)[2],
-            "blocks": lambda results, spread: blocks(results, spread)[1],
-            "guidance": lambda results, spread: guidance(results, spread)[1],
-            "sampling": lambda results, spread: sampling(results, spread)[1],
-            "training": lambda results, spread: training(results, spread)[1] + stages(results, spread)[1]}
+# Of each study, what ends with its sentences.
+OUTCOMES = {"scaling": [scaling], "blocks": [blocks], "guidance": [guidance], "sampling": [sampling],
+            "training": [training, stages]}
 
 
 def outcome(text):

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 MLP_RATIO = 4
 
+
 class Here:
     """The default of `place`: arrays stay where they are. sharding.Place lays them over a mesh.
 
@@ -166,7 +167,6 @@ class AdaLNBlock(nnx.Module):
         x = x + (gate1[:, None] * h if self.gated else h)
         h = self._split(self.mlp(self._whole(modulate(self.norm2(x), shift2, scale2))))
         return x + (gate2[:, None] * h if self.gated else h)
-
 
     def _split(self, x):
         return self.place(x, "batch", "tokens", None)

@@ -47,7 +47,6 @@ class Timed:
 
 def serve(make):
     """The child's main loop. make(spec) -> Timed; its ValueError, and the calls', go to the parent as text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
     cli.end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not get among the lines
@@ -76,12 +75,15 @@ class ChildError(Exception):
 
 
 class Child:
-    """The parent's end of a process `python -m module`. info: what it said of itself. Raises ChildError."""
+    """The parent's end of a process `python -m module`. info: what it said of itself. plain: without our settings of
+    malloc, as its user would run it. Raises ChildError."""
 
-    def __init__(self, module, spec):
+    def __init__(self, module, spec, plain=False):
         self.module = module
+        env = {k: v for k, v in os.environ.items() if not (plain and (k, v) == ("GLIBC_TUNABLES", cli.MALLOC))}
+        # In a group of its own Ctrl-C does not reach it: the parent ends it.
         self.process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)
+                                        text=True, env=env, process_group=0)
         try:
             self.info = self._exchange(spec)
         except BaseException:

@@ -52,7 +52,7 @@ def ours(source, rows):
     mesh = sharding.make_mesh()
     steps = max(1, rows // BATCH)
     batches = pipeline.Batches(source, first_step=0, last_step=steps, seed=int(time.time()), flip=True, batch_size=BATCH,
-                               sharding=sharding.batch_sharding(mesh), num_classes=1000)
+                               sharding=sharding.batch_sharding(mesh))
     start = time.perf_counter()
     for _ in range(steps):
         jax.block_until_ready(batches.get())
@@ -68,12 +68,13 @@ class Npy:
         self.path, self.count = path, len(os.listdir(os.path.join(path, "labels")))
 
     @staticmethod
-    def make(path, count):
+    def make(path, count, shape):
+        """shape: of a latent, as a cache has it, the channels last."""
         rng = np.random.default_rng(0)
         for kind in ("features", "labels"):
             os.makedirs(os.path.join(path, kind))
         for i in range(count):
-            np.save(os.path.join(path, "features", f"{i}.npy"), rng.standard_normal((1, *SHAPE[::-1]), np.float32))
+            np.save(os.path.join(path, "features", f"{i}.npy"), rng.standard_normal((1, *shape[::-1]), np.float32))
             np.save(os.path.join(path, "labels", f"{i}.npy"), rng.integers(1000, size=1))
 
     def __len__(self):
@@ -95,15 +96,19 @@ class Jpegs:
 
     def __getitem__(self, i):
         _, data, label = self.raw[i]
-        return images.center_crop(images.decode(data), SIZE).copy(), label
+        try:
+            return images.center_crop(images.decode(data), SIZE).copy(), label
+        except images.BadImage:  # the next in its place, as we have it
+            return self[(i + 1) % len(self)]
 
 
-def torch_loader(dataset, workers):
-    """Seconds an example of a second pass through a DataLoader with so many worker processes, which are running then."""
-    from torch.utils.data import DataLoader
+def torch_loader(dataset, rows, workers):
+    """Seconds an example of `rows` from a DataLoader with so many worker processes, which are running then: of its second
+    pass."""
+    from torch.utils.data import DataLoader, RandomSampler
 
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True,
-                        persistent_workers=bool(workers))
+    loader = DataLoader(dataset, batch_size=BATCH, sampler=RandomSampler(dataset, num_samples=rows), num_workers=workers,
+                        drop_last=True, persistent_workers=bool(workers))
     for _ in loader if workers else ():
         pass
     start = time.perf_counter()
@@ -114,7 +119,7 @@ def torch_loader(dataset, workers):
 
 def make(spec):
     """spec: kind, "latents" or "JPEG"; path, of a cache or a folder, or of the .npy files; workers: of the DataLoader,
-    None: as the trainer reads; rows: how many examples a call reads then."""
+    None: as the trainer reads; rows: how many examples a call reads."""
     kind, path, workers = spec["kind"], spec["path"], spec["workers"]
     if workers is None:
         source = latents.LatentCache(path) if kind == "latents" else Pictures(Folder(path), SIZE)
@@ -123,7 +128,7 @@ def make(spec):
 
     torch.set_num_threads(1)
     dataset = Npy(path) if kind == "latents" else Jpegs(Folder(path))
-    return Timed(lambda: {"seconds": torch_loader(dataset, workers)}, {"images": 1})
+    return Timed(lambda: {"seconds": torch_loader(dataset, spec["rows"], workers)}, {"images": 1})
 
 
 if __name__ == "__main__":

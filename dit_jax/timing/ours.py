@@ -10,9 +10,8 @@ from flax import nnx
 from dit_jax import autoencoder, cli, config as configs, flops, layout, sharding, train
 from dit_jax.config import UserError
 from dit_jax.diffusion import samplers
-from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
-from dit_jax.generate import Generator
+from dit_jax.generate import Generator, guided
 from dit_jax.models import dit, vae
 from dit_jax.timing import profile
 from dit_jax.timing.child import Timed, peak_memory, serve
@@ -24,14 +23,14 @@ def device_memory():
     return stats.get("peak_bytes_in_use") or peak_memory()
 
 
-def timed(call, compiled_in, dtype, flop, images, program=None):
-    """flop: floating-point operations of a call, over all devices. program: the compiled one that a call is of, which
+def timed(call, compiled_in, dtype, flop, images, program=None, devices=None):
+    """flop: floating-point operations of a call, over all `devices`. program: the compiled one that a call is of, which
     can be profiled on a CPU."""
     dtype = jnp.dtype(dtype)
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
             "device": devices[0].device_kind, "platform": devices[0].platform,
-            "data_sheet": flops.data_sheet() and flops.data_sheet() * len(devices)}
+            "data_sheet": flops.data_sheet() * len(devices) if flops.data_sheet() and dtype == jnp.bfloat16 else None}
     profiled = program is not None and devices[0].platform == "cpu"
     return Timed(call, info, rate=lambda: flops.measured_flops(dtype) * len(devices), memory=device_memory,
                  profile=lambda: profile.profile(program.as_text(), call) if profiled else None)
@@ -96,14 +95,8 @@ def denoise(config, images, steps=1):
     schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
 
     def step(params, x, noise, labels, i):
-        model = nnx.merge(graphdef, params)
-        y = jnp.concatenate([labels, jnp.full_like(labels, args["num_classes"])])
-
-        def guided(x, t):
-            x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-            return forward_with_cfg(model, x, t, y, s["cfg_scale"], s["cfg_channels"] or None)[: len(labels)]
-
-        return samplers.step(schedule, guided, x, i, lambda _: noise, s["sampler"], s["eta"])
+        model = guided(nnx.merge(graphdef, params), labels, args["num_classes"], s["cfg_scale"], s["cfg_channels"] or None)
+        return samplers.step(schedule, model, x, i, lambda _: noise, s["sampler"], s["eta"])
 
     x, noise = (jax.device_put(a, batch) for a in np.random.default_rng(0).standard_normal(
         (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32))
@@ -135,9 +128,11 @@ def sampler(config, images):
                  len(generator.schedule) * images * 4 * flops.macs(**args), images)
 
 
-def decode(config, path):
-    """As many latents as the VAE takes at once -> pictures. path: of a VAE; empty: the published shape, with noise."""
-    _, mesh = _setting(config)
+def decode(side, path):
+    """As many latents as the VAE takes at once -> pictures, on one device. side: of a latent. path: of a VAE; empty: the
+    published shape, with noise."""
+    devices = jax.devices()[:1]
+    mesh = sharding.make_mesh(devices=devices)
     if path:
         codec = autoencoder.load(path)
     else:
@@ -145,15 +140,14 @@ def decode(config, path):
         codec = autoencoder.Autoencoder(vae.PUBLISHED, jax.tree.map(
             lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), vae.abstract(**vae.PUBLISHED)[1]))
     params = jax.device_put(codec.params, sharding.replicated(mesh))
-    side = config["model"]["input_size"]
-    images = mesh.size * autoencoder.batch_size(side * codec.factor)
+    images = autoencoder.batch_size(side * codec.factor)
     latents = np.random.default_rng(0).standard_normal((images, side, side, codec.latent_channels), np.float32)
     program, seconds = compiled(autoencoder.over_devices(codec.decode, mesh), params, latents)
 
     def call():
         jax.block_until_ready(program(params, latents))
 
-    return timed(call, seconds, "float32", program.cost_analysis()["flops"] * mesh.size, images, program)
+    return timed(call, seconds, "float32", program.cost_analysis()["flops"], images, program, devices)
 
 
 def make(spec):

@@ -14,7 +14,7 @@ import jax
 from dit_jax import hlo
 
 WEIGHTS, ATTENTION, CONVOLUTIONS = "products with weights", "attention's products", "convolutions"
-ELEMENTWISE, MOVING, OPTIMIZER = "elementwise operations, reductions", "copies, slices", "AdamW, EMA"
+ELEMENTWISE, MOVING, OPTIMIZER = "elementwise operations, reductions", "copies, slices", "AdamW, EMA, norms of gradient and weights"
 KINDS = (WEIGHTS, ATTENTION, CONVOLUTIONS, ELEMENTWISE, MOVING, OPTIMIZER)  # the rest is between the operations
 ARITHMETIC = hlo.ELEMENTWISE | {"reduce", "reduce-window", "exponential", "exponential-minus-one", "log", "log-plus-one",
                                 "tanh", "logistic", "rsqrt", "sqrt", "power", "sine", "cosine", "erf"}

@@ -180,7 +180,7 @@ def make(spec):
     torch.set_num_threads(spec.pop("threads"))
     torch.manual_seed(0)
     return Timed({"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")](**spec),
-                 rate=matrix_rate)
+                 {"dtype": "float32", "threads": torch.get_num_threads()}, rate=matrix_rate)
 
 
 if __name__ == "__main__":
