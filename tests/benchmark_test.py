@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -142,28 +143,25 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 
 @pytest.mark.slow
 def test_the_command_beside_pytorch(command, tmp_path):
-    """All but data and scaling, tiny; then one part again, and the page alone, from what is kept."""
+    """The parts of a model, tiny; then one part again, and the page alone, from what is kept."""
     pytest.importorskip("diffusers")
     vae, out = save_vae(tmp_path / "vae", 0), tmp_path / "out"
-    flags = [*TINY, f"--vae={vae}", "--samples=60", "--references=40", "--width=8", f"--out={out}"]
-    status, stdout, err = command("benchmark", *flags, "--what=train,denoise,sample,decode,evaluation", "--rounds=2",
-                                  "--against=diffusers")
+    flags = [*TINY, f"--vae={vae}", f"--out={out}"]
+    status, stdout, err = command("benchmark", *flags, "--what=train,denoise,sample,decode", "--rounds=2", "--against=diffusers")
     assert status == 0, err
     report = json.loads((out / "report.json").read_text())
     parts = {part["what"]: part for part in report["parts"]}
-    assert set(parts) == {"train", "denoise", "sample", "decode", "evaluation"} and len(report["parts"]) == 6
+    assert set(parts) == {"train", "denoise", "sample", "decode"} and len(report["parts"]) == 4
     assert report["machine"]["cores"] >= 1 and report["machine"]["versions"]["jax"] == jax.__version__
-    assert len(list((out / "parts").iterdir())) == 6
+    assert len(list((out / "parts").iterdir())) == 4
     for part in report["parts"]:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", part["date"]) and part["images"] > 0
         assert (part["idle"] >= 0) and len(part["sides"]) == 2
         for label, side in part["sides"].items():
-            assert len(side["seconds"]) == (1 if part["name"].startswith("precision") else 2)
-            assert min(side["seconds"]) > 0
+            assert len(side["seconds"]) == 2 and min(side["seconds"]) > 0
             assert side["memory"] > 2**25
-            if part["what"] != "evaluation":
-                assert min(side["rates"]) > 0 and part["flop"] > 0
-                assert label == page.DIFFUSERS or side["compile"] > 0
+            assert min(side["rates"]) > 0 and part["flop"] > 0
+            assert label == page.DIFFUSERS or side["compile"] > 0
             assert label in stdout
         assert part["name"] in stdout and part["name"] in (out / "benchmarks.md").read_text()
     for what in ("train", "denoise", "decode"):
@@ -191,7 +189,7 @@ def test_the_command_beside_pytorch(command, tmp_path):
     assert [name for name in after if after[name] != before[name]] == [train]
     (out / "benchmarks.md").unlink()
     status, stdout, err = command("benchmark", "--what=", f"--out={out}")
-    assert status == 0 and "precision" in (out / "benchmarks.md").read_text(), err
+    assert status == 0 and "decode" in (out / "benchmarks.md").read_text(), err
 
     part = json.loads(after[train])
     part["machine"]["cpu"] = "another"
@@ -200,20 +198,36 @@ def test_the_command_beside_pytorch(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_data_and_scaling(command, tmp_path):
-    status, stdout, err = command("benchmark", *TINY, "--config.batch_size=1", "--config.model.input_size=2",
-                                  "--config.model.depth=1", "--what=data,scaling", "--rounds=1", "--num_latents=512",
-                                  f"--scratch={tmp_path}", f"--out={tmp_path / 'out'}")
+def test_data_and_evaluation(command, tmp_path):
+    status, stdout, err = command("benchmark", "--what=data,evaluation", "--rounds=1", "--num_latents=512", "--samples=60",
+                                  "--references=40", "--width=8", f"--scratch={tmp_path}", f"--out={tmp_path / 'out'}")
     assert status == 0, err
     parts = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]
-    data = [part for part in parts if part["what"] == "data"]
-    assert [part["name"] for part in data] == ["data, JPEG", "data, latents, 32x32x4"]
-    assert all(side["seconds"][0] > 0 for part in data for side in part["sides"].values())
+    assert [part["name"] for part in parts] == ["data, JPEG", "data, latents, 32x32x4", "FID, 60 samples",
+                                                "precision, recall, 60 samples, 40 references"]
+    assert all(side["seconds"][0] > 0 and side["memory"] > 2**25 for part in parts for side in part["sides"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made to be read is gone
-    scaling = [part["at"] for part in parts if part["what"] == "scaling"]
-    for key, values in (("batch", {1, 2}), ("tokens", {1, 4}), ("depth", {1, 2})):
-        assert {at[key] for at in scaling} == values
-    assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
+
+
+def test_scaling_changes_one_thing_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark.flags, "FLAGS", SimpleNamespace(rounds=5, against=None, report=False))
+    c = configs.paper("DiT-S/2")
+    c.batch_size = 4
+    parts = benchmark.scaling_parts(configs.resolve(c), "DiT-S/2")
+    base = {"batch": 4, "tokens": 256, "depth": 12}
+    assert parts[0].about == {"at": base, "base": base} and len(parts) == len({part.name for part in parts}) == 10
+    for key, values in (("batch", {1, 2, 4, 8}), ("tokens", {64, 144, 256, 576}), ("depth", {3, 6, 12, 24})):
+        assert {part.about["at"][key] for part in parts} == values
+    for part in parts:
+        at, config = part.about["at"], part.sides[page.OURS][1]["config"]
+        assert sum(at[key] != base[key] for key in base) <= 1
+        assert config["batch_size"] == at["batch"] and config["model"]["depth"] == at["depth"]
+        assert (config["model"]["input_size"] // 2) ** 2 == at["tokens"]
+    records = [record("scaling", "DiT-S/2", 1, dit_jax=([0.1, 0.2], 1)) | part.about for part in parts]
+    page.scaling_plot(records, str(tmp_path / "scaling.png"))
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    page.scaling_plot(records[1:2], str(tmp_path / "scaling.png"))  # interrupted, and begun otherwise: what all share is missing
+    assert page.results(records).count("| 200 ms") == 0 and page.results(records).count("150 ms (100 ms to 200 ms)") == 10
 
 
 def record(what, model, images, **sides):

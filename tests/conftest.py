@@ -59,6 +59,21 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
         "--config.log_every=1", "--config.sample.every=0", "--config.judge.samples=0", "--config.checkpoint.keep=0"]
 
 
+# Run before a command: in the place of Inception a network of a few numbers, with weights.
+TOY = """
+import numpy as np
+from dit_jax.metrics import features
+def toy(path):
+    w = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
+    def apply(params, x):
+        x = x.astype(np.float32) / 255
+        pool = x[:, :3, :3].mean(-1).reshape(-1, 9) @ params["w"]
+        return features.Rows(pool, x[:, 0, 0, :2], x[:, :2, :2, 0].reshape(-1, 4))
+    return features.Extractor("FID", apply, {"w": w}, "0" * 64)
+features.load_inception = toy
+"""
+
+
 def start(name, *flags, devices=1, code="", argv=(), **env):
     """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
     of the flags, which it is to take away."""
@@ -70,9 +85,9 @@ def start(name, *flags, devices=1, code="", argv=(), **env):
 @pytest.fixture(scope="session")
 def command():
     """command("train", *flags) runs python -m dit_jax.train -> (exit status, stdout, stderr). With wait=False: the process,
-    started."""
-    def run(name, *flags, wait=True, devices=1):
-        process = start(name, *flags, devices=devices)
+    started. code: run before it."""
+    def run(name, *flags, wait=True, devices=1, code=""):
+        process = start(name, *flags, devices=devices, code=code)
         if not wait:
             return process
         out, err = process.communicate(timeout=500)

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, losses, one_error, records
+from conftest import ROOT, TINY, TOY, losses, one_error, records
 from PIL import Image
 from scipy import linalg
 
@@ -218,19 +218,19 @@ EVAL = [*TINY, "--config.eval.every=3", f"--config.eval.num={COUNT}", "--config.
 
 
 @pytest.mark.slow
-def test_fid_during_training(inception, command, tmp_path):
+def test_fid_during_training(command, tmp_path):
     """The same numbers as `evaluate` gives of the checkpoint, in metrics.jsonl once for each step, also where the run
-    was stopped between a checkpoint and its evaluation."""
+    was stopped between a checkpoint and its evaluation. By a small network."""
     np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8))
     reference = f"{tmp_path}/ref.npz"
     flags = [*EVAL, "--config.checkpoint.every=3", f"--config.eval.reference={reference}",
-             f"--config.eval.inception={inception}", f"--workdir={tmp_path}/run"]
-    status, printed, err = command("train", *flags, "--config.steps=3")
+             "--config.eval.inception=toy", f"--workdir={tmp_path}/run"]
+    status, printed, err = command("train", *flags, "--config.steps=3", code=TOY)
     assert status == 0 and f"step 3/3  FID-{COUNT} " in printed, err
     [first] = [r for r in records(tmp_path / "run") if "loss" not in r]
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run/metrics.jsonl").write_text("".join(line for line in lines if "loss" in line))
-    status, printed, err = command("train", *flags, "--config.steps=5")
+    status, printed, err = command("train", *flags, "--config.steps=5", code=TOY)
     assert status == 0, err
     found = [r for r in records(tmp_path / "run") if "loss" not in r]
     assert [r["step"] for r in found] == [3, 5] and found[0] == first
@@ -238,8 +238,8 @@ def test_fid_during_training(inception, command, tmp_path):
     assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in evaluation.NAMES}
     status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}",
                              "--classes=balanced", "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5",
-                             f"--reference={reference}", f"--inception={inception}", f"--features_batch_size={COUNT}",
-                             f"--out={tmp_path}/report.json")
+                             f"--reference={reference}", "--inception=toy", f"--features_batch_size={COUNT}",
+                             f"--out={tmp_path}/report.json", code=TOY)
     assert status == 0, err
     for name, value in json.loads((tmp_path / "report.json").read_text())["metrics"].items():
         np.testing.assert_allclose(first[f"{name}_{COUNT}"], value, rtol=1e-5, err_msg=name)

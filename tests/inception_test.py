@@ -160,8 +160,7 @@ def in_torch(flat, x):
     return [a.numpy() for a in (pool, spatial, pool @ flat["fc.weight"].T)]
 
 
-@pytest.mark.parametrize("height, width", [(48, 80), pytest.param(300, 300, marks=pytest.mark.slow),
-                                           pytest.param(512, 512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("height, width", [(48, 80), pytest.param(300, 300, marks=pytest.mark.slow)])
 def test_equal_to_pytorch(height, width, network, flat):
     torch = pytest.importorskip("torch")
     x = pictures(3, height, width, seed=1)
@@ -312,12 +311,16 @@ def test_every_host_gets_all_rows():
 
 
 @pytest.mark.slow
-def test_fits_a_v3_core():
+def test_fits_a_v3_core(monkeypatch):
+    """Of its blocks one, as compiling all takes minutes: the stem's maps are four times those of the largest block. The
+    others' weights are added."""
+    weights = sum(4 * a.size for a in jax.tree.leaves(inception.abstract()[1]))
+    monkeypatch.setattr(inception, "MIXED", {"Mixed_6d": inception.MIXED["Mixed_6d"]})
     mesh = sharding.make_mesh(devices=preflight.find_devices("v3-8"))
-    graphdef, target = inception.abstract()
+    graphdef, target = inception.abstract.__wrapped__()
     whole = sharding.replicated(mesh)
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), target)
     x = jax.ShapeDtypeStruct((32 * mesh.size, 256, 256, 3), np.uint8, sharding=NamedSharding(mesh, P(mesh.axis_names)))
     run = over_devices(lambda params, x: nnx.merge(graphdef, params)(x), mesh)
     memory = run.lower(params, x).compile().memory_analysis()
-    assert memory.peak_memory_in_bytes < 2**30
+    assert 0.2 * 2**30 < memory.peak_memory_in_bytes + weights < 2**30

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -12,7 +13,7 @@ import time
 import conftest
 import numpy as np
 import pytest
-from conftest import TINY, losses, records, write_cache
+from conftest import TINY, TOY, losses, records, write_cache
 from numpy.testing import assert_allclose
 
 from dit_jax import hosts
@@ -169,10 +170,13 @@ def test_a_host_that_never_comes(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_host_cannot_read(start, alone, tmp_path):
+def test_a_checkpoint_that_one_host_cannot_read(start, uninterrupted, alone, tmp_path):
     """All fall back to the one before."""
     flags = [*RUN, "--config.steps=8", f"--workdir={tmp_path}"]
-    assert [status for status, _, _ in ends(start(2, *flags))] == [0, 0]
+    for step in (4, 8):
+        shutil.copytree(uninterrupted / f"checkpoints/{step}", tmp_path / f"checkpoints/{step}")
+    lines = (uninterrupted / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 8))
     fault = """
 from dit_jax import checkpoint
 meta = checkpoint.Checkpoints.meta
@@ -191,13 +195,11 @@ checkpoint.Checkpoints.meta = unreadable
 
 
 @pytest.mark.slow
-def test_sampling_on_two_hosts_makes_the_same_bytes(start, tmp_path):
-    [(status, _, err)] = ends(start(1, *RUN, "--config.steps=4", f"--workdir={tmp_path}/run"))
+def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_path):
+    flags = ["--num=20", "--batch_size=4", "--sampler=ddim", "--steps=4", "--cfg_scale=2", f"--workdir={uninterrupted}"]
+    [(status, _, err)] = ends(start(1, *flags, f"--out={tmp_path}/one", name="sample"))
     assert status == 0, err
-    flags = ["--num=20", "--batch_size=4", "--sampler=ddim", "--steps=4", "--cfg_scale=2", f"--workdir={tmp_path}/run"]
-    for count, out in ((1, "one"), (2, "two")):
-        assert {s for s, _, _ in ends(start(count, *flags, f"--out={tmp_path}/{out}", name="sample"))} == {0}
-    # Once more, and host 1 is gone after two of the five parts.
+    # On two, where host 1 is gone after two of the five parts.
     killed = "from dit_jax.generate import Generator\ncall, calls = Generator.__call__, []\n" \
              "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
     processes = start(2, *flags, f"--out={tmp_path}/again", name="sample", faults={1: killed})
@@ -207,22 +209,21 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, tmp_path):
     results = ends(start(2, *flags, f"--out={tmp_path}/again", name="sample"))
     assert [status for status, _, _ in results] == [0, 0] and "goes on from image 8 of 20" in results[0][1], results
     for name in ("samples.npz", "grid.png"):
-        expected = (tmp_path / "one" / name).read_bytes()
-        assert (tmp_path / "two" / name).read_bytes() == expected == (tmp_path / "again" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_evaluation_on_two_hosts_gives_the_same_numbers(start, inception, picture_folders, tmp_path):
-    """References, samples from a file and straight from the sampler; and FID during training."""
+def test_evaluation_on_two_hosts_gives_the_same_numbers(start, picture_folders, tmp_path):
+    """References, samples from a file and straight from the sampler; and FID during training. By a small network."""
     def run(count, name, *flags):
-        results = ends(start(count, *flags, name=name), timeout=300)
+        results = ends(start(count, *flags, name=name, faults=dict.fromkeys(range(count), TOY)))
         assert {status for status, _, _ in results} == {0}, results
 
     run(1, "train", *TINY, "--config.steps=2", f"--workdir={tmp_path}/run")
     sampling = ["--num=11", "--sampler=ddim", "--steps=3", "--cfg_scale=1.5", "--batch_size=4",
                 f"--workdir={tmp_path}/run"]
     run(1, "sample", *sampling, "--classes=random", f"--out={tmp_path}/out")
-    network = [f"--inception={inception}", "--features_batch_size=4"]
+    network = ["--inception=toy", "--features_batch_size=4"]
     references = [f"{tmp_path}/{count}.npz" for count in (1, 2)]
     for count, out in zip((1, 2), references):
         run(count, "reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={out}", *network)
@@ -238,7 +239,7 @@ def test_evaluation_on_two_hosts_gives_the_same_numbers(start, inception, pictur
         assert_allclose(list(two["metrics"].values()), list(one["metrics"].values()), rtol=1e-5)
 
     during = ["--config.eval.every=2", "--config.eval.num=11", f"--config.eval.reference={references[0]}",
-              f"--config.eval.inception={inception}", "--config.sample.sampler=ddim", "--config.sample.steps=3"]
+              "--config.eval.inception=toy", "--config.sample.sampler=ddim", "--config.sample.steps=3"]
     found = []
     for count in (1, 2):
         run(count, "train", *TINY, "--config.steps=2", *during, f"--workdir={tmp_path}/during{count}")

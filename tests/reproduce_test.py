@@ -372,13 +372,17 @@ def commands_in(folder):
                if path.parent.name != str(os.getpid()))
 
 
+# A judge that is fitted less well, in less time.
+QUICK = "import sklearn.neural_network as n\nfit = n.MLPClassifier\nn.MLPClassifier = lambda *a, **k: fit(*a, **k | {'max_iter': 6})"
+
+
 @pytest.mark.slow
 def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path):
     flags = "--budget=tiny", "--study=sampling"
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     # Amid the runs; and amid the judges' work.
     for middle in (lambda: any(killed.glob("runs/*/checkpoints/*")), lambda: len(results_of(killed)) >= 2):
-        process = command("reproduce", "--out", killed, *flags, wait=False)
+        process = command("reproduce", "--out", killed, *flags, wait=False, code=QUICK)
         deadline = time.monotonic() + 300
         while not middle():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -389,7 +393,7 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_results(command, tmp_path
         assert not commands_in(killed)  # what it had started has ended with it
     before = results_of(killed)
     for out in (killed, whole):
-        status, said, err = command("reproduce", "--out", out, *flags)
+        status, said, err = command("reproduce", "--out", out, *flags, code=QUICK)
         assert status == 0, err + said
     assert 2 <= len(before) < len(results_of(whole)) == 6
     assert results_of(killed) == results_of(whole)
