@@ -6,8 +6,8 @@
     python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 16 minutes on 2 cores
 
 --what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
-decode (the VAE), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
-evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside train, denoise, decode and scaling
+decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
+evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside all else but sample
 (pip install -e '.[benchmark]').
 
 --out gets parts/, one JSON file of each thing timed, and made of all that are there report.json, benchmarks.md and
@@ -18,7 +18,7 @@ from absl import flags
 
 from dit_jax import cli
 
-WHAT = ("train", "denoise", "sample", "decode", "data", "evaluation", "scaling")
+WHAT = ("train", "denoise", "sample", "decode", "start", "data", "evaluation", "scaling")
 
 if __name__ == "__main__":
     cli.define_config(required=False)
@@ -34,7 +34,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
     flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
     flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=512)
-    flags.DEFINE_string("scratch", None, "for data: a folder for what is made; by default the system's temporary one")
+    flags.DEFINE_string("scratch", None, "for data and start: a folder for what is made; by default the system's temporary "
+                        "one")
     flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
     flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
     flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)
@@ -69,9 +70,10 @@ from dit_jax.timing.child import Child, ChildError
 
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
-          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("data", "DiT-S/2", 8),
+          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("start", "DiT-XL/2", 1), ("data", "DiT-S/2", 8),
           ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
-OURS, THEIRS, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in ("ours", "theirs", "data", "evaluation"))
+OURS, THEIRS, START, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in (
+    "ours", "theirs", "start", "data", "evaluation"))
 
 
 @dataclass
@@ -198,7 +200,19 @@ def decode_parts(config):
     return [Part(f"decode {images} of {size} px{which}", "decode", "VAE", {
         page.OURS: (OURS, {"what": "decode", "side": side, "path": path}),
         **beside(config, {"what": "decode", "images": images, "side": side, "args": args, "scale": scale})},
-        min(f.rounds, 3))]
+        f.rounds)]
+
+
+def start_parts(config, scratch):
+    """A first start, a second one, and PyTorch's. scratch: a folder for the weights."""
+    spec = {"config": config, "folder": scratch}
+    sides = {page.OURS: "fresh", page.AGAIN: "again"} | dict.fromkeys(beside(config, spec), "theirs")
+    model = label(config)
+    if config["model"]["block"] != "adaln_zero" or not config["model"]["num_classes"]:
+        raise UserError(f"model.block={config['model']['block']}, model.num_classes={config['model']['num_classes']}: "
+                        "--what=start takes guided steps of a file of the published format, which knows adaln_zero and classes")
+    return [Part(f"start {model}", "start", model, {name: (START, {**spec, "side": side}) for name, side in sides.items()},
+                 flags.FLAGS.rounds, warm=False)]
 
 
 def data_parts(scratch):
@@ -259,7 +273,7 @@ def measure(part):
             for label, (module, spec) in part.sides.items():
                 children[label] = child = stack.enter_context(Child(module, spec, plain=module == THEIRS))
                 if page.DIFFUSERS in part.sides and label == page.OURS and (
-                        child.info["platform"] != "cpu" or child.info["dtype"] != "float32"):
+                        child.info.get("platform", "cpu") != "cpu" or child.info.get("dtype", "float32") != "float32"):
                     raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs "
                                     f"{child.info['dtype']} on {child.info['device']}: set JAX_PLATFORMS=cpu and "
                                     "--config.model.dtype=float32")
@@ -277,7 +291,7 @@ def measure(part):
                     idle = None if None in after or idle is None else idle + sum(after) - sum(before)
                     sides[label]["seconds"].append(answer["seconds"])
                     sides[label]["rates"].append(answer["rate"])
-                    sides[label] |= {key: answer[key] for key in ("memory", "value") if key in answer}
+                    sides[label] |= {key: answer[key] for key in ("memory", "value", "phases") if key in answer}
                     progress.update(i * len(children) + j + 1)
             if part.what in ("train", "denoise", "decode"):
                 sides[page.OURS]["profile"] = children[page.OURS].profile()
@@ -342,7 +356,8 @@ def chosen(what, scratch):
             parts += evaluation_parts()
         else:
             config = configs.resolve(config)
-            parts += decode_parts(config) if kind == "decode" else model_parts(kind, config, images)
+            parts += (decode_parts(config) if kind == "decode" else start_parts(config, scratch) if kind == "start" else
+                      model_parts(kind, config, images))
     return parts
 
 
@@ -367,8 +382,8 @@ def carry_out(what, scratch):
     say(f"\n{here['cores']} cores of {here['cpu']}\n\n{page.results(parts)}")
     if found := page.targets(parts):
         say(f"\n{page.target_table(found)}\n")
-    if profiled := page.profiles(parts):
-        say(f"\n{profiled}\n")
+    for more in filter(None, (page.phases(parts), page.profiles(parts))):
+        say(f"\n{more}\n")
     if f.out:
         write(parts, f.out)
 

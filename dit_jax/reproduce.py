@@ -1,6 +1,6 @@
 """The paper's claims in miniature, on digits that come through pip: python -m dit_jax.reproduce
 
-    python -m dit_jax.reproduce --out=runs/mini                    # everything; an hour and 20 minutes on 2 cores
+    python -m dit_jax.reproduce --out=runs/mini                    # everything; an hour and 10 minutes on 2 cores
     python -m dit_jax.reproduce --out=runs/mini --study=blocks     # one question; others can be added later
     python -m dit_jax.reproduce --out=runs/mini --dry_run          # the plan: runs, commands, estimated time
     python -m dit_jax.reproduce --out=runs/again --seed=3 --beside=runs/mini   # again: does it come out the same?

@@ -104,7 +104,7 @@ def agreed(decisions):
     return decisions.pop() if len(decisions) == 1 else 0
 
 
-def sentence(decision, yes, no, why="too close for their ranges, or the judges differ"):
+def sentence(decision, yes, no, why):
     """yes, no: what is then the case."""
     return {1: f"**As in the paper**: {yes}.", -1: f"**Not as in the paper**: {no}.",
             0: f"**Cannot be decided here**: {why}."}[decision]
@@ -152,7 +152,7 @@ def trend(x, values, draws=4000):
 def unlearned(models):
     """A sentence on {name: share of samples recognised by the network}."""
     few = [f"{name} ({share:.0%})" for name, share in models.items() if share < LEARNED]
-    return f"Not well learned is the class, as the network recognises less than half of the samples, by {', '.join(few)}." \
+    return f"The class is not well learned: the network recognises less than half of the samples of {', '.join(few)}." \
         if few else ""
 
 
@@ -239,12 +239,16 @@ def blocks(results, spread):
         r["judges"][j]["frechet"])) for r in designs[block]} for j in JUDGES},
              {j: share(designs[block], j) for j in JUDGES}) for block in ORDER]
     sentences = []
+
+    def compared(what, by_judge, yes, no):
+        why = ", ".join(f"by {j} {['they are too close for their ranges', yes, no][d]}" for j, d in by_judge.items())
+        sentences.append(f"{what}: {sentence(agreed(by_judge.values()), yes, no, why)}")
+
     for better, worse in zip(ORDER, others):
-        decision = agreed(lower(values[better][j], values[worse][j]) for j in JUDGES)
-        sentences.append(f"{ORDER[better]} and {ORDER[worse]}: " + sentence(
-            decision, f"{ORDER[better]} is better", f"{ORDER[worse]} is better"))
-    best = agreed(min(lower(values[first][j], values[block][j]) for block in others) for j in JUDGES)
-    sentences.append(f"{ORDER[first]} against all others: " + sentence(best, "it is the best", "another one is better"))
+        compared(f"{ORDER[better]} and {ORDER[worse]}", {j: lower(values[better][j], values[worse][j]) for j in JUDGES},
+                 f"{ORDER[better]} is better", f"{ORDER[worse]} is better")
+    compared(f"{ORDER[first]} against all others", {j: min(lower(values[first][j], values[block][j]) for block in others)
+                                                    for j in JUDGES}, "it is the best", "another one is better")
     return rows, sentences
 
 
@@ -270,7 +274,7 @@ def guidance(results, spread):
     falls = {scale: fall("frechet", scale, 1 - (1 - EXPECTED) / len(guided)) for scale in guided}
     smaller = ", ".join(f"{scale:g}" for scale, decision in falls.items() if decision > 0)
     sentences = ["Distance: " + sentence(
-        1 if smaller else min(falls.values(), key=abs), f"it is smaller at the scale {smaller}", "every scale makes it larger",
+        1 if smaller else min(falls.values(), key=abs), f"beyond what seeds differ in, it is smaller at the scale {smaller}", "every scale makes it larger",
         "at no scale is it smaller by both judges, beyond what seeds differ in")]
     theirs = max(scale for _, scale in paper.GUIDED)
     for scale in sorted({max((s for s in guided if s <= theirs), default=guided[-1]), guided[-1]}):

@@ -77,9 +77,9 @@ def _line(axes, x, values, label, **style):
 
 
 def _style(model, models):
-    """Of a line: the size's colour, the patch's marker and dashes. models: names as S/2."""
+    """Of a line: the size's colour, the patch's marker and dashes. models: names as S/2, by their Gflops."""
     size, _, patch = model.partition("/")
-    sizes, patches = (list(dict.fromkeys(m.split("/")[i] for m in sorted(models))) for i in (0, 1))
+    sizes, patches = (list(dict.fromkeys(m.split("/")[i] for m in of)) for i, of in enumerate((models, sorted(models))))
     at = patches.index(patch) % 4
     return {"color": f"C{sizes.index(size)}", "marker": "os^D"[at], "linestyle": ("-", "--", ":", "-.")[at]}
 
@@ -193,7 +193,7 @@ def _guidance(plan, results, spread, folder):
 
 def _distances(path, rows, x, xlabel, steps=False):
     """A plot for each judge of Rows: a line for each model, over x(row). steps: whether they are written beside the points."""
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = sorted({row.model for row in rows}, key=lambda model: min(row.cost for row in rows if row.model == model))
     with _Plots(path, 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
         for panel, judge in zip(axes, JUDGES):
             for model in models:
@@ -204,13 +204,17 @@ def _distances(path, rows, x, xlabel, steps=False):
                                    textcoords="offset points", xytext=(5, 5))
             panel.set(title=f"by {judge}", ylabel="Fréchet distance")
             panel.legend(fontsize="small")
+            if xlabel == "step":
+                panel.set_xticks(ticks := sorted({row.steps for row in rows}), map(str, ticks))
+                panel.set_xticks([], minor=True)
 
 
 def _compute(title, name, rows, sentences, xlabel, folder, extra):
     """Of the studies of sampling and training compute."""
     _distances(os.path.join(folder, f"{name}.png"), rows, lambda row: row.cost, xlabel, steps=name == "sampling")
     return [title, table(["model", "steps", xlabel, *(f"distance, {j}" for j in JUDGES)],
-                         [[row.model, f"{row.steps:,}", f"{row.cost:.4g}", *_cells(row.values)] for row in rows]), extra,
+                         [[row.model, f"{row.steps:,}", f"{row.cost:,.0f}" if row.cost >= 1000 else f"{row.cost:.4g}",
+                           *_cells(row.values)] for row in rows]), extra,
             _bullets(sentences), f"![{name}]({name}.png)"]
 
 
@@ -257,14 +261,14 @@ def _grid(plan, results, folder):
             with np.load(path) as f:
                 pictures.append(f["arr_0"][:20])
         picture = grid(np.concatenate(pictures), 20)
-        axes[0].figure.set_size_inches(9.6, 0.6 + 9.6 * 0.9 * picture.shape[0] / picture.shape[1])
+        axes[0].figure.set_size_inches(9.6, 0.4 + 7.2 * picture.shape[0] / picture.shape[1])  # 2.4 for the names
         axes[0].imshow(picture)
         rows = picture.shape[0] / len(found)
         columns = picture.shape[1] / 20
         axes[0].set_xticks([(i + 0.5) * columns for i in range(20)], [str(i % 10) for i in range(20)])
         names = [f"{a['size']}/{a['patch']}" + f" {ORDER[a['block']]}" * (a["block"] != "adaln_zero")
                  + f", {1000 * a['gflops']:.3g} Mflops" for a in found.values()]
-        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(found))], names)
+        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(found))], names, fontsize="small")
         axes[0].grid(False)
     return ["## Samples of the same noise: figure 7",
             "Each row a model, without guidance; each column one noise, and the class below it.", "![grid](grid.png)"]

@@ -7,6 +7,7 @@ scaled dot product attention; fused AdamW, the EMA in one call for all arrays, i
 """
 
 import math
+import os
 import time
 
 import numpy as np
@@ -24,15 +25,20 @@ class Condition(torch.nn.Module):
         return self.value
 
 
+def network(*, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
+    """That package's DiT of these arguments, of our DiT."""
+    return DiTTransformer2DModel(
+        num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=in_channels,
+        out_channels=2 * in_channels, num_layers=depth, sample_size=input_size, patch_size=patch_size,
+        num_embeds_ada_norm=num_classes, norm_eps=1e-6)
+
+
 class DiT(torch.nn.Module):
     """model(x, t, y): images (B, C, H, W) -> (B, 2C, H, W). args: as of our DiT."""
 
-    def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
+    def __init__(self, **args):
         super().__init__()
-        self.net = DiTTransformer2DModel(
-            num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=in_channels,
-            out_channels=2 * in_channels, num_layers=depth, sample_size=input_size, patch_size=patch_size,
-            num_embeds_ada_norm=num_classes, norm_eps=1e-6)
+        self.net = network(**args)
         self.embed, self.condition = self.net.transformer_blocks[0].norm1.emb, Condition()
         self.embed.time_proj.downscale_freq_shift = 0
         self.embed.class_embedder.dropout_prob = 0
@@ -163,6 +169,23 @@ def decode(images, side, args, scale):
         vae.decode(latents / scale, return_dict=False)
 
     return call
+
+
+def make_weights(config, folder):
+    """Of `network`, in that package's format."""
+    network(**config["model"]).save_pretrained(f"{folder}.part")
+    os.replace(f"{folder}.part", folder)
+
+
+@torch.inference_mode()
+def first_picture(folder, steps):
+    """Weights on disk to the latent of a picture in so many guided steps, as its user would load them."""
+    net = DiTTransformer2DModel.from_pretrained(folder).eval()
+    diffusion, c = Diffusion(respace(linear_schedule(1000), str(steps))), net.config
+    x, y = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([0, c.num_embeds_ada_norm])
+    for i in reversed(range(steps)):
+        x = diffusion.guided_step(lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, i, 4.0, 3)
+    assert x.isfinite().all()
 
 
 def matrix_rate():

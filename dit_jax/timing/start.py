@@ -1,0 +1,92 @@
+"""The child that times a start: a command that makes one picture in a few guided steps of weights on disk, from its
+beginning to its end. Beside it, such a command with diffusers, on weights in that package's format."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+from dit_jax import cli
+from dit_jax.timing.child import Timed, serve
+
+STEPS = 4
+# `sample`, which writes down when all was imported, when the weights were loaded, and how long it compiled.
+SAMPLE = """
+import atexit, json, runpy, sys, time
+began, out = float(sys.argv[1]), sys.argv[2]
+from dit_jax import cli
+marks, run = {"compiled": 0.0}, cli.run
+def imported(main):
+    from dit_jax.generate import Generator
+    from jax import monitoring
+    marks["imported"], init = time.time() - began, Generator.__init__
+    def loaded(self, *args, **settings):
+        marks["loaded"] = time.time() - began
+        init(self, *args, **settings)
+    def compiled(event, seconds, **_):
+        if "loaded" in marks and event == "/jax/core/compile/backend_compile_duration":
+            marks["compiled"] += seconds
+    Generator.__init__ = loaded
+    monitoring.register_event_duration_secs_listener(compiled)
+    atexit.register(lambda: json.dump(marks, open(out, "w")))
+    run(main)
+cli.run = imported
+del sys.argv[1:3]
+runpy.run_module("dit_jax.sample", run_name="__main__", alter_sys=True)
+"""
+THEIRS = "import sys; from dit_jax.timing import theirs; theirs.first_picture(sys.argv[1], int(sys.argv[2]))"
+WEIGHTS = "import json, sys; from dit_jax.timing import {0}; {0}.make_weights(json.loads(sys.argv[1]), sys.argv[2])"
+
+
+def make_weights(config, path):
+    """A file of the published format, of any numbers."""
+    import jax
+    import numpy as np
+
+    from dit_jax import config as configs, convert
+    from dit_jax.models import dit
+
+    args, rng = configs.dit_args(config), np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * np.float32(0.02), dit.abstract(**args)[1])
+    convert.write_weights(path, convert.to_published(params, args))
+
+
+def sample(weights, num_heads, env, compiled):
+    """-> what a call says. compiled: the folder of compiled programs."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(weights)) as folder:
+        marks, start = os.path.join(folder, "marks.json"), time.time()
+        subprocess.run([sys.executable, "-c", SAMPLE, str(start), marks, f"--weights={weights}", f"--num_heads={num_heads}",
+                        "--num=1", f"--steps={STEPS}", "--cfg_scale=4", f"--out={folder}/out"], check=True,
+                       env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder}, stdout=subprocess.DEVNULL)
+        seconds = time.time() - start
+        with open(marks) as f:
+            found = json.load(f)
+    return {"seconds": seconds, "phases": {
+        "imports": found["imported"], "loading": found["loaded"] - found["imported"], "compiling": found["compiled"],
+        "the rest": seconds - found["loaded"] - found["compiled"]}}
+
+
+def make(spec):
+    """spec: side, "fresh" (nothing is compiled yet), "again" or "theirs"; config, a resolved one; folder, of the weights."""
+    config, side, folder = spec["config"], spec["side"], spec["folder"]
+    name, module = ("theirs", "theirs") if side == "theirs" else ("weights.npz", "start")
+    weights, compiled = os.path.join(folder, name), os.path.join(folder, "compiled")
+    env = {k: v for k, v in os.environ.items() if (k, v) != ("GLIBC_TUNABLES", cli.MALLOC)}  # `sample` sets it, in its time
+    if not os.path.exists(weights):
+        subprocess.run([sys.executable, "-c", WEIGHTS.format(module), json.dumps(config), weights], check=True, env=env)
+    if side == "theirs":
+        def call():
+            subprocess.run([sys.executable, "-c", THEIRS, weights, str(STEPS)], check=True, env=env)
+    else:
+        def call():
+            return sample(weights, config["model"]["num_heads"], env, compiled if side == "again" else None)
+    if side == "again":
+        call()
+    return Timed(call, {"images": 1}, memory=lambda: 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+if __name__ == "__main__":
+    serve(make)
