@@ -124,7 +124,9 @@ def tally(decisions, what, better, theirs=None):
 
 
 def correlation(x, y):
-    return float(np.corrcoef(x, y)[0, 1])
+    """Of x (n,) with each y (..., n)."""
+    x, y = x - np.mean(x), y - np.mean(y, axis=-1, keepdims=True)
+    return y @ x / np.sqrt(x @ x * np.square(y).sum(-1))
 
 
 def chance(n):
@@ -141,10 +143,9 @@ def trend(x, values, draws=4000):
     for j in JUDGES:
         mean, low, high = (np.log([getattr(v[j], what) for v in values]) for what in ("mean", "low", "high"))
         deviation = (high - low) / 2 / student(np.inf) / 2**0.5  # half of the range's square is of each study
-        one, other = ([correlation(x, np.exp(mean + z * deviation)) for z in rng.standard_normal((draws, len(mean)))]
-                      for _ in range(2))
-        r, far = correlation(x, np.exp(mean)), np.quantile(np.abs(np.arctanh(other) - np.arctanh(one)), EXPECTED)
-        found[j] = Value(r, *(float(np.tanh(np.arctanh(r) + sign * far)) for sign in (-1, 1)))
+        one, other = np.arctanh(correlation(x, np.exp(mean + deviation * rng.standard_normal((2, draws, len(mean))))))
+        r, far = correlation(x, np.exp(mean)), np.quantile(np.abs(other - one), EXPECTED)
+        found[j] = Value(*(float(np.tanh(np.arctanh(r) + sign * far)) for sign in (0, -1, 1)))
     least = chance(len(x))
     return found, agreed(1 if r.mean < -least else -1 if r.mean > least else 0 for r in found.values())
 

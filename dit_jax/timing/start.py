@@ -46,10 +46,10 @@ def make_weights(config, path):
     import jax
     import numpy as np
 
-    from dit_jax import config as configs, convert
+    from dit_jax import config as configs, convert, layout
     from dit_jax.models import dit
 
-    args, rng = configs.dit_args(config), np.random.default_rng(0)
+    args, rng = configs.dit_args(layout.settle(config, jax.devices())), np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * np.float32(0.02), dit.abstract(**args)[1])
     convert.write_weights(path, convert.to_published(params, args))
 
