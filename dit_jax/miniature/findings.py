@@ -84,7 +84,7 @@ def value(results, judge, spread, metric="frechet", others=None):
     mean, n = np.mean(_seeds(results, judge, metric)), len(results)
     margin = spread[judge, metric, results[0]["step"]] * (1 / n + 1 / (others or n)) ** 0.5
     three = mean, mean - margin, mean + margin
-    return Value(*(float(np.exp(v) if metric == "frechet" else v) for v in three))
+    return Value(*(float(np.exp(v) if metric == "frechet" else np.clip(v, 0, 1)) for v in three))
 
 
 def share(results, judge, metric="recognised"):
@@ -110,17 +110,20 @@ def sentence(decision, yes, no, why):
             0: f"**Cannot be decided here**: {why}."}[decision]
 
 
-def tally(decisions, what, better, theirs=None):
-    """Many comparisons -> (the decision of all, the counts in words): for what more than half of them are decided, if of
-    those decided no larger share goes the other way than in the paper. theirs: (how many go the paper's way in the paper
-    itself, of how many); by default all."""
-    n = [sum(d == k for d in decisions) for k in (1, -1, 0)]
+def tally(found, what, better, theirs=None):
+    """Many comparisons, [{judge: decision}] -> (the decision of all, the counts in words): for what more than half of them
+    are decided by both judges, if of those decided no larger share goes the other way than in the paper. theirs: (how many
+    go the paper's way in the paper itself, of how many); by default all."""
+    decisions = [agreed(of.values()) for of in found]
+    n = [sum(d == k for d in decisions) for k in (1, -1)]
     allowed = (theirs[1] - theirs[0]) / theirs[1] if theirs else 0
     whole = next((k for k, most, other in ((1, *n[:2]), (-1, *n[1::-1]))
                   if 2 * most > len(decisions) and other <= allowed * (most + other)), 0)
     reference = f"; in the paper itself, {theirs[0]} of {theirs[1]}" if theirs else ""
-    return whole, (f"in {n[0]} of {len(decisions)} {what} {better}, in {n[1]} it is the other way round, {n[2]} are "
-                   f"undecided{reference}")
+    alone = ", ".join(f"{j} {sum(of[j] > 0 for of in found)} and {sum(of[j] < 0 for of in found)}" for j in JUDGES)
+    return whole, (f"in {n[0]} of {len(found)} {what} {better} by both judges, in {n[1]} it is the other way round by both, and in "
+                   f"{sum(min(of.values()) < 0 < max(of.values()) for of in found)} they contradict each other (each alone: "
+                   f"{alone}){reference}")
 
 
 def correlation(x, y):
@@ -194,9 +197,6 @@ def scaling(results, spread):
                           f"models of more Gflops make worse samples on the whole, {shown}",
                           f"a judge's correlation is no larger than by chance, {shown}")]
 
-    def better(a, b):
-        return agreed(lower(values[a][j], values[b][j]) for j in JUDGES)
-
     sizes, patches = list(dict.fromkeys(s for s, _ in models)), sorted({p for _, p in models})
     for what, pairs, theirs in (
             ("pairs of models the one of more Gflops", [(b, a) for i, a in enumerate(order) for b in order[i + 1:]],
@@ -205,9 +205,10 @@ def scaling(results, spread):
              [((b, p), (a, p)) for a, b in itertools.pairwise(sizes) for p in patches], paper_counts()[1]),
             ("pairs of neighbours in patch, of the same size, that of smaller patches",
              [((s, a), (s, b)) for a, b in itertools.pairwise(patches) for s in sizes], paper_counts()[2])):
-        decisions = [better(a, b) for a, b in pairs]
-        whole, counts = tally(decisions, what, "is better", theirs)
-        worse = [f"{name(a)} worse than {name(b)}" for (a, b), d in zip(pairs, decisions) if d < 0]
+        found = [{j: lower(values[a][j], values[b][j]) for j in JUDGES} for a, b in pairs]
+        whole, counts = tally(found, what, "is better", theirs)
+        worse = [f"{name(a)} worse than {name(b)} by {' and '.join(j for j in JUDGES if of[j] < 0)}"
+                 for (a, b), of in zip(pairs, found) if min(of.values()) < 0]
         counts += f" ({', '.join(worse)})" * bool(worse)
         sentences.append(sentence(whole, counts, counts, counts))
     return rows, correlations, sentences
@@ -218,7 +219,7 @@ def stages(results, spread):
     distance with log Gflops, a Value})], sentences)"""
     rows, decisions = [], {}
     for step in sorted({r["step"] for r in results}):
-        here = [same for key, same in groups(results).items() if key[3] == step]
+        here = sorted((same for key, same in groups(results).items() if key[3] == step), key=lambda same: same[0]["gflops"])
         found, decisions[step] = trend(np.log([same[0]["gflops"] for same in here]),
                                        [{j: value(same, j, spread) for j in JUDGES} for same in here])
         rows.append((step, found))
@@ -245,7 +246,7 @@ def blocks(results, spread):
         why = ", ".join(f"by {j} {['they are too close for their ranges', yes, no][d]}" for j, d in by_judge.items())
         sentences.append(f"{what}: {sentence(agreed(by_judge.values()), yes, no, why)}")
 
-    for better, worse in zip(ORDER, others):
+    for better, worse in itertools.combinations(ORDER, 2):
         compared(f"{ORDER[better]} and {ORDER[worse]}", {j: lower(values[better][j], values[worse][j]) for j in JUDGES},
                  f"{ORDER[better]} is better", f"{ORDER[worse]} is better")
     compared(f"{ORDER[first]} against all others", {j: min(lower(values[first][j], values[block][j]) for block in others)
@@ -263,26 +264,32 @@ def guidance(results, spread):
     plain, *guided = scales
 
     def fall(metric, scale, level=EXPECTED):
-        """1, -1 or 0: whether the metric falls from no guidance to this scale, by both judges."""
-        decisions = []
+        """{judge: 1, -1 or 0}: whether the metric falls from no guidance to this scale."""
+        decisions = {}
         for j in JUDGES:
             change = np.subtract(*(_seeds(scales[s], j, metric) for s in (scale, plain)))
             n = len(change)
             margin = student(n - 1, level) * np.std(change, ddof=1) / n**0.5 if n > 1 else np.inf
-            decisions.append(int(change.mean() < -margin) - int(change.mean() > margin))
-        return agreed(decisions)
+            decisions[j] = int(change.mean() < -margin) - int(change.mean() > margin)
+        return decisions
 
     falls = {scale: fall("frechet", scale, 1 - (1 - EXPECTED) / len(guided)) for scale in guided}
-    smaller = ", ".join(f"{scale:g}" for scale, decision in falls.items() if decision > 0)
+    both = {scale: agreed(of.values()) for scale, of in falls.items()}
+    smaller = {j: ", ".join(f"{s:g}" for s in guided if of(s) > 0) or "none" for j, of in (
+        ("both", both.get), *((j, lambda s, j=j: falls[s][j]) for j in JUDGES))}
     sentences = ["Distance: " + sentence(
-        1 if smaller else min(falls.values(), key=abs), f"beyond what seeds differ in, it is smaller at the scale {smaller}", "every scale makes it larger",
-        "at no scale is it smaller by both judges, beyond what seeds differ in")]
+        1 if max(both.values()) > 0 else min(both.values(), key=abs),
+        f"beyond what seeds differ in, it is smaller at the scale {smaller['both']} by both judges", "every scale makes it larger",
+        "the scales at which it is smaller, beyond what seeds differ in, are not the same: "
+        + ", ".join(f"by {j} {smaller[j]}" for j in JUDGES))]
     theirs = max(scale for _, scale in paper.GUIDED)
     for scale in sorted({max((s for s in guided if s <= theirs), default=guided[-1]), guided[-1]}):
         for metric, sign in (("recall", 1), ("precision", -1)):
             yes, no = ("it falls", "it rises")[::sign]
+            changes = {j: sign * d for j, d in fall(metric, scale).items()}
             sentences.append(f"{metric.capitalize()}, from none to {scale:g}: " + sentence(
-                sign * fall(metric, scale), yes, no, "by one judge or both, the change is within what seeds differ in"))
+                agreed(changes.values()), yes, no, ", ".join(
+                    f"by {j} {['its change is within what seeds differ in', yes, no][d]}" for j, d in changes.items())))
     return rows, sentences
 
 
@@ -346,7 +353,7 @@ def at_compute(rows, compute):
 def training(results, spread):
     """spread: of seed_spread -> (Rows, whose cost is Gflops x batch x steps x 3, sentences). The smaller of two neighbours
     in size, at its end, against the larger one between its checkpoints, at equal compute. The claim is of models that were
-    trained for long: that the smaller ones are ahead decides nothing while more than half of them still improve."""
+    trained for long: nothing is decided while more than half of the smaller ones still improve."""
     of = {}
     for key, same in groups(results).items():
         cost = same[0]["gflops"] * same[0]["batch_size"] * key[3] * 3
@@ -358,14 +365,14 @@ def training(results, spread):
         for a, b in itertools.pairwise(sizes):
             *_, middle, small = of[a, patch]
             if large := at_compute(of[b, patch], small.cost):
-                decisions.append(agreed(lower(large[j], small.values[j]) for j in JUDGES))
+                decisions.append({j: lower(large[j], small.values[j]) for j in JUDGES})
                 improving.append(agreed(lower(small.values[j], middle.values[j]) for j in JUDGES) > 0)
     whole, counts = tally(decisions, "pairs of neighbours in size, of the same patch and at all of the smaller one's training "
                           "compute (the larger one between two checkpoints), the larger one", "is better")
     counts += (f". Of the smaller ones, {sum(improving)} of {len(improving)} still improved in the second half of their "
                "training")
-    if whole < 0 and 2 * sum(improving) > len(improving):
-        whole, counts = 0, f"{counts}; the paper's claim is of models that have been trained for long"
+    if 2 * sum(improving) > len(improving):
+        whole, counts = 0, f"{counts}; the paper's claim is of models that have been trained for long, which is not tested"
     return sorted(itertools.chain(*of.values()), key=lambda row: row.cost), [sentence(whole, counts, counts, counts)]
 
 

@@ -20,15 +20,16 @@ classes; it recognises by nearest neighbours). Neither is FID. That of training 
 was fitted on them; and by strokes, much of what is noise counts as precise.
 
 A value is the mean over training seeds (of distances, the geometric one), each seed's over its sets of samples. In brackets,
-and as bars in the plots: where the mean of a new study with as many seeds falls 95 times in 100, if all models vary alike
-from seed to seed, by Student's t of all models with several seeds at that step. A single seed at the end lies within
-{spread} of its model's own mean, 95 times in 100; the mean of one seed stands in a range wider by the square root of 2, as
-the new one is off too, and that range is known from other models alone.{sets}
+and as bars in the plots: where the mean of a new study with as many seeds is expected 95 times in 100, by Student's t, if all
+models vary alike from seed to seed: from how far seeds of a model lie apart, over all models with several seeds at that
+step. These are few, so that the ranges of one study may be half as wide as another's. A single seed at the end is expected
+within {spread} of its model's own mean; a mean of one seed has a range wider by the square root of 2, as the new one is off
+too, and for such a model that is known from the others alone.{sets}
 
 How it is decided, always by both judges the same way: two values are told apart where each mean lies outside the other's
-range. A correlation counts where it is further from 0 than that of as many unrelated pairs in 19 of 20 cases. Many
-comparisons are decided for what more than half of them are, if of those decided no larger share goes the other way than
-among the paper's own models. Guidance is compared seed by seed, from the same noise."""
+range. A correlation counts where it is further from 0 than that of unrelated numbers in 19 of 20 cases. Of many
+comparisons, more than half have to go one way, and of those that are decided, no larger share the other way than among
+the paper's own models. Guidance is compared seed by seed, from the same noise."""
 
 
 def _load(results, names):
@@ -229,9 +230,10 @@ def _sampling(plan, results, spread, folder):
 def _training(plan, results, spread, folder):
     rows, sentences = findings.training(results, spread)
     return _compute("## Training compute: figure 9", "training", rows, sentences, "Gflops x batch x steps x 3", folder,
-                    "The paper: small models, even when trained longer, eventually use compute worse than larger ones. That "
-                    "the smaller ones are ahead here is not held against it while more than half of them still improve. Before "
-                    "the last step, a seed's value is of one set of samples.") + _stages(rows, results, spread, folder)
+                    "The paper: small models, even when trained longer, eventually use compute worse than larger ones. "
+                    "While more than half of the smaller ones still improve, that is called undecided, whichever is ahead (a "
+                    "rule made after the smaller ones had been seen ahead in an earlier study). Before the last step, a seed's "
+                    "value is of one set of samples.") + _stages(rows, results, spread, folder)
 
 
 def _stages(rows, results, spread, folder):
@@ -261,14 +263,14 @@ def _grid(plan, results, folder):
             with np.load(path) as f:
                 pictures.append(f["arr_0"][:20])
         picture = grid(np.concatenate(pictures), 20)
-        axes[0].figure.set_size_inches(9.6, 0.4 + 7.2 * picture.shape[0] / picture.shape[1])  # 2.4 for the names
+        axes[0].figure.set_size_inches(9.6, 0.4 + 6.9 * picture.shape[0] / picture.shape[1])  # 2.7 for the names
         axes[0].imshow(picture)
         rows = picture.shape[0] / len(found)
         columns = picture.shape[1] / 20
         axes[0].set_xticks([(i + 0.5) * columns for i in range(20)], [str(i % 10) for i in range(20)])
         names = [f"{a['size']}/{a['patch']}" + f" {ORDER[a['block']]}" * (a["block"] != "adaln_zero")
                  + f", {1000 * a['gflops']:.3g} Mflops" for a in found.values()]
-        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(found))], names, fontsize="small")
+        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(found))], names, fontsize="x-small")
         axes[0].grid(False)
     return ["## Samples of the same noise: figure 7",
             "Each row a model, without guidance; each column one noise, and the class below it.", "![grid](grid.png)"]
@@ -289,12 +291,15 @@ def beside(plan, study, other, there):
                     f"the distances {rulers[0]}, here {rulers[1]}.")
     if not rows:
         return [*text, "It has no results of what is here."]
+    back = findings.within(results.values(), spread, theirs.values())
     counts = [[metric, *(f"{sum(not r[-1] for r in of)} of {len(of)} ({sum(not r[-1] for r in of) / len(of):.0%})"
-                         for j in JUDGES for of in [[r for r in rows if r[1] == metric and r[2] == j]])]
-              for metric in findings.METRICS]
-    text.append(table(["within the ranges", *JUDGES], [["distance" if m == "frechet" else m, *of] for m, *of in counts]))
+                         for way in (rows, back) for j in JUDGES
+                         for of in [[r for r in way if r[1] == metric and r[2] == j]])] for metric in findings.METRICS]
+    text += [table(["", *(f"{what}, {j}" for what in ("ours in its ranges", "its in ours") for j in JUDGES)],
+                   [["distance" if m == "frechet" else m, *of] for m, *of in counts]),
+             "These values are not independent: many are of the same runs."]
     if outside := [row for row in rows if row[-1] and row[1] == "frechet"]:
-        text += ["The distances outside of them:",
+        text += ["Our distances outside of its ranges:",
                  table(["samples", "judge", "there", "mean here"],
                        [[name, j, str(value), f"{mean:.3g}"] for name, _, j, value, mean, _ in outside])]
     both, correlations = [], []
@@ -304,15 +309,19 @@ def beside(plan, study, other, there):
             ours, earlier = function(here, spread), function(before, their_spread)
             both += zip(ours[-1], earlier[-1])
             if function is findings.scaling:
-                correlations = [[j, _range(earlier[1][j][0]), f"{ours[1][j][0].mean:.2f}"] for j in JUDGES]
+                correlations += [["at the end", j, _range(earlier[1][j][0]), _range(ours[1][j][0])] for j in JUDGES]
+            if function is findings.stages:
+                correlations += [[f"step {step:,}", j, _range(before[j]), _range(here[j])]
+                                 for (step, here), (_, before) in zip(ours[0][:-1], earlier[0]) for j in JUDGES]
     if correlations:
-        text.append(table(["correlation with log Gflops", "there", "here"], correlations))
+        text.append(table(["correlation with log Gflops", "judge", "there", "here"], correlations))
     if both:
         outcomes = [tuple(map(findings.outcome, pair)) for pair in both]
         same = sum(here == before for here, before in outcomes)
         opposite = sum(set(pair) == {"As in the paper", "Not as in the paper"} for pair in outcomes)
-        text.append(f"Of {len(both)} outcomes above, {same} are the same there, {opposite} the opposite, and "
-                    f"{len(both) - same - opposite} undecided in one of the two.")
+        undecided = sum(pair == ("Cannot be decided here",) * 2 for pair in outcomes)
+        text.append(f"Of {len(both)} outcomes above, {same - undecided} are decided the same way there, {undecided} undecided in "
+                    f"both, {len(both) - same - opposite} in one of the two, and {opposite} the opposite.")
         text.append(_bullets(f"There: {before} Here: {here}" for (here, before), (a, b) in zip(both, outcomes) if a != b))
     return text
 
@@ -332,6 +341,7 @@ def write(plan, study, path, earlier=None):
         sets=f" Of two sets of one run, a distance deviates by {' or '.join(of_sets)} from their mean." if of_sets else "")
     told = "".join(f" --{key}={study[key]}" for key, usual in (("steps", recipe["steps"]), ("samples", recipe["samples"]),
                                                                ("seed", 0)) if study[key] != usual)
+    told += f" --beside={earlier[0].out}" if earlier else ""
     text = ["# The paper's claims in miniature",
             f"`python -m dit_jax.reproduce --out=DIR --budget={plan.budget}{told}`, {study['date']}, in "
             f"{duration(study['seconds'])} on {here['cores']} cores of {here['cpu']} ({here['system']}), {versions}.",
