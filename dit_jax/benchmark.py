@@ -6,8 +6,9 @@
     python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 16 minutes on 2 cores
 
 --what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
-decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training step grows with batch, tokens and depth). Data and
-evaluation stand beside their usual forms; --against=diffusers sets PyTorch beside all else but sample
+decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training
+step grows with batch, tokens and depth). Data and evaluation stand beside their usual forms; --against=diffusers sets
+PyTorch beside all else but sample
 (pip install -e '.[benchmark]').
 
 --out gets parts/, one JSON file of each thing timed, and made of all that are there report.json, benchmarks.md and
@@ -70,7 +71,8 @@ from dit_jax.timing.child import Child, ChildError
 
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
-          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("start", "DiT-XL/2", 1), ("data", "DiT-S/2", 8),
+          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("start", "DiT-XL/2", 1),
+          ("data", "DiT-S/2", 8),
           ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
 OURS, THEIRS, START, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in (
     "ours", "theirs", "start", "data", "evaluation"))
