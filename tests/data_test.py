@@ -269,7 +269,7 @@ def test_sharding_rules():
 
 @pytest.mark.slow
 def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp_path):
-    """README's commands, made short: example, encode, train, sample."""
+    """README's commands, made short: example, encode, train, resume, sample."""
     def run(name, *flags):
         status, out, err = command(name, *flags)
         assert status == 0 and not err, err
@@ -280,7 +280,8 @@ def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp
     flags = ["--config=configs/photos.py", f"--config.data.path={tmp_path}/latents", f"--config.vae.path={tmp_path}/vae",
              "--config.batch_size=8", "--config.sample.every=3", "--config.sample.per_class=2", "--config.sample.steps=4",
              "--config.model.depth=1", "--config.log_every=1", f"--workdir={tmp_path}/run"]
-    run("train", *flags, "--config.steps=6")
+    run("train", *flags, "--config.steps=3")
+    assert "goes on from step 3 of 6" in run("train", *flags, "--config.steps=6")
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     for step in (3, 6):
         with Image.open(tmp_path / f"run/samples/{step:08d}.png") as grid:
