@@ -29,6 +29,7 @@ from dit_jax.pictures import write_aside
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCALE = 0.18215
+ENCODING, DECODING = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")  # the weights that each takes
 HUB = {  # name: (revision, sha256 of WEIGHTS there)
     "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a",
                                   "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"),
@@ -63,19 +64,23 @@ class Autoencoder:
     def __init__(self, args, params, scale=SCALE, identity=None, dtype="float32"):
         self.args, self.params, self.scale, self.identity = args, params, scale, identity
         self.factor, self.latent_channels = 2 ** (len(args["block_out_channels"]) - 1), args["latent_channels"]
-        self.graphdef = vae.abstract(**args, dtype=jnp.dtype(dtype))[0]
+        self.graphdef, self.shapes = vae.abstract(**args, dtype=jnp.dtype(dtype))
+
+    def only(self, names):
+        """The weights of these names, ENCODING or DECODING: all that encode or decode needs."""
+        return {name: self.params[name] for name in names}
 
     def encode(self, params, images):
         """images (B, S, S, 3), uint8 or float32 in [-1, 1] -> mean and standard deviation of the posterior,
         (B, s, s, C) float32 each, not scaled. A pure function."""
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 127.5 - 1
-        mean, logvar = nnx.merge(self.graphdef, params).encode(images)
+        mean, logvar = nnx.merge(self.graphdef, self.shapes | params).encode(images)
         return mean, jnp.exp(0.5 * logvar)
 
     def decode(self, params, latents):
         """latents (B, s, s, C), scaled, as the DiT makes them -> images (B, S, S, 3) float32, not clipped. Pure."""
-        return nnx.merge(self.graphdef, params).decode(latents.astype(jnp.float32) / self.scale)
+        return nnx.merge(self.graphdef, self.shapes | params).decode(latents.astype(jnp.float32) / self.scale)
 
     def posteriors(self, params, images):
         """images as of encode -> (B, 2, s, s, 2C) float32: of each picture and its mirror image [mean, standard
@@ -90,7 +95,8 @@ class Autoencoder:
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         run, n = over_devices(self.decode, mesh), mesh.size * batch_size(size)
         split, whole = NamedSharding(mesh, P(mesh.axis_names)), sharding.replicated(mesh)
-        params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__), self.params)
+        params = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, whole, a.__getitem__),
+                              self.only(DECODING))
 
         def decode(latents):
             images = []

@@ -205,7 +205,7 @@ class Encoder:
     def __init__(self, vae, size):
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self.run = autoencoder.over_devices(vae.posteriors, mesh)
-        self.params = jax.device_put(vae.params, NamedSharding(mesh, P()))
+        self.params = jax.device_put(vae.only(autoencoder.ENCODING), NamedSharding(mesh, P()))
         self.split = NamedSharding(mesh, P("data"))
         self.batch_size = autoencoder.batch_size(size) * mesh.size
 

@@ -98,12 +98,13 @@ def _vae_program(model, mesh, what):
         raise UserError(f"model.in_channels={model['in_channels']}: --what={what} is about latents, of "
                         f"{codec.latent_channels} channels")
     side, size = model["input_size"], model["input_size"] * codec.factor
-    function, shape, dtype = ((codec.posteriors, (size, size, 3), np.uint8) if what == "encode" else
-                              (codec.decode, (side, side, codec.latent_channels), np.float32))
+    function, names, shape, dtype = (
+        (codec.posteriors, autoencoder.ENCODING, (size, size, 3), np.uint8) if what == "encode" else
+        (codec.decode, autoencoder.DECODING, (side, side, codec.latent_channels), np.float32))
     batch = mesh.size * autoencoder.batch_size(size)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
     whole = sharding.replicated(mesh)
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), codec.params)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), codec.only(names))
     return (autoencoder.over_devices(function, mesh),
             (params, jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=spread)), batch)
 

@@ -139,7 +139,7 @@ def decode(side, path):
         rng = np.random.default_rng(0)
         codec = autoencoder.Autoencoder(vae.PUBLISHED, jax.tree.map(
             lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), vae.abstract(**vae.PUBLISHED)[1]))
-    params = jax.device_put(codec.params, sharding.replicated(mesh))
+    params = jax.device_put(codec.only(autoencoder.DECODING), sharding.replicated(mesh))
     images = autoencoder.batch_size(side * codec.factor)
     latents = np.random.default_rng(0).standard_normal((images, side, side, codec.latent_channels), np.float32)
     program, seconds = compiled(autoencoder.over_devices(codec.decode, mesh), params, latents)

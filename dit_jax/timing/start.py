@@ -3,7 +3,6 @@ beginning to its end. Beside it, such a command with diffusers, on weights in th
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -54,17 +53,27 @@ def make_weights(config, path):
     convert.write_weights(path, convert.to_published(params, args))
 
 
+def run(*command, **settings):
+    """Runs Python -> the most bytes that it held. Raises CalledProcessError."""
+    process = subprocess.Popen([sys.executable, *command], **settings)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return 1024 * usage.ru_maxrss
+
+
 def sample(weights, num_heads, env, compiled):
     """-> what a call says. compiled: the folder of compiled programs."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(weights)) as folder:
         marks, start = os.path.join(folder, "marks.json"), time.time()
-        subprocess.run([sys.executable, "-c", SAMPLE, str(start), marks, f"--weights={weights}", f"--num_heads={num_heads}",
-                        "--num=1", f"--steps={STEPS}", "--cfg_scale=4", f"--out={folder}/out"], check=True,
-                       env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder}, stdout=subprocess.DEVNULL)
+        memory = run("-c", SAMPLE, str(start), marks, f"--weights={weights}", f"--num_heads={num_heads}", "--num=1",
+                     f"--steps={STEPS}", "--cfg_scale=4", f"--out={folder}/out",
+                     env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder}, stdout=subprocess.DEVNULL)
         seconds = time.time() - start
         with open(marks) as f:
             found = json.load(f)
-    return {"seconds": seconds, "phases": {
+    return {"seconds": seconds, "memory": memory, "phases": {
         "imports": found["imported"], "loading": found["loaded"] - found["imported"], "compiling": found["compiled"],
         "the rest": seconds - found["loaded"] - found["compiled"]}}
 
@@ -76,16 +85,16 @@ def make(spec):
     weights, compiled = os.path.join(folder, name), os.path.join(folder, "compiled")
     env = {k: v for k, v in os.environ.items() if (k, v) != ("GLIBC_TUNABLES", cli.MALLOC)}  # `sample` sets it, in its time
     if not os.path.exists(weights):
-        subprocess.run([sys.executable, "-c", WEIGHTS.format(module), json.dumps(config), weights], check=True, env=env)
+        run("-c", WEIGHTS.format(module), json.dumps(config), weights, env=env)
     if side == "theirs":
         def call():
-            subprocess.run([sys.executable, "-c", THEIRS, weights, str(STEPS)], check=True, env=env)
+            return {"memory": run("-c", THEIRS, weights, str(STEPS), env=env)}
     else:
         def call():
             return sample(weights, config["model"]["num_heads"], env, compiled if side == "again" else None)
     if side == "again":
         call()
-    return Timed(call, {"images": 1}, memory=lambda: 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    return Timed(call, {"images": 1})
 
 
 if __name__ == "__main__":
