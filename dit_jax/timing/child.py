@@ -34,8 +34,8 @@ def peak_memory():
 class Timed:
     """What a child times.
 
-    call(): one call, waited for; None, or a dict of results, whose "seconds", where there are any, are taken for the
-    call's time. info: plain values. rate(): FLOP/s of a large matrix product, None where that tells nothing. memory():
+    call(): one call, waited for; None, or a dict of results, whose "seconds" and "memory" go before what is measured
+    here. info: plain values. rate(): FLOP/s of a large matrix product, None where that tells nothing. memory():
     the peak so far, bytes. profile(): as timing.profile has it, of one call, or None.
     """
     call: Callable
@@ -65,7 +65,7 @@ def serve(make):
                 continue
             results = [timed.call() or {} for _ in range(calls)]
             seconds = (time.perf_counter() - start) / calls
-            say({"seconds": seconds, **results[-1], "rate": timed.rate(), "memory": timed.memory()})
+            say({"seconds": seconds, "rate": timed.rate(), "memory": timed.memory(), **results[-1]})
     except ValueError as e:
         say({"error": str(e)})
 
