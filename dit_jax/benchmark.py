@@ -3,7 +3,7 @@
     python -m dit_jax.benchmark --config=configs/s2.py --config.batch_size=8
     python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers
     python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
-    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 16 minutes on 2 cores
+    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 40 minutes on 2 cores
 
 --what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
 decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training

@@ -161,7 +161,7 @@ MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_thres
 
 def _keep_memory():
     """Starts this process anew (same number, same arguments) with these settings of malloc, which glibc reads at start
-    alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: a tenth
+    alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: 6 %
     of DiT-S/2's step."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerator_attached():
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": MALLOC})

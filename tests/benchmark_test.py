@@ -212,6 +212,7 @@ def test_start_data_and_evaluation(command, tmp_path):
                                   f"--out={tmp_path / 'out'}")
     assert status == 0, err
     parts = json.loads((tmp_path / "out" / "report.json").read_text())["parts"]
+    assert all(side["memory"] > 2**26 for side in parts[0]["sides"].values())  # the command's, with JAX in it
     assert [part["name"] for part in parts] == ["start DiT 2x32/2", "data, JPEG", "data, latents, 32x32x4", "FID, 60 samples",
                                                 "precision, recall, 60 samples, 40 references"]
     first, second = parts[0]["sides"].values()
