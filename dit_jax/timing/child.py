@@ -8,6 +8,7 @@ out, or "profile" in, what the call's time goes to out, until its standard input
 each side imports its own.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -123,7 +124,8 @@ class Child:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def close(self):
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
         self.process.communicate()
 
     def __enter__(self):

@@ -3,6 +3,7 @@ beginning to its end. Beside it, such a command with diffusers, on weights in th
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ cli.run = imported
 del sys.argv[1:3]
 runpy.run_module("dit_jax.sample", run_name="__main__", alter_sys=True)
 """
-THEIRS = "import sys; from dit_jax.timing import theirs; theirs.first_picture(sys.argv[1], int(sys.argv[2]))"
+THEIRS = "import sys; from dit_jax.timing import theirs; theirs.first_picture(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 WEIGHTS = "import json, sys; from dit_jax.timing import {0}; {0}.make_weights(json.loads(sys.argv[1]), sys.argv[2])"
 
 
@@ -54,12 +55,14 @@ def make_weights(config, path):
 
 
 def run(*command, **settings):
-    """Runs Python -> the most bytes that it held. Raises CalledProcessError."""
-    process = subprocess.Popen([sys.executable, *command], **settings)
+    """Runs Python -> the most bytes that it held. Raises ValueError with the last error that it said, where it fails."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               **settings)
+    errors = re.findall(r"^(?:\w*Error|error): (.+)", process.stderr.read(), re.MULTILINE)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
+        raise ValueError(errors[-1] if errors else f"a process of it ended with status {process.returncode}")
     return 1024 * usage.ru_maxrss
 
 
@@ -69,7 +72,7 @@ def sample(weights, num_heads, env, compiled):
         marks, start = os.path.join(folder, "marks.json"), time.time()
         memory = run("-c", SAMPLE, str(start), marks, f"--weights={weights}", f"--num_heads={num_heads}", "--num=1",
                      f"--steps={STEPS}", "--cfg_scale=4", f"--out={folder}/out",
-                     env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder}, stdout=subprocess.DEVNULL)
+                     env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder})
         seconds = time.time() - start
         with open(marks) as f:
             found = json.load(f)
@@ -88,7 +91,7 @@ def make(spec):
         run("-c", WEIGHTS.format(module), json.dumps(config), weights, env=env)
     if side == "theirs":
         def call():
-            return {"memory": run("-c", THEIRS, weights, str(STEPS), env=env)}
+            return {"memory": run("-c", THEIRS, weights, str(STEPS), str(spec["threads"]), env=env)}
     else:
         def call():
             return sample(weights, config["model"]["num_heads"], env, compiled if side == "again" else None)

@@ -178,8 +178,9 @@ def make_weights(config, folder):
 
 
 @torch.inference_mode()
-def first_picture(folder, steps):
+def first_picture(folder, steps, threads):
     """Weights on disk to the latent of a picture in so many guided steps, as its user would load them."""
+    torch.set_num_threads(threads)
     net = DiTTransformer2DModel.from_pretrained(folder).eval()
     diffusion, c = Diffusion(respace(linear_schedule(1000), str(steps))), net.config
     x, y = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([0, c.num_embeds_ada_norm])
