@@ -8,8 +8,7 @@
 --what: train (forward, backward, AdamW, EMA), denoise (one guided DDPM step), sample (a whole run, and its steps alone),
 decode (the VAE), start (a command from its beginning to its first picture), data, evaluation, scaling (how the training
 step grows with batch, tokens and depth). Data and evaluation stand beside their usual forms; --against=diffusers sets
-PyTorch beside all else but sample
-(pip install -e '.[benchmark]').
+PyTorch beside all else but sample (pip install -e '.[benchmark]').
 
 --out gets parts/, one JSON file of each thing timed, and made of all that are there report.json, benchmarks.md and
 scaling.png: a part can be timed again alone, and with --what= the page is only made anew.
@@ -72,8 +71,7 @@ from dit_jax.timing.child import Child, ChildError
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
           ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("start", "DiT-XL/2", 1),
-          ("data", "DiT-S/2", 8),
-          ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
+          ("data", "DiT-S/2", 8), ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
 OURS, THEIRS, START, DATA, EVALUATION = (f"dit_jax.timing.{module}" for module in (
     "ours", "theirs", "start", "data", "evaluation"))
 
@@ -207,9 +205,8 @@ def decode_parts(config):
 
 def start_parts(config, scratch):
     """A first start, a second one, and PyTorch's. scratch: a folder for the weights."""
-    spec = {"config": config, "folder": scratch}
+    spec = {"config": config, "folder": scratch, "threads": cores()}
     sides = {page.OURS: "fresh", page.AGAIN: "again"} | dict.fromkeys(beside(config, spec), "theirs")
-    spec |= {"threads": cores()}
     model = label(config)
     if config["model"]["block"] != "adaln_zero" or not config["model"]["num_classes"]:
         raise UserError(f"model.block={config['model']['block']}, model.num_classes={config['model']['num_classes']}: "
@@ -400,8 +397,6 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     if not math.isfinite(f.seconds):
         raise UserError(f"--seconds={f.seconds}: how long a timing is at least, a number of seconds")
-    if f.out == "":
-        raise UserError("--out is empty: name a folder, or leave it out")
     if f.scratch is not None:
         cli.make_workdir(f.scratch, "scratch")
     what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what
@@ -418,7 +413,8 @@ def main():
                 raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e "
                                 "'.[benchmark]'")
     with ExitStack() as held:
-        if f.out:
+        if f.out is not None:
+            cli.make_workdir(f.out, "out")  # which refuses an empty name
             cli.make_workdir(os.path.join(f.out, "parts"), "out")
             held.enter_context(cli.locked(f.out, "out"))
         carry_out(what, held.enter_context(tempfile.TemporaryDirectory(dir=f.scratch)))

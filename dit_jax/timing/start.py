@@ -82,7 +82,8 @@ def sample(weights, num_heads, env, compiled):
 
 
 def make(spec):
-    """spec: side, "fresh" (nothing is compiled yet), "again" or "theirs"; config, a resolved one; folder, of the weights."""
+    """spec: side, "fresh" (nothing is compiled yet), "again" or "theirs"; config, a resolved one; folder, of the weights;
+    threads, PyTorch's."""
     config, side, folder = spec["config"], spec["side"], spec["folder"]
     name, module = ("theirs", "theirs") if side == "theirs" else ("weights.npz", "start")
     weights, compiled = os.path.join(folder, name), os.path.join(folder, "compiled")
