@@ -14,9 +14,9 @@ PyTorch beside all else but sample (pip install -e '.[benchmark]').
 scaling.png: a part can be timed again alone, and with --what= the page is only made anew.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 WHAT = ("train", "denoise", "sample", "decode", "start", "data", "evaluation", "scaling")
 
@@ -26,15 +26,15 @@ if __name__ == "__main__":
     flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
     flags.DEFINE_enum("against", None, ["diffusers"], "what is timed beside it: PyTorch on diffusers' DiT")
     flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
-    flags.DEFINE_string("out", None, "a folder for the report and its parts")
+    cli.define_path("out", None, "a folder for the report and its parts")
     flags.DEFINE_integer("rounds", 5, "timings of each; 3 or 1 at most of what takes long and has no target", lower_bound=1)
     flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
     flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
-    flags.DEFINE_string("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
-    flags.DEFINE_string("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
-    flags.DEFINE_string("pictures", None, "for data: a folder of class folders; by default crops of photographs")
+    cli.define_path("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
+    cli.define_path("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
+    cli.define_path("pictures", None, "for data: a folder of class folders; by default crops of photographs")
     flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=512)
-    flags.DEFINE_string("scratch", None, "for data and start: a folder for what is made; by default the system's temporary "
+    cli.define_path("scratch", None, "for data and start: a folder for what is made; by default the system's temporary "
                         "one")
     flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
     flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
@@ -67,6 +67,8 @@ from dit_jax.logging import Progress, say
 from dit_jax.models import vae
 from dit_jax.timing import data, page
 from dit_jax.timing.child import Child, ChildError
+from dit_jax.runtime import ending, files
+from dit_jax.runtime.files import write_aside
 
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
 REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
@@ -327,10 +329,10 @@ def load_parts(folder, here):
 def write(parts, out):
     found, scaling = page.targets(parts), [part for part in parts if part["what"] == "scaling"]
     report = {"machine": machine(), "parts": parts, "targets": found}
-    pictures.write_aside(os.path.join(out, "report.json"), (json.dumps(report, indent=1) + "\n").encode())
+    write_aside(os.path.join(out, "report.json"), (json.dumps(report, indent=1) + "\n").encode())
     if scaling:
         page.scaling_plot(scaling, os.path.join(out, "scaling.png"))
-    pictures.write_aside(os.path.join(out, "benchmarks.md"),
+    write_aside(os.path.join(out, "benchmarks.md"),
                          page.page(parts, found, machine(), bool(scaling)).encode())
     say(f"{out}/benchmarks.md, report.json" + (" and scaling.png" if scaling else ""))
 
@@ -377,7 +379,7 @@ def carry_out(what, scratch):
         parts.append(measure(part))
         if f.out:
             name = re.sub(r"[^A-Za-z0-9]+", "-", part.name) + ".json"
-            pictures.write_aside(os.path.join(folder, name), (json.dumps(parts[-1], indent=1) + "\n").encode())
+            write_aside(os.path.join(folder, name), (json.dumps(parts[-1], indent=1) + "\n").encode())
     if f.out:
         parts = load_parts(folder, here)
         if not parts:
@@ -393,7 +395,7 @@ def carry_out(what, scratch):
 
 def main():
     f = flags.FLAGS
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending.raise_on_signals()
     jax.config.update("jax_platforms", "cpu")  # of this process: a TPU belongs to one, and that is to be a child
     if not math.isfinite(f.seconds):
         raise UserError(f"--seconds={f.seconds}: how long a timing is at least, a number of seconds")
@@ -416,7 +418,7 @@ def main():
         if f.out is not None:
             cli.make_workdir(f.out, "out")  # which refuses an empty name
             cli.make_workdir(os.path.join(f.out, "parts"), "out")
-            held.enter_context(cli.locked(f.out, "out"))
+            held.enter_context(files.hold(f.out, "out"))
         carry_out(what, held.enter_context(tempfile.TemporaryDirectory(dir=f.scratch)))
 
 

@@ -1,22 +1,27 @@
 """What the commands share: flags, configs from files, and errors in one line.
 
-A command's flags are defined and parsed at its top, above the imports: JAX takes most of a second to import, for which
---help and a mistaken flag need not wait. So nothing here imports it before `run`.
+A command imports this before all else, since from here on a signal is one line, and defines and parses its flags above
+the imports: JAX takes most of a second to import, for which --help and a mistaken flag need not wait. So nothing here
+imports it before `run`.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import glob
 import os
+import re
 import signal
 import sys
-import uuid
+import traceback
+
+from dit_jax.runtime import ending
+
+ending.begin()  # before the imports that take time
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from dit_jax.config import UserError, unknown_field
+from dit_jax.runtime import files
 
 flags.disclaim_key_flags()  # --help shows the flags that are defined here as the command's own
 
@@ -34,19 +39,19 @@ def define_hosts():
     flags.DEFINE_string("coordinator", None, "several hosts that are no TPU slice: HOST:PORT of process 0")
     flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
     flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
-    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1)
+    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1, upper_bound=86_400)
 
 
 def define_samples(num, classes, cfg_scale):
     """The flags of sample.Sampler; the arguments are defaults."""
-    flags.DEFINE_string("workdir", None, "a run's folder")
+    define_path("workdir", None, "a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    flags.DEFINE_string("weights", None, "instead of a run: a .pt or .npz file of the published format")
+    define_path("weights", None, "instead of a run: a .pt or .npz file of the published format")
     flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's", lower_bound=1)
     flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
                          lower_bound=1)
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_string("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
+    define_path("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
                         "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
     flags.DEFINE_integer("num", num, "how many images")
     flags.DEFINE_string("classes", classes, "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
@@ -65,10 +70,10 @@ def define_samples(num, classes, cfg_scale):
 def define_source():
     """The flags of encode.open_source."""
     flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
-    flags.DEFINE_string("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
+    define_path("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
     flags.DEFINE_string("name", None, "of tfds: which data set")
     flags.DEFINE_string("split", "train", "of tfds: which part of it")
-    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8)
+    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8, upper_bound=2**14)
     flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
 
 
@@ -76,8 +81,18 @@ def define_features():
     """The flags of metrics.features.load."""
     flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
                       "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
-    flags.DEFINE_string("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
+    define_path("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
     flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1)
+
+
+class _Path(flags.ArgumentParser):
+    def parse(self, text):
+        return files.user_path(text)
+
+
+def define_path(name, default, help, **settings):
+    """A flag that names a file or folder."""
+    flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **settings)
 
 
 def _last_line(error):
@@ -85,6 +100,9 @@ def _last_line(error):
 
 
 def _parse_flags(argv):
+    for arg in argv[1:]:
+        if any("\ud800" <= c < "\ue000" for c in arg):
+            raise UserError(f"{os.fsencode(arg).decode(errors='backslashreplace')}: is not UTF-8")
     path = "FILE"
     for arg, following in zip(argv[1:], argv[2:] + [""]):
         if arg == "--config" or arg.startswith("--config="):
@@ -102,6 +120,8 @@ def _parse_flags(argv):
     except flags.Error as e:
         raise UserError(_last_line(e)) from None
     except Exception as e:  # whatever a config file raises while it is read
+        if isinstance(e, OSError) and e.filename is None:  # of stdout, where --help goes
+            raise
         raise UserError(f"--config={path}: cannot be read ({type(e).__name__}: {_last_line(e)})") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: values are given as --flag=value")
@@ -143,16 +163,18 @@ def _on_hosts(main):
 
     if not accelerator_attached() and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # else JAX loads a libtpu, whose tracer may crash without a TPU
-    if "coordinator" not in flags.FLAGS:
-        return main()
-    hosts.join()
     try:
+        if "coordinator" in flags.FLAGS:
+            hosts.join()
         status = main()
         hosts.finish()
+        sys.stdout.flush()
         return status
+    except FloatingPointError:  # of --debug_nans, whose user asks for the traceback
+        traceback.print_exc()
+        os._exit(1)
     except (Exception, KeyboardInterrupt) as e:
-        hosts.report(e)
-        raise
+        hosts.fail(e)
 
 
 # Huge pages, no memory map an array, and a gigabyte of freed memory kept for the next step.
@@ -164,7 +186,7 @@ def _keep_memory():
     alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: 6 %
     of DiT-S/2's step."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerator_attached():
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": MALLOC})
+        ending.start_anew(os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 
 def _give_back_after_compiling():
@@ -182,11 +204,6 @@ def _give_back_after_compiling():
     monitoring.register_event_duration_secs_listener(listen)
 
 
-def _interrupted(*_):
-    print("error: interrupted", file=sys.stderr)
-    os._exit(1)
-
-
 def end_with_parent(parent=None):
     """This process is not to go on where the one that started it is killed. Of Linux alone. parent: that one's number, by
     which it is seen whether it was killed before this call."""
@@ -197,69 +214,53 @@ def end_with_parent(parent=None):
 
 
 def parse():
-    """Parses the flags; --help ends here. A UserError, or Ctrl-C until `run`, is one line, and status 1."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupted)  # in the middle of an import, an exception may be lost or a page long
+    """Parses the flags; --help ends here. A UserError is one line, and status 1."""
+    ending.begin()
     app.define_help_flags()
     try:
-        _parse_flags(sys.argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+        try:
+            _parse_flags(sys.argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # --help | head
+        os._exit(0)
+    except (UserError, OSError) as e:
+        ending.end(1, ending.line_of(e))
     _keep_memory()
 
 
 def run(main):
-    """Calls main(), whose value is the exit status. A UserError, or Ctrl-C, is one line, and status 1."""
-    if signal.getsignal(signal.SIGINT) is _interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Calls main(), whose value is the exit status. An exception is one line, and status 1."""
     _quiet_libtpu()
     enough_threads()
     _give_back_after_compiling()
-    logging.set_verbosity(logging.ERROR)
-    logging.set_stderrthreshold("error")
-    try:
-        app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(1)
+    # Libraries log what they then raise (orbax with a traceback for each thread): our line says it.
+    logging.set_verbosity(logging.FATAL)
+    logging.set_stderrthreshold("fatal")
+    app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
 
 
-def make_workdir(path, flag="workdir"):
-    """Makes the folder, and makes sure that it can be written."""
+def make_workdir(path, flag="workdir", files_in=(), folders_in=()):
+    """Makes the folder, and makes sure that it can be written, and in it these files and folders."""
     if not path.strip():
         raise UserError(f"--{flag} is empty: name a folder")
+    _look(path, flag, path, files_in, folders_in)
+
+
+def make_way(path, flag="out"):
+    """Makes the folder of this file, and makes sure that the file can be written."""
+    _look(path, flag, os.path.dirname(os.path.abspath(path)), [os.path.basename(path)], [])
+
+
+def _look(path, flag, folder, files_in, folders_in):
     try:
-        os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f".probe-{uuid.uuid4().hex}")
-        open(probe, "w").close()
-        os.remove(probe)
+        os.makedirs(folder, exist_ok=True)
+        files.probe(folder)
+        for name in files_in:
+            files.check_file(os.path.join(folder, name))
+        for name in folders_in:
+            files.check_folder(os.path.join(folder, name))
     except OSError as e:
-        raise UserError(f"--{flag}={path}: cannot be written ({e.strerror})") from None
-
-
-@contextlib.contextmanager
-def locked(path, flag):
-    """Holds the folder against a second command that would write there as well; on the first host. Nothing is left in
-    it, and a process that dies lets go. Some network file systems have no locks: there nothing is held."""
-    import jax
-
-    if jax.process_index():
-        yield
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise UserError(f"--{flag}={path}: another process is writing there: wait for its end, or name another folder"
+        where = "" if e.filename in (path, os.path.abspath(path)) else f"{e.filename}: "
+        raise UserError(f"--{flag}={path}: cannot be written ({where}{e.strerror}): name another, or move away what is there"
                         ) from None
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)

@@ -12,7 +12,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-class UserError(Exception):
+MAX_SCALE = 1000  # of guidance: far beyond what makes pictures, and far below where float32 ends
+
+
+class UserError(ValueError):
     """Bad input: its text, one line, names the file, field or flag and says what to do."""
 
 
@@ -105,6 +108,10 @@ FIXED = ("seed", "batch_size", "model.patch_size", "model.depth", "model.hidden_
          "diffusion.label_dropout", "data.source", "data.flip")
 
 
+DTYPES = ("auto", "float32", "bfloat16")
+PATHS = ("init.weights", "data.path", "vae.path", "eval.reference", "eval.inception")
+
+
 def _flatten(tree, prefix=""):
     for key, value in tree.items():
         if isinstance(value, (dict, ConfigDict)):
@@ -133,6 +140,7 @@ def resolve(config):
     # Not above: a config file is read before --help is answered, and JAX takes its time.
     from dit_jax.models.blocks import BLOCKS
     from dit_jax.models.dit import MODELS, REMAT, model_args
+    from dit_jax.runtime import files
 
     config = config.to_dict()
     for name, _ in _flatten(config):
@@ -149,6 +157,14 @@ def resolve(config):
         for key, value in model_args(model["name"]).items():
             if model[key] is None:
                 model[key] = value
+
+    for name in PATHS:
+        *parents, leaf = name.split(".")
+        section = functools.reduce(dict.__getitem__, parents, config)
+        try:
+            section[leaf] = files.user_path(section[leaf])
+        except ValueError as e:
+            raise UserError(f"{name}={section[leaf]}: {e}") from None
 
     values = dict(_flatten(config))
 
@@ -174,14 +190,13 @@ def resolve(config):
     check("judge.samples", lambda v: v == 0 or v >= 2, "0, or at least 2")
     check("sample.eta", lambda v: 0 <= v <= 1, "between 0 and 1")
     for field in ("sample.cfg_scale", "eval.cfg_scale"):
-        check(field, lambda v: 0 <= v < math.inf, "0 or more")
+        check(field, lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}")
     for field in ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"):
         check(field, lambda v: 0 <= v < 1, "in [0, 1)")
-    check("diffusion.timesteps", lambda v: v > 20, "more than 20")
+    check("diffusion.timesteps", lambda v: 20 < v <= 1_000_000, "more than 20, and a million at most")
     check("model.block", BLOCKS.__contains__, f"one of {', '.join(BLOCKS)}")
     check("model.remat", ("auto", *REMAT).__contains__, f"one of auto, {', '.join(REMAT)}")
-    dtypes = ("auto", "float32", "bfloat16")
-    check("model.dtype", dtypes.__contains__, f"one of {', '.join(dtypes)}")
+    check("model.dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
     check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
     check("eval.features", ("inception", "efflite0").__contains__, "inception or efflite0")
     check("eval.num", lambda v: v >= 4, "at least 4")
@@ -220,6 +235,23 @@ def dit_args(config):
               "num_classes", "scan", "remat")
     return dict({field: config["model"][field] for field in fields}, dtype=dtype(config["model"]["dtype"]),
                 null_class=config["diffusion"]["label_dropout"] > 0 or config["model"]["num_classes"] == 0)
+
+
+def stored_problem(config):
+    """What a resolved config that was read from a file lacks, or None."""
+    if not isinstance(config, dict):
+        return "no config"
+    given, kinds = dict(_flatten(config)), {field: type(value) for field, value in _flatten(paper().to_dict())}
+    kinds |= {field: kind for field, kind in (("model.scan", object), ("mesh.fsdp", object), ("mesh.tensor", object))}
+    for field in (*FIXED, "model.dtype", "model.scan", "model.remat", "mesh.data", "mesh.fsdp", "mesh.tensor"):
+        kind = {type(None): int, float: (int, float)}.get(kinds[field], kinds[field])
+        if field not in given:
+            return f"no config.{field}"
+        if not isinstance(given[field], kind):
+            return f"config.{field}={given[field]!r:.80}, no {getattr(kind, '__name__', 'number')}"
+    if given["model.dtype"] not in DTYPES:
+        return f"config.model.dtype={given['model.dtype']!r:.80}, none of {', '.join(DTYPES)}"
+    return None
 
 
 def differences(old, new):

@@ -9,16 +9,16 @@ mirror image. The same command goes on where it was stopped, at whole shards, al
 of hosts; the finished folder is the same to the byte. In a finished folder it makes again what is missing or cut short.
 """
 
+from dit_jax import cli
+
 import os
 
 from absl import flags
 
-from dit_jax import cli
-
 if __name__ == "__main__":
     cli.define_source()
-    flags.DEFINE_string("vae", None, "the VAE: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
-    flags.DEFINE_string("out", None, "the cache's folder: made, or gone on with")
+    cli.define_path("vae", None, "the VAE: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema")
+    cli.define_path("out", None, "the cache's folder: made, or gone on with")
     flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "of the cache")
     flags.DEFINE_enum("vae_dtype", "float32", ["float32", "bfloat16"], "of the VAE's products")
     flags.DEFINE_integer("shard_size", 2048, "pictures a shard", lower_bound=1)
@@ -31,7 +31,6 @@ if __name__ == "__main__":
 
 import json
 import re
-import signal
 import sys
 import time
 from collections import deque
@@ -48,8 +47,10 @@ from dit_jax.data import latents, pictures
 from dit_jax.data.images import BadImage
 from dit_jax.data.latents import MANIFEST, SETTINGS, shard_name
 from dit_jax.logging import Progress, say
-from dit_jax.pictures import grid, png, to_uint8, write_aside
+from dit_jax.pictures import grid, png, to_uint8
 from dit_jax.profiling import keep_compiled
+from dit_jax.runtime import files
+from dit_jax.runtime.files import write_aside
 
 PREVIEW = 4  # pictures
 
@@ -348,10 +349,9 @@ def main():
         raise UserError("--out is missing: name the cache's folder")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     keep_compiled()
-    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
     try:
         return verify(f.out) if f.verify else encode(f)
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         raise UserError(str(e)) from e
 
 
@@ -366,8 +366,8 @@ def encode(f):
     if f.size % vae.factor:
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)
-    cli.make_workdir(f.out, "out")
-    with cli.locked(f.out, "out"):
+    cli.make_workdir(f.out, "out", files_in=(MANIFEST, SETTINGS, "preview.png"))
+    with files.hold(f.out, "out"):
         return make(f, source, vae, settings)
 
 
@@ -393,6 +393,9 @@ def make(f, source, vae, settings):
 
     start, made = time.perf_counter(), {}
     pictures_of = {i: min(f.shard_size, len(source) - i * f.shard_size) for i in todo}
+    if main_process:
+        record = latents.record_length(settings["shape"], settings["dtype"])
+        files.check_room(f.out, 2 * record * sum(pictures_of.values()), f"--out={f.out}")
     if mine:
         among = f" (host 1 of {jax.process_count()})" if jax.process_count() > 1 else ""
         progress = Progress(f"encode{among}", sum(map(pictures_of.get, mine)), "pictures")

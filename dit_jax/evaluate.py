@@ -9,33 +9,33 @@ Samples are an .npz with `arr_0` (N, H, W, 3) uint8, a folder of PNGs, or come s
 says how they came about. FID-50K takes exactly 50,000 samples: --num=N for another number, 0 for all that there are.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 if __name__ == "__main__":
     cli.define_samples(num=50_000, classes="random", cfg_scale=1.5)
     cli.define_features()
-    flags.DEFINE_string("samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of a run or weights")
-    flags.DEFINE_string("reference", None, "the .npz to compare with, or a folder of PNGs")
-    flags.DEFINE_string("out", None, "a JSON file for the numbers and how they came about")
+    cli.define_path("samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of a run or weights")
+    cli.define_path("reference", None, "the .npz to compare with, or a folder of PNGs")
+    cli.define_path("out", None, "a JSON file for the numbers and how they came about")
     cli.parse()  # above the imports that take time
 
 import json
 import os
 import platform
-import signal
 
 import jax
 import numpy as np
 import scipy
 
-from dit_jax import __version__, hosts, paper, pictures, sample, sharding
+from dit_jax import __version__, hosts, layout, paper, pictures, sample, sharding
 from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features, inception_score, precision_recall
 from dit_jax.profiling import keep_compiled
+from dit_jax.runtime.files import write_aside
 
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
 
@@ -80,18 +80,16 @@ def main():
         raise UserError("--inception is missing: FID needs the weights of InceptionV3, which no package carries: "
                         f"{features.FETCH}; or say --features=efflite0 for FD-EffLite0, which is no FID")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if f.out and os.path.isdir(f.out):
-        raise UserError(f"--out={f.out}: is a folder: name the JSON file")
     folder = os.path.dirname(os.path.abspath(f.out or "report.json"))
     if f.out:
-        cli.make_workdir(folder, "out")
+        cli.make_way(f.out)
     keep_compiled(os.path.join(folder, "compiled"))
-    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     try:
         if f.samples:
             source, manifest = _file_samples(f.samples, f.num, f.features)
         elif f.num < 1:
             raise UserError(f"--num={f.num}: from the sampler, say how many")
+        layout.check_memory({f"--num={f.num}": f.num * layout.FEATURES}, jax.devices())
         mesh = sharding.make_mesh()
         network = features.load(mesh, f.features, f.inception, f.features_batch_size)
         reference = evaluation.load_reference(f.reference, network)
@@ -141,7 +139,7 @@ def main():
                      "scipy": scipy.__version__, "python": platform.python_version(),
                      "device": jax.devices()[0].device_kind}}
     if f.out and jax.process_index() == 0:
-        pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
+        write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
         say(f"how they came about: {f.out}")
 
 

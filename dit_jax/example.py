@@ -5,12 +5,12 @@ and OUT/vae, an autoencoder of the published format, fitted to them in a minute 
 Diffusion's, whose weights no package brings: latents of an eighth of the size and 4 channels, but blurred.
 """
 
-from absl import flags
-
 from dit_jax import cli
 
+from absl import flags
+
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "folder to write to", required=True)
+    cli.define_path("out", None, "folder to write to", required=True)
     flags.DEFINE_integer("per_class", 100, "crops of each photograph", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "of fitting the VAE", lower_bound=2)
     cli.parse()  # above the imports that take time
@@ -27,6 +27,7 @@ from PIL import Image
 from dit_jax import autoencoder, pictures
 from dit_jax.logging import Progress, say
 from dit_jax.models import vae
+from dit_jax.runtime.files import write_aside
 
 SIZE = 64
 VAE = dict(block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3)
@@ -52,7 +53,7 @@ def write_crops(folder, per_class, rng):
             top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
             crop = Image.fromarray(photograph[top: top + side, left: left + side])
             path = os.path.join(folder, name, f"{i:03d}.jpg")
-            pictures.write_aside(path, pictures.encoded(crop, "jpeg", quality=95))
+            write_aside(path, pictures.encoded(crop, "jpeg", quality=95))
             small.append(np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
     return np.stack(small)
 
@@ -100,7 +101,7 @@ def main():
     mean, _ = jax.jit(model.encode)(model.params, shown)
     again = np.asarray(jax.jit(model.decode)(model.params, mean * scale))
     error = np.mean((np.clip(again, -1, 1) - (shown / 127.5 - 1)) ** 2) / 4
-    pictures.write_aside(os.path.join(f.out, "vae.png"), pictures.png(pictures.grid(
+    write_aside(os.path.join(f.out, "vae.png"), pictures.png(pictures.grid(
         np.concatenate([shown, pictures.to_uint8(again)]), len(shown))))
     say(f"{len(images)} pictures of {len(photographs())} classes in {f.out}/pictures; {folder}: a VAE that brings them back "
         f"with a PSNR of {-10 * np.log10(error):.1f} dB ({f.out}/vae.png: above as they were, below as they come back)")

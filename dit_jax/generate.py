@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax import sharding
+from dit_jax.config import MAX_SCALE
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
@@ -47,8 +48,8 @@ class Generator:
         if cfg_scale != 1 and not args["num_classes"]:
             raise ValueError(f"cfg_scale={cfg_scale}: guidance needs classes, and this model has none (it is "
                              "unconditional); use cfg_scale=1")
-        if not 0 <= cfg_scale < np.inf:
-            raise ValueError(f"cfg_scale={cfg_scale}: must be 0 or more")
+        if not 0 <= cfg_scale <= MAX_SCALE:
+            raise ValueError(f"cfg_scale={cfg_scale}: must be between 0 and {MAX_SCALE}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: must be between 0 and 1")
         if cfg_channels is not None and cfg_channels < 1:

@@ -2,7 +2,7 @@
 
 One process runs on each host, all with the same command. They speak through the key-value store of jax.distributed,
 which the coordinator (process 0) holds, and where a thread of each process looks twice a second. With one process all
-of this does nothing. Exit status 75 (EX_TEMPFAIL) says that the same command, run again, goes on.
+of this does nothing.
 """
 
 import ctypes
@@ -11,11 +11,9 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-import traceback
 import urllib.request
 
 import jax
@@ -23,14 +21,15 @@ from absl import flags
 
 from dit_jax.cli import tpu_attached
 from dit_jax.config import UserError
+from dit_jax.runtime import ending, meeting
+from dit_jax.runtime.ending import AGAIN
 
-AGAIN = 75
 POLL = 0.5  # seconds between looks at the store
 GOES_ON = "the same command on every host goes on from what was saved last"
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a lost host ends the wait sooner
 
 _client, _index, _count, _timeout = None, 0, 1, None  # jax.distributed's client where there are several hosts
-_turn, _ending, _steps = itertools.count(), threading.Lock(), None
+_turn, _steps = itertools.count(), None
 
 
 def _metadata(key):
@@ -80,14 +79,6 @@ def _arguments(coordinator, count, index):
         raise UserError(f"--coordinator={coordinator}: HOST:PORT, the address of process 0 and a free port there")
     if count == 1:
         return None
-    if index == 0:
-        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", int(port)))
-            except OSError as e:
-                raise UserError(f"--coordinator={coordinator}: the port cannot be had here ({e.strerror}); name "
-                                "another") from None
     return {"coordinator_address": coordinator, "num_processes": count, "process_id": index,
             "cluster_detection_method": "deactivate"}  # a SLURM or MPI job is what the flags say, and no more
 
@@ -105,18 +96,33 @@ def join():
     _end_our_way()
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: see Preemption
     _index, _count = arguments.get("process_id", 0), arguments.get("num_processes", 1)
-    start = time.monotonic()
+    ending.name = f"host {_index}: " if _count > 1 else ""
+    start, address = time.monotonic(), arguments.get("coordinator_address")
+    if address:
+        status, text, answered = meeting.meet(address, _index, _count, start + 5 * _timeout)
+        if status == AGAIN:
+            _too_late(start, address, text, answered)
+        if status:
+            ending.end(status, text, answered)
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=int(5 * _timeout),
                                    heartbeat_timeout_seconds=int(_timeout), shutdown_timeout_seconds=int(5 * _timeout))
     except Exception as e:
-        why = "" if "bad_cast" in str(e) else f" ({type(e).__name__}: {_first_line(e)})"
-        _exit(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s{why}; look whether "
-                     f"each runs and reaches {arguments.get('coordinator_address', 'the first')}, then run the same command "
-                     "again")
+        why = "" if "bad_cast" in str(e) else f"{type(e).__name__}: {_first_line(e)}"
+        _too_late(start, address, why)
     state = jax._src.distributed.global_state
     _client, _index, _count = state.client, state.process_id, state.num_processes
+    ending.name = f"host {_index}: "
+    ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {GOES_ON}"))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        ending.on_signal(number, functools.partial(stop, AGAIN, f"stopped by {number.name}; {GOES_ON}"))
     threading.Thread(target=_watch, daemon=True).start()
+
+
+def _too_late(start, address, why, then=lambda: None):
+    ending.end(AGAIN, f"the hosts did not all come together within {time.monotonic() - start:.0f} s"
+               f"{f' ({why})' if why else ''}; look whether each runs and reaches {address or 'the first'}, then run "
+               "the same command again", then)
 
 
 def _silence_stdout():
@@ -131,7 +137,7 @@ def _end_our_way():
     from Python it must convert an absl::Status, which it cannot (0.10.2), and ends in std::terminate. So both lead to
     one line and an exit status. Without them (another jaxlib, no libstdc++) the abort stays."""
     def lost(*_):
-        _exit(AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); "
+        ending.end(AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); "
                      f"{GOES_ON}")
     try:
         from jax._src import distributed
@@ -143,25 +149,8 @@ def _end_our_way():
         pass
 
 
-def _name():
-    return f"host {_index}: " if _count > 1 else ""
-
-
 def _first_line(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
-
-
-def _last_words(line):
-    """One line on stderr, of one thread only: the process ends after it."""
-    if not _ending.acquire(blocking=False):
-        threading.Event().wait()  # another thread is at it
-    print(f"error: {_name()}{line}", file=sys.stderr, flush=True)
-
-
-def _exit(status, line):
-    """The end, from whatever thread. Nothing is waited for: the other hosts may be gone."""
-    _last_words(line)
-    os._exit(status)
 
 
 def _watch():
@@ -173,7 +162,7 @@ def _watch():
             for key, value in said.items():
                 if key.endswith("/end"):
                     host, status, line = json.loads(value)
-                    _exit(status, f"host {host} stopped: {line}")
+                    ending.end(status, f"host {host} stopped: {line}")
             if _steps is not None and (_steps.noticed is not None or any(key.endswith("/sigterm") for key in said)):
                 _steps.agree()
         except Exception:
@@ -191,37 +180,28 @@ def share(value):
 
 def stop(status, line):
     """The other hosts are told, then the process ends."""
-    _last_words(line)
-    if _client is not None:
-        try:
-            _client.key_value_set(f"dit_jax/said/{_index}/end", json.dumps([_index, status, line]))
-            time.sleep(4 * POLL)  # they read it while the coordinator is still there
-        except Exception:
-            pass
-    os._exit(status)
+    def tell():
+        if _client is not None:
+            try:
+                _client.key_value_set(f"dit_jax/said/{_index}/end", json.dumps([_index, status, line]))
+                time.sleep(4 * POLL)  # they read it while the coordinator is still there
+            except Exception:
+                pass
+
+    ending.end(status, line, tell)
 
 
-def report(error):
-    """What an exception of this process means to all. Returns only where there is one process: with several, to unwind
-    could be to wait for others that wait for us."""
-    if _client is None:
-        return
-    chain, e = [], error
-    while e is not None:
-        chain.append(e)
-        e = e.__cause__ or e.__context__
+def fail(error):
+    """An exception ends this process and, with a line that says so, all others."""
+    chain = ending.chain(error)
     text = " ".join(map(str, chain))
-    if isinstance(error, KeyboardInterrupt):
-        stop(1, "interrupted; the same command goes on from what was saved last")
-    if "Gloo" in text:  # on a CPU the loss of a host breaks a connection, before jaxlib misses its heartbeat
+    if _client is not None and "Gloo" in text:  # on a CPU the loss of a host breaks a connection, before jaxlib misses it
         time.sleep(4 * POLL)  # perhaps that host has said why
-        _exit(AGAIN, f"another host was lost (its connection is closed); {GOES_ON}")
-    if any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain) and not any(
+        ending.end(AGAIN, f"another host was lost (its connection is closed); {GOES_ON}")
+    if _client is not None and any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain) and not any(
             own in text for own in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")):
         time.sleep(_timeout + 5)  # perhaps another host is lost, and jaxlib will know
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
-    stop(1, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}")
+    stop(1, ending.line_of(error))
 
 
 def finish():
@@ -238,7 +218,8 @@ def finish():
 
 
 class Preemption:
-    """SIGTERM on any host: all stop after the same step. One more, 10 s later or more, ends the process.
+    """SIGTERM on any host: all stop after the same step, if they are at steps (`running`), else at once. One more, 10 s
+    later or more, ends the process.
 
     A host that has asked reached(n) may have begun step n + 1, in which the others must take part. So from the notice
     on none passes another step until each has said how far it is; the last step is then one more than the furthest.
@@ -246,16 +227,15 @@ class Preemption:
 
     def __init__(self):
         global _steps
-        self.noticed, self.step, self.last, self.lock = None, 0, None, threading.Lock()
+        self.noticed, self.step, self.last, self.lock, self.running = None, 0, None, threading.Lock(), False
         _steps = self
-        signal.signal(signal.SIGTERM, self._notice)
+        ending.on_signal(signal.SIGTERM, self._notice)
 
-    def _notice(self, *_):
+    def _notice(self):
         # A shutdown may signal this process and what started it, which passes the signal on: that is one notice.
         now = time.monotonic()
-        if self.noticed is not None and now - self.noticed > 10:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.running or self.noticed is not None and now - self.noticed > 10:
+            stop(AGAIN, f"stopped by SIGTERM; {GOES_ON if _count > 1 else ending.GOES_ON}")
         self.noticed = self.noticed or now
 
     def agree(self):

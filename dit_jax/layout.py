@@ -1,8 +1,12 @@
 """How a run lies on its devices where the config does not say: mesh, compute dtype, loop or unrolled blocks, what the
 backward pass recomputes. And the devices' figures, on which this and the bounds of `preflight` rest."""
 
+import contextlib
+import math
+import os
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,6 +56,52 @@ def memory(config, devices, remat):
     channel, weight = KEPT[remat]
     state = 16 * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
     return state + rows * ((channel * depth + 60) * width + (weight * depth + 8) * heads * tokens)
+
+
+FEATURES = 4 * (2048 + 1008)  # bytes that evaluation keeps of a picture
+
+
+def least_memory(model, training=None, **pictures):
+    """{setting: bytes}, what this takes at least, whatever the mesh and what is recomputed.
+
+    model: config.model, or the arguments of models.dit.DiT. training: the pictures of a training step, or None. pictures:
+    how many go through the network at once in sampling, by the setting that says so.
+    """
+    depth, width, patch, size, channels = (
+        model[key] for key in ("depth", "hidden_size", "patch_size", "input_size", "in_channels"))
+    tokens, picture = (size // patch) ** 2, size**2 * channels
+    copies = 4 * (5 if training else 1)  # float32: with the EMA, two moments and the gradients, or alone
+    needs = {f"depth={depth} and hidden_size={width}": copies * 12 * depth * width**2,
+             f"num_classes={model['num_classes']}": copies * (model["num_classes"] + 1) * width,
+             f"input_size={size} and in_channels={channels}": copies * (tokens + 2 * patch**2 * channels) * width}
+    for setting, count in {"batch_size": training or 0, **pictures}.items():
+        if count:
+            needs[f"{setting}={count}"] = 4 * count * (2 * picture + tokens * width)
+    return needs
+
+
+def memory_of(devices):
+    """Bytes of memory that a program over all these devices can have."""
+    if devices[0].platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as f:
+            memory = min(memory, int(f.read()))
+        return memory * jax.process_count()
+    chip = CHIPS.get(devices[0].device_kind)
+    return len(devices) * (chip.hbm if chip else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
+
+
+def check_memory(needs, devices):
+    """ValueError naming the largest of `needs`, {setting: bytes}, where the devices have not the memory for all."""
+    there, total = memory_of(devices), sum(needs.values())
+    if total > there:
+        setting = max(needs, key=needs.get)
+        raise ValueError(f"{setting}: needs {_gib(needs[setting])} of memory at least, {_gib(total)} with all else, and there "
+                         f"are {_gib(there)} in all: set less")
+
+
+def _gib(count):
+    return f"{count / GIB:,.3g} GiB" if count < 1e6 * GIB else f"{count / GIB:.1e} GiB"
 
 
 def _mesh(devices, batch_size, num_heads):

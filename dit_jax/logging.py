@@ -7,6 +7,10 @@ import time
 
 import jax
 
+from dit_jax.runtime.files import append, reading, write_aside
+
+LINE = 2**20  # characters: no record has so many
+
 
 def say(text):
     """One line, from the first process only."""
@@ -72,9 +76,7 @@ class Metrics:
         self.main, self.board = jax.process_index() == 0, None
         if not self.main:
             return
-        with open(f"{self.path}.part", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in self.records)
-        os.replace(f"{self.path}.part", self.path)
+        write_aside(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -85,8 +87,7 @@ class Metrics:
         self.records.append({"step": step, **values})
         if not self.main:
             return
-        with open(self.path, "a") as f:
-            f.write(json.dumps(self.records[-1]) + "\n")
+        append(self.path, (json.dumps(self.records[-1]) + "\n").encode())
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -94,17 +95,24 @@ class Metrics:
 
 
 def read_records(path):
-    """The records of a metrics.jsonl. A last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl. A line that is broken, as a kill may cut the last one short, is left out."""
     if not os.path.exists(path):
         return []
     records = []
-    with open(path, errors="replace") as f:
-        for line in f:
+    with reading(path, "records"), open(path, errors="replace") as f:
+        while line := f.readline(LINE):
+            if len(line) == LINE:  # no file of records, and it may have no end
+                break
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(record, dict) or "step" not in record:
-                break
-            records.append(record)
+            except (ValueError, RecursionError):
+                continue
+            if _is_record(record):
+                records.append(record)
     return records
+
+
+def _is_record(record):
+    """{"step": int, name: number, ...}, as Metrics writes them."""
+    return isinstance(record, dict) and type(record.get("step")) is int and all(
+        type(v) is float or type(v) is int and abs(v) < 2**63 for v in record.values())

@@ -1,18 +1,11 @@
 """What a person would rather look at: grids of images and the loss curve."""
 
 import io
-import os
 
 import numpy as np
 from PIL import Image
 
-
-def write_aside(path, data):
-    """Writes bytes so that a file under `path` is always whole."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.part", "wb") as f:
-        f.write(data)
-    os.replace(f"{path}.part", path)
+from dit_jax.runtime.files import write_aside
 
 
 def is_picture(channels):
@@ -63,7 +56,7 @@ def loss_curve(records, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    losses = [r for r in records if "loss" in r]
+    losses = [r for r in records if {"loss", "mse", "vb"} <= r.keys()]
     steps = [r["step"] for r in losses]
     distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
     figure, panels = plt.subplots(1 + bool(distances), figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained",

@@ -10,16 +10,16 @@ Whether it fits is the compiler's word. The times are bounds from the chip's pea
 longer. Exit status 1 where it does not fit.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 if __name__ == "__main__":
     cli.define_config(required=False)
     flags.DEFINE_string("topology", None, "the slice: v3:8x16 or v3-256")
     flags.DEFINE_enum("what", "train", ["train", "sample", "encode", "decode"],
                       "the training step, the sampler with config.sample, or the published VAE at the size of the model")
-    flags.DEFINE_string("out", None, "a JSON file for the report")
+    cli.define_path("out", None, "a JSON file for the report")
     flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
     flags.DEFINE_list("models", ["all"], "of --table: which models")
     cli.parse()  # above the imports that take time
@@ -42,6 +42,7 @@ from dit_jax.hlo import Program
 from dit_jax.layout import CHIPS, GIB
 from dit_jax.logging import duration, say
 from dit_jax.models.dit import MODELS
+from dit_jax.runtime.files import write_aside
 
 # Slices by the names of Cloud TPU (v2 to v5p count cores, v5e and v6e chips), and their chips' grid.
 _3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
@@ -345,16 +346,15 @@ def main():
         raise UserError("flag --config is missing: name a file, e.g. --config=configs/xl2.py")
     if not f.topology:
         raise UserError("--topology is missing: name a slice, e.g. --topology=v3-256")
+    if f.out:
+        cli.make_way(f.out)
     try:
         report = examine(configs.resolve(f.config), f.topology, f.what)
     except ValueError as e:
         raise UserError(str(e)) from None
     print(text(report), flush=True)
     if f.out:
-        try:
-            pictures.write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
-        except OSError as e:
-            raise UserError(f"--out={f.out}: cannot be written ({e.strerror})") from None
+        write_aside(f.out, (json.dumps(report, indent=2) + "\n").encode())
     if not report["fits"]:
         sys.exit(1)
 

@@ -3,13 +3,13 @@
 python -m dit_jax.prepare --tars=DIR --path=DATA_DIR
 """
 
-from absl import flags
-
 from dit_jax import cli
 
+from absl import flags
+
 if __name__ == "__main__":
-    flags.DEFINE_string("tars", None, "a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", required=True)
-    flags.DEFINE_string("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
+    cli.define_path("tars", None, "a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", required=True)
+    cli.define_path("path", None, "the data_dir of tensorflow-datasets to write to", required=True)
     flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")
     cli.parse()  # above the imports that take time
 
@@ -17,6 +17,7 @@ import jax
 
 from dit_jax.config import UserError
 from dit_jax.data import imagenet
+from dit_jax.runtime import files
 
 
 def main():
@@ -24,7 +25,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # nothing here needs a TPU, which another process may be using
     cli.make_workdir(f.path, "path")
     try:
-        with cli.locked(f.path, "path"):
+        with files.hold(f.path, "path"):
             out = imagenet.prepare(f.tars, f.path, f.partial)
     except ValueError as e:
         raise UserError(str(e)) from None

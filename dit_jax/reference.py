@@ -8,20 +8,19 @@ Pictures are decoded and cropped as for training, over all devices and hosts; th
 recall; also `manifest`, how it was made.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 if __name__ == "__main__":
     cli.define_features()
     cli.define_source()
-    flags.DEFINE_string("out", None, "the .npz file")
+    cli.define_path("out", None, "the .npz file")
     flags.DEFINE_integer("images", 0, "so many pictures are kept in the file", lower_bound=0)
     cli.define_hosts()
     cli.parse()  # above the imports that take time
 
 import os
-import signal
 
 import jax
 import numpy as np
@@ -57,9 +56,8 @@ def main():
     if not f.out.endswith(".npz"):
         raise UserError(f"--out={f.out}: must end in .npz")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    cli.make_workdir(os.path.dirname(os.path.abspath(f.out)), "out")
+    cli.make_way(f.out)
     keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
-    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, "stopped by SIGTERM; nothing was written"))
     try:
         network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
         source = encode.open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)

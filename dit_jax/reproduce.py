@@ -12,14 +12,14 @@ they say is in OUT/results, one JSON file a command, and at the end in OUT/resul
 plots are made. After any end the same command goes on. Where a command fails, the others go on, and the page says so.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 STUDIES = ("scaling", "blocks", "guidance", "sampling", "training")
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "a folder for all of it: made, or gone on with")
+    cli.define_path("out", None, "a folder for all of it: made, or gone on with")
     flags.DEFINE_list("study", ",".join(STUDIES), f"one or more of {','.join(STUDIES)}")
     flags.DEFINE_enum("budget", "small", ["small", "full", "tiny"], "small: 2 cores of a laptop; full: an accelerator; "
                       "tiny: to see in minutes that all works, it decides nothing")
@@ -29,7 +29,7 @@ if __name__ == "__main__":
                          "default the budget's", lower_bound=10)
     flags.DEFINE_integer("seed", 0, "the first of the seeds, of which a model has up to 3",
                          lower_bound=0, upper_bound=2**31)
-    flags.DEFINE_string("beside", None, "a folder with the results.json of a study of another --seed: whether this one lands "
+    cli.define_path("beside", None, "a folder with the results.json of a study of another --seed: whether this one lands "
                         "within its ranges goes on the page")
     flags.DEFINE_bool("dry_run", False, "print the plan and do nothing")
     cli.parse()  # above the imports that take time
@@ -40,7 +40,6 @@ import json
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -54,7 +53,8 @@ from dit_jax.config import UserError
 from dit_jax.logging import duration, say
 from dit_jax.miniature import measure, page
 from dit_jax.models.blocks import BLOCKS
-from dit_jax.pictures import write_aside
+from dit_jax.runtime import ending, files
+from dit_jax.runtime.files import write_aside
 from dit_jax.sample import same_manifest
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "mini.py")
@@ -350,10 +350,10 @@ def main():
     if f.dry_run:
         say("\n".join(plan.describe(len(cores()))))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending.raise_on_signals()
     for folder in ("runs", "samples", "results", "logs"):
         cli.make_workdir(os.path.join(f.out, folder), "out")
-    with cli.locked(f.out, "out"):
+    with files.hold(f.out, "out"):
         path = os.path.join(f.out, "plan.json")
         if not same_manifest(path, plan.manifest):
             write(path, plan.manifest)

@@ -4,19 +4,19 @@ import hashlib
 import io
 import json
 import os
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from dit_jax.config import UserError
 from dit_jax.data import samples
 from dit_jax.logging import Progress
 from dit_jax.metrics import inception_score, kid, precision_recall
 from dit_jax.metrics.frechet import Moments, frechet_distance
-from dit_jax.pictures import write_aside
+from dit_jax.runtime.files import reading, write_aside
+from dit_jax.weights import read_npz
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s")
 # Names of the metrics in Inception's features; in others' they bear those features' name, lest they be taken for these.
@@ -140,51 +140,54 @@ def load_reference(path, features):
     features: metrics.features.Features, with which it shall be compared; a file of our own says with which it was made.
     Raises ValueError naming the file.
     """
-    name, sha256, (width, spatial_width) = features.name, features.sha256, features.widths
     identity = {"file": os.path.basename(os.path.abspath(path))}
-
-    def enough(images):
-        if images.shape[0] < LEAST:
-            raise ValueError(f"{path}: holds {images.shape[0]} pictures; a reference takes {LEAST} at least")
-        return images
-
     if os.path.isdir(path):
-        images = enough(samples.Pngs(path))
+        images = _enough(path, samples.Pngs(path))
         return Reference(path, None, None, None, None, images, identity | {"images": images.shape[0]})
-    arrays, images = dict.fromkeys(KEYS), None
-    try:
-        with open(path, "rb") as f:
-            identity["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
-        with np.load(path) as file:
-            there = file.files
-            for key in KEYS:
-                arrays[key] = file[key] if key in there else None
-            made = json.loads(str(file["manifest"])) if "manifest" in there else None
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file: name a reference, an .npz or a folder of PNGs") from None
-    except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"{path}: is no reference, cut short or damaged ({' '.join(str(e).split())[:150]})") from None
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file: name a reference, an .npz or a folder of PNGs")
+    with reading(path, "a reference", "is no reference, cut short or damaged ({reason})"):
+        return _load_npz(path, features, identity)
+
+
+def _enough(path, images):
+    if images.shape[0] < LEAST:
+        raise UserError(f"{path}: holds {images.shape[0]} pictures; a reference takes {LEAST} at least")
+    return images
+
+
+def _load_npz(path, features, identity):
+    name, sha256, (width, spatial_width) = features.name, features.sha256, features.widths
+    there, arrays, images = read_npz(path), dict.fromkeys(KEYS), None
+    with open(path, "rb") as f:
+        identity["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+    made = json.loads(str(there["manifest"].read())) if "manifest" in there else None
     if not (isinstance(made, dict) and {"features", "features_sha256"} <= made.keys()):
         made = None  # of somebody else's file: other keys than the published ones say nothing here
     identity |= {"made": made} if made else {}
+    if made and not (all(isinstance(made[key], str) and made[key].isprintable() for key in ("features", "features_sha256"))
+                     and type(made.get("size", 0)) is int):
+        raise ValueError("its manifest names no features, or a size that is none")
     if made and (made["features"], made["features_sha256"]) != (name, sha256):
-        raise ValueError(f"{path}: was made for {made['features']} with weights of sha256 {made['features_sha256'][:16]}..., "
-                         f"not for {name} with {sha256[:16]}...: make it again with dit_jax.reference")
+        raise UserError(f"{path}: was made for {made['features']:.40} with weights of sha256 "
+                        f"{made['features_sha256']:.16}..., not for {name} with {sha256[:16]}...: make it again with "
+                        "dit_jax.reference")
     if samples.KEY in there:
-        images = enough(samples.Npz(path))
+        images = _enough(path, samples.Npz(path))
         identity["images"] = images.shape[0]
-    if arrays["mu"] is None and images is None:
-        raise ValueError(f"{path}: holds neither mu and sigma nor pictures arr_0: this is no reference")
+    if "mu" not in there and images is None:
+        raise UserError(f"{path}: holds neither mu and sigma nor pictures arr_0: this is no reference")
     for mean, cov, size in (("mu", "sigma", width), ("mu_s", "sigma_s", spatial_width)):
-        mu, sigma = arrays[mean], arrays[cov]
-        if mu is None or size is None:
+        if mean not in there or size is None:
             continue
-        if mu.shape != (size,) or sigma is None or sigma.shape != (size, size):
-            shape = None if sigma is None else sigma.shape
-            raise ValueError(f"{path}: {mean} is of {mu.shape} and {cov} of {shape}; the features of {name} take {(size,)} "
-                             f"and {(size, size)}")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"{path}: {mean} or {cov} holds numbers that are not finite")
+        shapes = [there[key].shape if key in there else None for key in (mean, cov)]
+        if shapes != [(size,), (size, size)]:
+            raise UserError(f"{path}: {mean} is of {shapes[0]} and {cov} of {shapes[1]}; the features of {name} take "
+                            f"{(size,)} and {(size, size)}")
+        for key in (mean, cov):
+            arrays[key] = there[key].read()
+            if arrays[key].dtype.kind != "f" or not (np.abs(arrays[key]) < 1e30).all():
+                raise UserError(f"{path}: {mean} or {cov} holds numbers that are not finite")
     return Reference(path, *(arrays[key] for key in KEYS), images, identity)
 
 

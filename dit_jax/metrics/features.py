@@ -18,17 +18,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dit_jax import hosts, sharding
 from dit_jax.autoencoder import over_devices
-from dit_jax.config import UserError
-from dit_jax.convert import UNREADABLE, read_torch, state_dict
 from dit_jax.models import efficientnet, inception
 from dit_jax.pictures import to_uint8
+from dit_jax.runtime.files import reading
+from dit_jax.weights import limit, read_all
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -64,7 +62,7 @@ def load_inception(path, precision=inception.HIGHEST):
     """
     if path is None:
         raise ValueError(f"FID needs the weights of InceptionV3, which no package carries: {FETCH} and give its path")
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file: {FETCH}")
     graphdef, target = inception.abstract(precision=precision)
     params, sha256 = _load(path, target)
@@ -93,13 +91,14 @@ def load(mesh, kind, inception, batch_size=32):
 def _load(path, target, prefix="", unused=r"$"):
     """-> (arrays as in `target`, sha256 of the file). prefix: of the parts of published names. unused: a pattern of
     what names of the file begin with that the network does without."""
-    with open(path, "rb") as f:
+    with reading(path, "weights"), open(path, "rb") as f:
+        limit(path)
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path)
     if digits and not sha256.startswith(digits[1]):
         raise ValueError(f"{path}: is damaged: its sha256 begins with {sha256[:8]}, not {digits[1]} as its name says: "
                          "fetch it again")
-    flat = {name: a for name, a in _read(path).items() if not re.match(unused, name)
+    flat = {name: a for name, a in read_all(path).items() if not re.match(unused, name)
             and not name.endswith("num_batches_tracked")}
     leaves = {_published(place, prefix): leaf for place, leaf in jax.tree_util.tree_leaves_with_path(target)}
     arrays = {name: a.transpose(AXES[a.ndim]) if a.ndim in AXES else a for name, a in flat.items()}
@@ -120,20 +119,6 @@ def _load(path, target, prefix="", unused=r"$"):
 def _published(place, prefix):
     *parents, leaf = [str(key.key) for key in place]
     return ".".join([part if part.isdigit() else prefix + part for part in parents] + [LEAVES.get(leaf, leaf)])
-
-
-def _read(path):
-    try:
-        if path.endswith(".npz"):
-            with np.load(path) as arrays:
-                return dict(arrays)
-        if path.endswith(".safetensors"):
-            return safetensors.numpy.load_file(path)
-        return state_dict(path, read_torch(path))
-    except UserError as e:
-        raise ValueError(str(e)) from None
-    except (*UNREADABLE, safetensors.SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be read as weights ({str(e).partition(chr(10))[0]}): is it whole?") from None
 
 
 class Features:

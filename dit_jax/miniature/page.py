@@ -9,8 +9,9 @@ from dit_jax import paper
 from dit_jax.logging import duration, read_records
 from dit_jax.miniature import findings
 from dit_jax.miniature.findings import JUDGES, ORDER
-from dit_jax.pictures import grid, write_aside
+from dit_jax.pictures import grid
 from dit_jax.timing.page import table
+from dit_jax.runtime.files import write_aside
 
 NOTES = """\
 A *distance* is the Fréchet distance between a set of {samples} samples, all classes in turn, and the {held_out}

@@ -14,6 +14,7 @@ from dit_jax.data import images, latents, pipeline
 from dit_jax.data.pictures import Folder, Pictures
 from dit_jax.example import photographs
 from dit_jax.timing.child import Timed, serve
+from dit_jax.runtime.files import write_aside
 
 BATCH, SIZE, SHAPE = 256, 256, (32, 32, 4)
 PICTURE = (375, 500)  # height and width: about ImageNet's mean
@@ -44,7 +45,7 @@ def make_pictures(path, count):
         height, width = min((PICTURE[0], PICTURE[1]), original.size[::-1])
         box = rng.integers(original.width - int(width * scale) + 1), rng.integers(original.height - int(height * scale) + 1)
         crop = original.crop((*box, box[0] + int(width * scale), box[1] + int(height * scale))).resize(PICTURE[::-1])
-        pictures.write_aside(os.path.join(path, str(i % 2), f"{i}.jpg"), pictures.encoded(crop, "jpeg", quality=90))
+        write_aside(os.path.join(path, str(i % 2), f"{i}.jpg"), pictures.encoded(crop, "jpeg", quality=90))
 
 
 def ours(source, rows):

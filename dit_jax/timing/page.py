@@ -3,8 +3,8 @@
 import io
 import statistics
 
-from dit_jax.pictures import write_aside
 from dit_jax.timing.profile import KINDS
+from dit_jax.runtime.files import write_aside
 
 GIB = 2**30
 OURS, BARE, AGAIN, DIFFUSERS = "dit_jax", "its steps alone", "its second start", "diffusers"

@@ -1,0 +1,145 @@
+"""How a process ends: a signal or an error is one line on stderr and an exit status, at once.
+
+Nothing is unwound, closed or waited for on the way. It need not be: every file is written aside and renamed when it is
+whole (runtime/files.py), so what is on disk can be used at any moment. And it must not be: libraries' threads (orbax,
+gRPC) write tracebacks or wait for each other for minutes when the interpreter shuts down under them.
+
+Exit status 75 (EX_TEMPFAIL) says that the same command, run again, goes on.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+AGAIN = 75
+GOES_ON = "the same command goes on from what is whole, or starts over"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+name = ""  # of this process among several, as in "host 1: "
+at_end = []  # functions that are called before the process ends by `end`
+_ended, _actions = threading.Lock(), {}
+
+
+def end(status, line, then=lambda: None):
+    """The last line of this process, and its end, from whatever thread. then: called in between."""
+    last_words(line)
+    then()
+    os._exit(status)
+
+
+def last_words(line):
+    """One line on stderr, of one thread only: the process ends after it."""
+    if not _ended.acquire(blocking=False):
+        threading.Event().wait()  # another thread is at it
+    with contextlib.suppress(Exception):  # stdout may be a pipe that nobody reads, or a file on a full disk
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        if sys.stderr.isatty():
+            print("\r\x1b[2K", end="", file=sys.stderr)  # where a progress bar stands
+        print(f"error: {name}{' '.join(line.split(chr(10)))}", file=sys.stderr, flush=True)
+    for function in at_end:
+        with contextlib.suppress(Exception):
+            function()
+
+
+def interrupted():
+    end(1, f"interrupted; {GOES_ON}")
+
+
+def terminated(number):
+    end(AGAIN, f"stopped by {signal.Signals(number).name}; {GOES_ON}")
+
+
+def on_signal(number, action):
+    """action() is called by a thread of its own as soon as the signal comes: the main thread may be amid a compilation,
+    where Python's own handlers wait, or in a library that an exception must not interrupt. A signal that whoever started
+    this process had it ignore (as nohup does) stays ignored. To be called by the main thread."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        _actions[number] = action
+        signal.signal(number, lambda *_: None)
+
+
+def raise_on_signals():
+    """From here on these signals raise KeyboardInterrupt in the main thread: for commands that have other processes to
+    end."""
+    for number in SIGNALS:
+        if _actions.pop(number, None):
+            signal.signal(number, signal.default_int_handler)
+
+
+def _watch(pipe):
+    """The thread that waits for signals. A second Ctrl-C ends the process, whatever the first one's action waits for. One that
+    comes with the first is the same: `timeout` sends two."""
+    interrupts = []
+    while number := os.read(pipe, 1):
+        action = _actions.get(number[0])
+        if action and number[0] == signal.SIGINT:
+            interrupts.append(time.monotonic())
+            if interrupts[-1] - interrupts[0] > 0.5:
+                threading.Timer(1, os._exit, [1]).start()
+                action = interrupted
+            elif interrupts[1:]:
+                continue
+        if action:
+            threading.Thread(target=action, daemon=True).start()
+
+
+def begin():
+    """From here on a signal ends this process with a line, if it is a command of this package."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if _actions or not spec or not re.fullmatch(r"dit_jax\.\w+", spec.name):
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+    on_signal(signal.SIGINT, interrupted)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        on_signal(number, functools.partial(terminated, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def start_anew(environment):
+    """This process from its beginning, with another environment. A signal that comes meanwhile waits for `begin`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.execve(sys.executable, sys.orig_argv, environment)
+
+
+def chain(error):
+    """The exception and those that it came of."""
+    errors = []
+    while error is not None:
+        errors.append(error)
+        error = error.__cause__ or error.__context__
+    return errors
+
+
+def line_of(error):
+    """An exception -> the line that says what is wrong and what to do."""
+    from dit_jax.config import UserError
+    from dit_jax.runtime import files
+
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; the same command goes on"
+    if isinstance(error, OSError):
+        return files.problem(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        return f"out of memory ({first or type(error).__name__}): a smaller batch or model needs less"
+    # A defect of this program. The traceback is for whoever mends it; for a user it would bury the line.
+    where = "its traceback, for which there is no room"
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="dit_jax-", suffix=".txt", delete=False) as f:
+        f.writelines(traceback.format_exception(error))
+        where = f.name
+    return f"{type(error).__name__}: {first} (a defect of dit_jax: please report it with {where})"
