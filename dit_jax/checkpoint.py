@@ -4,20 +4,25 @@ workdir/checkpoints/STEP/ holds the items params, ema, optimizer and meta (JSON:
 identity, seconds trained). They are written asynchronously, aside, and renamed when whole.
 """
 
+import contextlib
 import glob
 import logging
 import os
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dit_jax import hosts
+from dit_jax import config as configs, hosts
 from dit_jax.config import UserError
 from dit_jax.logging import say
+from dit_jax.runtime import files
 from dit_jax.state import TrainState
+
+ITEMS = ("params", "ema", "optimizer")
 
 
 def _first_line(error):
@@ -41,9 +46,27 @@ def _fingerprint(tree):
     return sum(jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32)) for leaf in jax.tree.leaves(tree))
 
 
+def _problem(meta):
+    """What the meta item of a checkpoint lacks, or None."""
+    if not isinstance(meta, dict):
+        return "its meta is no mapping"
+    fingerprints = meta.get("fingerprints")
+    if not isinstance(fingerprints, dict) or not all(isinstance(fingerprints.get(name), int) for name in ITEMS):
+        return f"its meta has fingerprints={fingerprints!r:.80}, no number for each of {', '.join(ITEMS)}"
+    if not isinstance(meta.get("train_seconds"), (int, float)):
+        return f"its meta has train_seconds={meta.get('train_seconds')!r}, no number"
+    unlogged = meta.get("unlogged", [])  # those of older versions have none
+    if not isinstance(unlogged, list) or not all(isinstance(v, dict) and all(isinstance(x, float) for x in v.values())
+                                                 for v in unlogged):
+        return f"its meta has unlogged={unlogged!r:.80}, no list of a step's values each"
+    if not isinstance(meta.get("data"), str):
+        return f"its meta has data={meta.get('data')!r}, no text"
+    problem = configs.stored_problem(meta.get("config"))
+    return problem and f"its meta has {problem}"
+
+
 def _items(state):
-    return {"params": state.params, "ema": state.ema,
-            "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    return dict(zip(ITEMS, (state.params, state.ema, {"step": state.step, "opt_state": state.opt_state})))
 
 
 class Checkpoints:
@@ -77,23 +100,61 @@ class Checkpoints:
         """Returns when the state is copied; the writing goes on behind."""
         if step in self.steps():
             return
-        try:
+        self.wait()
+        # Where nothing can be written, orbax's threads may wait for each other for minutes.
+        if jax.process_index() == 0:
+            files.probe(self.directory)
+        with self._errors():
             items = _items(state)
             meta = meta | {"fingerprints": {name: int(_fingerprint(item)) for name, item in items.items()}}
             self.manager.save(step, args=ocp.args.Composite(
                 meta=ocp.args.JsonSave(meta),
                 **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+
+    @contextlib.contextmanager
+    def _errors(self):
+        """What orbax raises over a checkpoint that it cannot write becomes an OSError or a UserError."""
+        try:
+            with files.naming(self.directory):
+                yield
+        except (UserError, OSError):
+            raise
         except Exception as e:
-            raise UserError(f"{self.directory}/{step}: the checkpoint cannot be written ({_first_line(e)})") from e
+            raise UserError(f"{self.directory}: a checkpoint cannot be written ({_first_line(e)})") from e
 
     def wait(self):
-        try:
+        with self._errors():
             self.manager.wait_until_finished()
-        except Exception as e:
-            raise UserError(f"{self.directory}: the last checkpoint could not be written ({_first_line(e)})") from e
+
+    def check(self):
+        """Raises OSError or UserError where the writing that goes on behind has failed."""
+        with self._errors():
+            self.manager.check_for_errors()
+
+    def settle(self, seconds):
+        """Waits for what is being written, so long at most -> the newest step that is whole, or 0. Of any thread."""
+        deadline = time.monotonic() + seconds
+        while self.manager.is_saving_in_progress() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            return max((int(name) for name in os.listdir(self.directory) if name.isdigit()), default=0)
+        return 0
 
     def meta(self, step):
-        return self.reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """The meta item, looked through. Raises UserError where this process may not read the checkpoint."""
+        folder = os.path.join(self.directory, str(step))
+        for place, _, names in os.walk(folder):
+            for path in (place, *(os.path.join(place, name) for name in names)):
+                if not os.access(path, os.R_OK | (os.X_OK if path == place else 0)):
+                    raise UserError(f"{path}: cannot be read (Permission denied): change the permissions")
+        meta = self.reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if isinstance(meta, dict) and "fingerprints" not in meta:
+            raise UserError(f"{folder}/meta: has no fingerprints: an older version of dit_jax wrote this checkpoint. Take "
+                            "its weights out with that version (dit_jax.convert), and start a new run from them with "
+                            "--config.init.weights")
+        if problem := _problem(meta):
+            raise ValueError(problem)
+        return meta
 
     def _restore(self, step, targets, check=lambda meta: None):
         """(items, meta, None), or, where any host cannot read them, (None, None, why)."""
@@ -121,19 +182,15 @@ class Checkpoints:
         is of another run. A damaged checkpoint is moved to workdir/damaged, and said.
         """
         steps = hosts.share(self.steps())[0]
-        try:
-            for step in reversed(steps):
-                items, meta, why = self._restore(step, _items(target), check)
-                if not why:
-                    optimizer = items["optimizer"]
-                    return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
-                self._set_aside(step, why)
-            if steps:
-                raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or "
-                                "move this one away to start over")
-        except BaseException:
-            self.manager.close()  # its threads would complain at exit
-            raise
+        for step in reversed(steps):
+            items, meta, why = self._restore(step, _items(target), check)
+            if not why:
+                optimizer = items["optimizer"]
+                return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
+            self._set_aside(step, why)
+        if steps:
+            raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or "
+                            "move this one away to start over")
         return None
 
     def restore_params(self, step, which, target):
@@ -156,6 +213,8 @@ class Checkpoints:
         for s in [step] if step is not None and step in self.steps() else reversed(self.steps()):
             try:
                 return self.meta(s)
+            except UserError:
+                raise
             except Exception as e:
                 say(f"checkpoint {self.directory}/{s} cannot be read ({_first_line(e)})")
         raise UserError(f"{self.directory}: no checkpoint can be read")

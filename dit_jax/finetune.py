@@ -39,15 +39,13 @@ def initial_params(weights, which, *, args, mesh, seed):
 
 def _of_run(workdir, which, args, mesh):
     checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        there = configs.dit_args(layout.settle(checkpoints.latest_meta()["config"], jax.devices()))
-        _check_same(there, args)
-        shapes = dit.abstract(**there)[1]
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
-                              sharding.state_shardings(shapes, mesh))
-        step, params = checkpoints.restore_params(None, {"ema": "ema", "raw": "params"}[which], target)
-    finally:
-        checkpoints.close()
+    there = configs.dit_args(layout.settle(checkpoints.latest_meta()["config"], jax.devices()))
+    _check_same(there, args)
+    shapes = dit.abstract(**there)[1]
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
+                          sharding.state_shardings(shapes, mesh))
+    step, params = checkpoints.restore_params(None, {"ema": "ema", "raw": "params"}[which], target)
+    checkpoints.close()
     return there, params, {"workdir": os.path.abspath(workdir), "step": step, "which": which}
 
 

@@ -3,13 +3,13 @@
 The same command again goes on where the newest checkpoint stands, and ends with the same parameters to the bit.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 if __name__ == "__main__":
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "the run's folder: made, or gone on with")
+    cli.define_path("workdir", None, "the run's folder: made, or gone on with")
     flags.DEFINE_string("profile", None, "START:STOP: a trace of these steps, in WORKDIR/profile")
     flags.DEFINE_bool("debug_nans", False, "stop at the first operation that makes a NaN, with a traceback; slow")
     cli.define_hosts()
@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import math
 import os
+import signal
 import time
 from dataclasses import replace
 
@@ -34,6 +35,8 @@ from dit_jax.logging import Metrics, Progress, duration, say
 from dit_jax.models import dit
 from dit_jax.profiling import Trace, keep_compiled
 from dit_jax.state import init_state, make_optimizer, make_train_step
+from dit_jax.runtime import ending, files
+from dit_jax.runtime.files import write_aside
 
 
 def make_programs(config, mesh):
@@ -68,6 +71,18 @@ def start_from(params, init, target):
 
     shardings = jax.tree.map(lambda a: a.sharding, replace(target, params=None))
     return replace(jax.jit(rest, out_shardings=shardings)(jax.random.key(0), params), params=params)
+
+
+def least_memory(config):
+    """{setting: bytes} of a settled config: the training step, the grids, and what is measured."""
+    s, e, model = config["sample"], config["eval"], config["model"]
+    classes, drawn = min(s["classes"], model["num_classes"] or s["classes"]), s["every"] or config["judge"]["samples"]
+    needs = layout.least_memory(model, config["batch_size"],
+                                **{f"sample.classes={classes} and sample.per_class": drawn and classes * s["per_class"],
+                                   "eval.batch_size": e["every"] and min(e["num"], e["batch_size"])})
+    picture = 4 * model["input_size"] ** 2 * model["in_channels"]
+    return needs | {f"judge.samples={config['judge']['samples']}": config["judge"]["samples"] * picture,
+                    f"eval.num={e['num']}": e["num"] * layout.FEATURES if e["every"] else 0}
 
 
 def grid_labels(config):
@@ -116,7 +131,21 @@ def draw_grid(generator, decode, ema, config, path):
     images = generator(ema, labels, np.arange(len(labels)))
     images = decode(images) if decode else images
     if jax.process_index() == 0:
-        pictures.write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), s["per_class"])))
+        write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), s["per_class"])))
+
+
+def check_finite(values, last, config, checkpoints):
+    """UserError where of these steps' values, up to step `last`, one is not finite."""
+    for step, v in enumerate(values, last - len(values) + 1):
+        if all(map(math.isfinite, v.values())):
+            continue
+        checkpoints.wait()
+        saved = max(checkpoints.steps(), default=None)
+        raise UserError(
+            f"step {step}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}, the parameters' {v['param_norm']}; "
+            + ("no checkpoint was written" if saved is None else
+               f"the last good checkpoint is step {saved} in {checkpoints.directory}")
+            + f". Lower optimizer.learning_rate ({config['optimizer']['learning_rate']}) or look at the data")
 
 
 def measure(generator, ema, train, held_out, count, train_seconds, workdir):
@@ -134,7 +163,7 @@ def measure(generator, ema, train, held_out, count, train_seconds, workdir):
         raise UserError(f"the samples at the end of {workdir} are not finite: lower sample.cfg_scale, or train on")
     result = judge.report((train.x, train.y), (held_out.x, held_out.y), samples, labels)
     result["train_seconds"] = round(train_seconds, 1)
-    pictures.write_aside(os.path.join(workdir, "report.json"), (json.dumps(result, indent=2) + "\n").encode())
+    write_aside(os.path.join(workdir, "report.json"), (json.dumps(result, indent=2) + "\n").encode())
     say(f"""
 The judge, fitted on the {len(train)} real training pictures, recognises {result['judge_accuracy']:.1%} of the \
 {len(held_out)} held-out ones.
@@ -151,13 +180,19 @@ def main():
     if workdir is None:
         raise UserError("--workdir is missing: name the run's folder")
     config = configs.resolve(flags.FLAGS.config)
-    steps, batch_size, model = config["steps"], config["batch_size"], config["model"]
     # On CPU a collective of one step must not wait behind the next step's: two in flight can lock up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    cli.make_workdir(workdir)
+    cli.make_workdir(workdir, files_in=("metrics.jsonl", "loss.png", "report.json"),
+                     folders_in=("checkpoints", "damaged", "samples", "tensorboard", "profile"))
+    with files.hold(workdir, "workdir"):
+        return train(config, workdir, debug_nans=flags.FLAGS.debug_nans, profile=flags.FLAGS.profile)
+
+
+def train(config, workdir, *, debug_nans, profile):
+    """The run of a resolved config in a folder that is held -> exit status."""
+    steps, batch_size, model = config["steps"], config["batch_size"], config["model"]
     preemption = hosts.Preemption()
     keep_compiled(os.path.join(workdir, "compiled"))
-    debug_nans = flags.FLAGS.debug_nans
     if debug_nans and jax.process_count() > 1:
         raise UserError("--debug_nans: the step that failed is run again, operation by operation, which one host alone "
                         "can")
@@ -165,6 +200,7 @@ def main():
     # Mesh, data, programs.
     try:
         settled = layout.settle(config, jax.devices())
+        layout.check_memory(least_memory(settled), jax.devices())
         mesh = sharding.make_mesh(**settled["mesh"])
         if batch_size % sharding.batch_shards(mesh):
             raise ValueError(f"batch_size={batch_size}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
@@ -217,26 +253,26 @@ def main():
     restored = checkpoints.restore_latest(target, check_same_run(config, source.identity))
     state, meta = restored or (None, {"train_seconds": 0.0})
     if not restored and config["init"]["weights"]:
-        try:
-            params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
-        except BaseException:
-            checkpoints.close()  # its threads would complain at exit
-            raise
+        params, meta["init"] = finetune.initial_params(**config["init"], args=args, mesh=mesh, seed=config["seed"])
         state = start_from(params, init, target)
     elif not restored:
         state = init(jax.random.key(config["seed"]))
     first, trained_before = int(state.step), meta["train_seconds"]
     if first > steps:
-        checkpoints.close()
         raise UserError(f"steps={steps}: the checkpoint in {workdir} is at step {first} already")
     if restored:
         say(f"goes on from step {first} of {steps}")
-    trace = Trace(flags.FLAGS.profile, os.path.join(workdir, "profile"), first + 1, steps)
+    trace = Trace(profile, os.path.join(workdir, "profile"), first + 1, steps)
     metrics = Metrics(workdir, first)
 
     def save(step):
         checkpoints.save(step, state, {"config": config, "data": source.identity, "init": meta.get("init"),
-                                       "train_seconds": seconds(), "versions": {"jax": jax.__version__}})
+                                       "train_seconds": seconds(), "unlogged": unlogged,
+                                       "versions": {"jax": jax.__version__}})
+
+    def interrupted():
+        step = checkpoints.settle(seconds=5)
+        hosts.stop(1, f"interrupted; the same command goes on from step {step}")
 
     def evaluate_if_due(step):
         """Whether it was. What a run was stopped before, between a checkpoint and this, the next one makes up for."""
@@ -261,78 +297,68 @@ def main():
     # The loop. Metrics stay on the device until they are logged; nothing is saved that was not seen to be finite.
     start = mark = time.perf_counter()
     mark_step, pending = first, []
+    unlogged = meta.get("unlogged", [])  # values of the steps since the last record: a stop does not cut their mean
+    ending.on_signal(signal.SIGINT, interrupted)
+    preemption.running = True
     progress = Progress("train", steps, "steps", done=first)
     batches = pipeline.Batches(source, seed=config["seed"], flip=config["data"]["flip"], first_step=first,
                                last_step=steps, batch_size=batch_size, sharding=across, num_classes=model["num_classes"])
-    try:
-        if evaluate_if_due(first):
-            draw_curve()
-            mark = time.perf_counter()
-        for step in range(first + 1, steps + 1):
-            try:
-                batch = batches.get(running=pending[-1:])
-            except ValueError as e:
-                raise UserError(str(e)) from None
-            with trace.step(step), jax.debug_nans(debug_nans):
-                state, values = train_step(state, model_input(batch, step - 1))
-            trace.after(step, values)
-            pending.append(values)
-            stop, last = preemption.reached(step), step == steps
-            log, keep = step % config["log_every"] == 0, step % config["checkpoint"]["every"] == 0 or last or stop
-            picture = config["sample"]["every"] and (step % config["sample"]["every"] == 0 or last)
+    if evaluate_if_due(first):
+        draw_curve()
+        mark = time.perf_counter()
+    stop = False
+    for step in range(first + 1, steps + 1):
+        try:
+            batch = batches.get(running=pending[-1:])
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        with trace.step(step), jax.debug_nans(debug_nans):
+            state, values = train_step(state, model_input(batch, step - 1))
+        trace.after(step, values)
+        pending.append(values)
+        stop, last = preemption.reached(step), step == steps
+        log, keep = step % config["log_every"] == 0 or last, step % config["checkpoint"]["every"] == 0 or last or stop
+        picture = config["sample"]["every"] and (step % config["sample"]["every"] == 0 or last)
 
-            if log or keep:
-                values = jax.device_get(pending)
-                for i, v in enumerate(values, step - len(values) + 1):
-                    if not all(math.isfinite(x) for x in v.values()):
-                        checkpoints.wait()
-                        saved = max(checkpoints.steps(), default=None)
-                        raise UserError(
-                            f"step {i}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}, the parameters' "
-                            f"{v['param_norm']}; "
-                            + ("no checkpoint was written" if saved is None else
-                               f"the last good checkpoint is step {saved} in {workdir}")
-                            + f". Lower optimizer.learning_rate ({config['optimizer']['learning_rate']}) or look at the "
-                            "data")
-                pending = []
-                now = time.perf_counter()
-                rate = (step - mark_step) / (now - mark)
-                record = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-                record |= {"steps_per_second": rate, "images_per_second": rate * batch_size,
-                           "data_wait": batches.waited / (now - mark),
-                           "mfu": rate * batch_size * flops.train_flops(**args) / (peak * len(jax.devices()))}
-                metrics.write(step, record)
-                mark, mark_step, batches.waited = now, step, 0.0
-                progress.update(step, f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} img/s, "
-                                      f"MFU {record['mfu']:.0%}")
-                progress.say(f"step {step}/{steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb "
-                             f"{record['vb']:.4f}  {rate:.3g} steps/s  {record['images_per_second']:.4g} images/s  "
-                             f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left"
-                             + (f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""))
-            else:
-                progress.update(step)
-            if keep:
-                save(step)
-            if picture:
-                draw_grid(generator, decode, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
-            measured = not stop and evaluate_if_due(step)
-            if keep or picture or measured:
-                draw_curve()
-                mark, mark_step, batches.waited = time.perf_counter(), step, 0.0
-            if stop:
-                break
-    except BaseException as e:
-        hosts.report(e)  # several hosts end here: the checkpoint that is being written needs all of them
-        if isinstance(e, KeyboardInterrupt):
-            step = max(checkpoints.steps(), default=0)
-            raise UserError(f"interrupted; the same command goes on from step {step}") from None
-        raise
-    finally:
-        progress.close()
-        trace.close()
-        batches.close()
-        checkpoints.close()
-    if first < steps and stop:
+        if log or keep:
+            values = jax.device_get(pending)
+            unlogged += [{name: float(x) for name, x in v.items()} for v in values]
+            pending = []
+            check_finite(unlogged[-len(values):], step, config, checkpoints)
+            checkpoints.check()
+        if log:
+            now = time.perf_counter()
+            rate = (step - mark_step) / (now - mark)
+            record = {name: float(np.mean([v[name] for v in unlogged])) for name in unlogged[0]}
+            record |= {"steps_per_second": rate, "images_per_second": rate * batch_size,
+                       "data_wait": batches.waited / (now - mark),
+                       "mfu": rate * batch_size * flops.train_flops(**args) / (peak * len(jax.devices()))}
+            metrics.write(step, record)
+            mark, mark_step, batches.waited, unlogged = now, step, 0.0, []
+            progress.update(step, f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} img/s, "
+                                  f"MFU {record['mfu']:.0%}")
+            progress.say(f"step {step}/{steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb "
+                         f"{record['vb']:.4f}  {rate:.3g} steps/s  {record['images_per_second']:.4g} images/s  "
+                         f"MFU {record['mfu']:.0%}  {duration((steps - step) / rate)} left"
+                         + (f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""))
+        else:
+            progress.update(step)
+        if keep:
+            save(step)
+        if picture:
+            draw_grid(generator, decode, state.ema, config, os.path.join(workdir, "samples", f"{step:08d}.png"))
+        measured = not stop and evaluate_if_due(step)
+        if keep or picture or measured:
+            draw_curve()
+            mark, mark_step, batches.waited = time.perf_counter(), step, 0.0
+        if stop:
+            break
+    progress.close()
+    trace.close()
+    batches.close()
+    checkpoints.close()
+    preemption.running = False
+    if stop:
         say(f"preempted: step {step} of {steps} is saved in {workdir}, and the same command goes on from there")
         return hosts.AGAIN
     train_seconds = seconds() if first < steps else trained_before
