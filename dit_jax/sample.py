@@ -9,22 +9,23 @@ goes on where it stopped. The samples of a model of latents are decoded by the V
 config; with none samples.npz holds `latents` (N, H, W, C) float32.
 """
 
-from absl import flags
-
 from dit_jax import cli
+
+from absl import flags
 
 if __name__ == "__main__":
     cli.define_samples(num=16, classes="balanced", cfg_scale=4.0)
-    flags.DEFINE_string("out", None, "folder to write to; by default WORKDIR/out")
+    cli.define_path("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_bool("png", False, "also single pictures")
     cli.parse()  # above the imports that take time
 
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
-import signal
 import zipfile
 
 import jax
@@ -36,6 +37,8 @@ from dit_jax.generate import Generator
 from dit_jax.logging import Progress, say
 from dit_jax.models import dit
 from dit_jax.profiling import keep_compiled
+from dit_jax.runtime import files
+from dit_jax.runtime.files import write_aside
 
 GRID_IMAGES = 100
 MODEL = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
@@ -92,47 +95,65 @@ def choose_labels(classes, num, num_classes, seed):
 
 
 class Parts:
-    """The images made so far, in OUT/parts/START.npy, each whole, consecutive from 0."""
+    """The images made so far, in OUT/parts, consecutive from 0. A file START-COUNT-SETTINGS-CONTENT.npy says by its name
+    which images it holds, and by hashes of which settings and of which bytes. What does not fit is set aside, and said.
 
-    def __init__(self, out):
-        self.folder = os.path.join(out, "parts")
+    out: the folder; settings: text that says all that the images depend on. Attributes: files, done (images).
+    """
+
+    def __init__(self, out, settings):
+        self.folder, self.files, self.done = os.path.join(out, "parts"), [], 0
+        self.settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
         os.makedirs(self.folder, exist_ok=True)
-        self.files, self.done = [], 0
-        for name in sorted(name for name in os.listdir(self.folder) if name.endswith(".npy")):
-            if name != self._name(self.done):
-                break
-            self._add(name)
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(".part"):  # cut short by a kill
+                os.remove(os.path.join(self.folder, name))
+            elif not self._take(name):
+                set_aside(out, os.path.join(self.folder, name), "is no part of these samples, or damaged")
 
-    def _name(self, start):
-        return f"{start:09d}.npy"
-
-    def _add(self, name):
+    def _take(self, name):
+        """Whether the file is the next part."""
+        fields = re.fullmatch(r"(\d{12})-(\d+)-([0-9a-f]{16})-([0-9a-f]{16})\.npy", name)
         path = os.path.join(self.folder, name)
+        if not fields or int(fields[1]) != self.done or fields[3] != self.settings or not os.path.isfile(path):
+            return False
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest()[:16] != fields[4]:
+                return False
         self.files.append(path)
-        self.done += len(np.load(path, mmap_mode="r"))
+        self.done += int(fields[2])
+        return True
 
     def append(self, images):
-        name = self._name(self.done)
-        aside = os.path.join(self.folder, f"{name}.part")
-        with open(aside, "wb") as f:
-            np.save(f, images)
-        os.replace(aside, os.path.join(self.folder, name))
-        self._add(name)
+        data = io.BytesIO()
+        np.save(data, images)
+        content = hashlib.sha256(data.getbuffer()).hexdigest()[:16]
+        path = os.path.join(self.folder, f"{self.done:012d}-{len(images)}-{self.settings}-{content}.npy")
+        write_aside(path, data.getbuffer())
+        self.files.append(path)
+        self.done += len(images)
 
     def write_npz(self, path, key):
         """All parts as one array of an .npz, streamed: 50,000 pictures need not fit in memory."""
         first = np.load(self.files[0], mmap_mode="r")
         header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
                   "shape": (self.done, *first.shape[1:])}
-        with zipfile.ZipFile(f"{path}.part", "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with files.writing(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open(f"{key}.npy", "w", force_zip64=True) as f:
                 np.lib.format.write_array_header_1_0(f, header)
                 for file in self.files:
                     f.write(np.ascontiguousarray(np.load(file)).tobytes())
-        os.replace(f"{path}.part", path)
 
     def remove(self):
         shutil.rmtree(self.folder)
+
+
+def set_aside(out, path, why):
+    """Moves a file to OUT/damaged, and says so."""
+    damaged = os.path.join(out, "damaged")
+    os.makedirs(damaged, exist_ok=True)
+    os.replace(path, os.path.join(damaged, os.path.basename(path)))
+    say(f"{path}: {why}: moved to {damaged}, and made again")
 
 
 def same_manifest(path, manifest):
@@ -152,19 +173,22 @@ def same_manifest(path, manifest):
     return True
 
 
-def is_whole(path, key, num):
-    """Whether `path` is an .npz, complete to its end, with `num` images under `key`."""
+def is_whole(path, key, shape, dtype):
+    """Whether `path` is an .npz with this array under `key`, every byte as it was written."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as f:
             np.lib.format.read_magic(f)
-            return np.lib.format.read_array_header_1_0(f)[0][0] == num
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            header = np.lib.format.read_array_header_1_0(f)
+            while f.read(2**20):  # to its end, where zipfile compares the checksum
+                pass
+        return header == (shape, False, dtype)
+    except Exception:  # parsers raise nearly everything on damaged files
         return False
 
 
 def write_single(out, start, images):
     for i, image in enumerate(images, start):
-        pictures.write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
+        write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
 
 
 def write_pictures(out, arrays, labels, single):
@@ -179,7 +203,7 @@ def write_pictures(out, arrays, labels, single):
     first = np.concatenate(first)[:GRID_IMAGES]
     classes = len(set(labels.tolist()))
     columns = min(classes if classes > 1 else math.isqrt(len(first)), 10)
-    pictures.write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
+    write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
         first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
 
 
@@ -200,8 +224,8 @@ class Sampler:
         if f.weights and f.step is not None:
             raise UserError("--step is of a run's checkpoints: it goes with --workdir")
         for flag in ("num", "batch_size"):
-            if f[flag].value < 1:
-                raise UserError(f"--{flag}={f[flag].value}: must be at least 1")
+            if not 1 <= f[flag].value <= 2**32:  # the noise of an image is drawn from its index, a uint32
+                raise UserError(f"--{flag}={f[flag].value}: must be at least 1, and 2**32 at most")
         try:
             mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
             if f.workdir is not None:
@@ -209,6 +233,8 @@ class Sampler:
             else:
                 args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
                                                                          mesh)
+            layout.check_memory(layout.least_memory(args, **{"--batch_size": min(f.batch_size, f.num)}) |
+                                {f"--num={f.num}": 8 * f.num}, jax.devices())
             vae_path = vae_path if f.vae is None else f.vae
             vae = autoencoder.load(vae_path) if vae_path else None
             if vae and vae.latent_channels != args["in_channels"]:
@@ -259,37 +285,53 @@ def main():
         raise UserError("--out is missing: name a folder for the samples")
     if out:
         keep_compiled(os.path.join(out, "compiled"))
-    signal.signal(signal.SIGTERM, lambda *_: hosts.stop(hosts.AGAIN, f"stopped by SIGTERM; {hosts.GOES_ON}"))
     sampler = Sampler()
-    labels, latent, manifest = sampler.labels, sampler.latent, sampler.manifest
-    if latent and f.png:
+    if sampler.latent and f.png:
         raise UserError(f"--png: this is a model of latents ({sampler.args['in_channels']} channels): name a decoder "
                         "with --vae")
-    cli.make_workdir(out, "out")
+    cli.make_workdir(out, "out", files_in=("samples.npz", "manifest.json", "grid.png"),
+                     folders_in=("parts", "damaged", *["png"] * f.png))
+    with files.hold(out, "out"):
+        make(sampler, out, f.png)
+
+
+def make(sampler, out, single):
+    """The samples in a folder that is held, or what is left of them to be made. single: pictures as well."""
+    labels, latent, manifest, num = sampler.labels, sampler.latent, sampler.manifest, len(sampler.labels)
     manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
     key = "latents" if latent else "arr_0"
     # The first process alone writes, and looks where to go on; all make the same images.
     main_process = jax.process_index() == 0
-    finished = main_process and same_manifest(manifest_path, manifest) and is_whole(npz, key, f.num)
-    parts = None
+    finished, parts = False, None
+    if main_process:
+        known = same_manifest(manifest_path, manifest)
+        shape, dtype = (num, sampler.size, sampler.size, sampler.args["in_channels"] if latent else 3), (
+            np.float32 if latent else np.uint8)
+        finished = known and is_whole(npz, key, shape, dtype)
+        if os.path.exists(npz) and not finished:
+            set_aside(out, npz, "is not what was written" if known else "is of unknown origin, there being no manifest")
     if main_process and not finished:
-        pictures.write_aside(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
-        parts = Parts(out)
+        text = json.dumps(manifest, indent=2) + "\n"
+        parts = Parts(out, text)
+        files.check_room(out, (2 * num - parts.done) * math.prod(shape[1:]) * np.dtype(dtype).itemsize, f"--num={num}")
+        write_aside(manifest_path, text.encode())
     finished, done = hosts.share((finished, parts.done if parts else 0))[0]
     if not finished:
         if done:
-            say(f"goes on from image {done} of {f.num}")
+            say(f"goes on from image {done} of {num}")
         for images in sampler.batches(done):
             if main_process:
                 parts.append(images)
         if main_process:
-            write_pictures(out, map(np.load, parts.files), labels, f.png)
+            write_pictures(out, map(np.load, parts.files), labels, single)
             parts.write_npz(npz, key)
             parts.remove()
-    elif main_process and (f.png or not os.path.exists(os.path.join(out, "grid.png"))):
-        with np.load(npz) as file:
-            write_pictures(out, [file[key]], labels, f.png)
-    say(f"{f.num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if f.png else ""))
+    elif main_process:
+        if single or not os.path.exists(os.path.join(out, "grid.png")):
+            with np.load(npz) as file:
+                write_pictures(out, [file[key]], labels, single)
+        shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)  # of a command that was killed just before its end
+    say(f"{num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if single else ""))
 
 
 if __name__ == "__main__":
