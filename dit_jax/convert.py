@@ -7,17 +7,17 @@ A weights file is a flat mapping from the published names to float32 arrays: `.p
 names as plain NumPy arrays.
 """
 
-from absl import flags
-
 from dit_jax import cli
 
+from absl import flags
+
 if __name__ == "__main__":
-    flags.DEFINE_string("weights", None, "a .pt or .npz file of the published format")
-    flags.DEFINE_string("workdir", None, "instead: a run's folder")
+    cli.define_path("weights", None, "a .pt or .npz file of the published format")
+    cli.define_path("workdir", None, "instead: a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
     flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
-    flags.DEFINE_string("out", None, "the .pt or .npz file to write", required=True)
+    cli.define_path("out", None, "the .pt or .npz file to write", required=True)
     cli.parse()  # above the imports that take time
 
 import hashlib
@@ -34,7 +34,8 @@ from dit_jax import weights
 from dit_jax.config import UserError
 from dit_jax.models.blocks import MLP_RATIO
 from dit_jax.models.dit import SIZES
-from dit_jax.weights import UNREADABLE
+from dit_jax.runtime import files
+from dit_jax.weights import import_torch as _torch
 
 # Ours -> published, in the published order. {} is the block's index; ours holds the blocks stacked.
 NAMES = {
@@ -122,19 +123,19 @@ def from_published(flat, args, sha256=None):
 
     Raises UserError naming the array that is missing, left over or of another shape.
     """
-    expected = published_shapes(args)
+    expected, file = published_shapes(args), getattr(flat, "path", "weights")
     for name in expected:
         if name not in flat:
-            raise UserError(f"weights: {name} is missing")
+            raise UserError(f"{file}: {name} is missing")
     if len(flat) > len(expected):
-        raise UserError(f"weights: unknown array {next(name for name in flat if name not in expected)}")
+        raise UserError(f"{file}: unknown array {next(name for name in flat if name not in expected)}")
     # In the order of the file, so that it is read once, and an array at a time.
     places = {name: (path, block) for path, block, name in _pairs(args["depth"])}
     leaves, hashed = {}, None
     with ThreadPoolExecutor(1) as pool:
         for name, a in flat.items():
             if tuple(a.shape) != expected[name]:
-                raise UserError(f"weights: {name} has shape {tuple(a.shape)}, the model needs {expected[name]}")
+                raise UserError(f"{file}: {name} has shape {tuple(a.shape)}, the model needs {expected[name]}")
             a = np.asarray(a, np.float32)
             if hashed:
                 hashed.result()
@@ -181,55 +182,34 @@ def infer_args(flat, num_heads=None, num_classes=None):
     """The model's arguments, read off the shapes of its weights. The number of heads shows in no shape: it is the
     paper's for the width, or `num_heads`. Whether the label table's last row is the null class shows neither: it
     is, unless `num_classes` says that there are as many classes as rows. One row is an unconditional model's."""
-    try:
-        d, c, p, _ = flat["x_embedder.proj.weight"].shape
-        _, tokens, _ = flat["pos_embed"].shape
-        rows, _ = flat["y_embedder.embedding_table.weight"].shape
-    except KeyError as e:
-        raise UserError(f"weights: not a DiT of the published format: {e} is missing") from None
-    except ValueError:
-        raise UserError("weights: not a DiT of the published format: x_embedder.proj.weight, pos_embed or "
-                        "y_embedder.embedding_table.weight has another shape") from None
+    file = getattr(flat, "path", "weights")
+    names = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
+    for name in names:
+        if name not in flat:
+            raise UserError(f"{file}: not a DiT of the published format: {name} is missing")
+    shapes = [flat[name].shape for name in names]
+    for name, shape, ndim in zip(names, shapes, (4, 3, 2)):
+        if len(shape) != ndim or 0 in shape[1:]:
+            raise UserError(f"{file}: not a DiT of the published format: {name} has another shape, {shape}")
+    (d, c, p, _), (_, tokens, _), (rows, _) = shapes
     if num_heads is None and d not in HEADS:
-        raise UserError(f"weights: width {d} is none of the paper's; --num_heads must say how many heads it has")
+        raise UserError(f"{file}: width {d} is none of the paper's; --num_heads must say how many heads it has")
     num_heads = num_heads or HEADS[d]
-    if d % num_heads:
-        raise UserError(f"--num_heads={num_heads} does not divide the weights' width {d}")
+    if d < 1 or d % num_heads:
+        raise UserError(f"{file}: --num_heads={num_heads} does not divide the weights' width {d}")
     num_classes = rows - 1 if num_classes is None else num_classes
     if num_classes not in (rows, rows - 1) or rows < 1:
-        raise UserError(f"weights: {rows} rows of labels do not fit {num_classes} classes")
+        raise UserError(f"{file}: {rows} rows of labels do not fit {num_classes} classes")
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
+    if depth > len(flat):  # arrays of blocks that are not there are not counted one by one
+        raise UserError(f"{file}: has an array of block {depth - 1}, and {len(flat)} arrays in all: blocks are missing")
     return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
                 num_heads=num_heads, num_classes=num_classes, null_class=num_classes == rows - 1)
 
 
-def _torch(path):
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: torch files need PyTorch: pip install 'dit_jax[torch]'") from None
-    return torch
-
-
-def read_torch(path):
-    """What a torch file holds, plain data and tensors. Raises UserError."""
-    torch = _torch(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as e:
-        raise weights.unreadable(path, e) from None
-
-
-def state_dict(path, data):
-    """A state dict -> {name: array}, half precision as float32."""
-    if not isinstance(data, dict) or not all(hasattr(a, "is_floating_point") for a in data.values()):
-        raise UserError(f"{path}: holds no state dict, a mapping from names to tensors")
-    return {name: (a.float() if a.is_floating_point() else a).detach().numpy() for name, a in data.items()}
-
-
 def read_weights(path, which="ema"):
     """A .pt or .npz file -> weights.Weights: {published name: float32 array}, read when asked for."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such file")
     if not path.endswith((".pt", ".npz")):
         raise UserError(f"{path}: weights are .pt or .npz files")
@@ -245,17 +225,13 @@ def digest(flat):
 
 
 def write_weights(path, flat):
-    """Writes aside, then renames: a file under `path` is whole."""
-    aside = f"{path}.part"
-    if path.endswith(".npz"):
-        with open(aside, "wb") as f:
+    """Writes a .pt or .npz file. A file under `path` is whole."""
+    torch = _torch(path) if path.endswith(".pt") else None
+    with files.writing(path) as f:
+        if torch:
+            torch.save(OrderedDict((name, torch.tensor(a)) for name, a in flat.items()), f)
+        else:
             np.savez(f, **flat)
-    elif path.endswith(".pt"):
-        torch = _torch(path)
-        torch.save(OrderedDict((name, torch.tensor(a)) for name, a in flat.items()), aside)
-    else:
-        raise UserError(f"--out={path}: weights are .pt or .npz files")
-    os.replace(aside, path)
 
 
 def main():
@@ -266,6 +242,7 @@ def main():
         raise UserError(f"--out={f.out}: weights are .pt or .npz files")
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
         raise UserError(f"--out={f.out}: there is no such folder")
+    cli.make_way(f.out)
     if f.weights:
         flat = read_weights(f.weights, f.which)
         # Read in and written out again, so that nothing leaves that this package would not take.

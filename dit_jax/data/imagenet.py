@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
-from dit_jax.pictures import write_aside
+from dit_jax.runtime.files import check_regular, reading, write_aside
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -28,27 +30,32 @@ def _members(path, start=0, end=None):
     UserError where it is not whole."""
     end = os.path.getsize(path) if end is None else end
     what = path if start == 0 else f"{path}, the tar within at byte {start}"
-    try:
+    members = []
+    with reading(what, "a tar file", "cannot be read as a tar file ({reason}): cut short, or no tar: fetch it again"):
+        check_regular(path)
         with open(path, "rb") as f:
             f.seek(start)
             archive = tarfile.open(fileobj=f, mode="r:")
-            members = archive.getmembers()
-            # Python's reader ends in silence at a header that is damaged or cut short.
+            while member := archive.next():
+                # Python's reader goes back, or round and round, where a size tells it to.
+                if member.size < 0 or archive.offset <= member.offset or member.offset_data + member.size > end:
+                    raise UserError(f"{what}: is cut short or damaged at byte {member.offset}: fetch it again")
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None:
+                    members.append((member.name, member.offset_data, member.size))
+            # Nor does it say so at a header that is damaged or cut short.
             f.seek(archive.offset)
             rest = f.read(min(512, max(0, end - archive.offset)))
             whole = archive.offset <= end and not rest.strip(b"\0") and len(rest) in (0, 512)
-    except (tarfile.TarError, OSError) as e:
-        raise UserError(f"{what}: cannot be read as a tar file ({e}): cut short, or no tar: fetch it again") from None
     if not whole:
         raise UserError(f"{what}: is cut short or damaged at byte {archive.offset}: fetch it again")
-    return [(m.name, m.offset_data, m.size) for m in members if m.isreg()]
+    return members
 
 
 def _train(path, labels):
     tars, known = _members(path), set(labels)
     for name, _, _ in tars:
         if name.removesuffix(".tar") not in known:
-            raise UserError(f"{path}: holds {name!r}, where a tar for each class is expected, e.g. {labels[0]}.tar")
+            raise UserError(f"{path}: holds {repr(name)[:99]}, where a tar for each class is expected, e.g. {labels[0]}.tar")
     progress, pictures = Progress("reading the contents", len(tars), "tars"), []
     with ThreadPoolExecutor() as pool:
         for i, members in enumerate(pool.map(lambda tar: _members(path, tar[1], tar[1] + tar[2]), tars)):
@@ -65,7 +72,7 @@ def _validation(path, labels):
         name = os.path.basename(name)
         number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
         if not number or not 1 <= int(number[1]) <= len(labels):
-            raise UserError(f"{path}: holds {name!r}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG "
+            raise UserError(f"{path}: holds {repr(name)[:99]}, where ILSVRC2012_val_00000001.JPEG to _{len(labels):08d}.JPEG "
                             "are expected")
         pictures.append(Picture(name, labels[int(number[1]) - 1], offset, size))
     return pictures
@@ -91,7 +98,7 @@ def contents(tars, partial):
                             "again, or take what is there with --partial")
         names = collections.Counter(p.name for p in found[split])
         if len(names) != len(found[split]):
-            raise UserError(f"{path}: holds {names.most_common(1)[0][0]!r} more than once")
+            raise UserError(f"{path}: holds {repr(names.most_common(1)[0][0])[:99]} more than once")
     if not any(found.values()):
         raise UserError(f"{tars}: holds neither {' nor '.join(TARS.values())} with pictures in it")
     return {split: pictures for split, pictures in found.items() if pictures}
@@ -124,6 +131,8 @@ def _write_shard(path, pictures, tar, classes, pool):
         reader = ArrayRecordReader(aside)
         written = reader.num_records()
         reader.close()
+    except UserError:
+        raise
     except (RuntimeError, OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be written ({' '.join(str(e).split())[:200]})") from None
     if written != len(pictures):
@@ -140,7 +149,9 @@ def prepare(tars, data_dir, partial=False):
     from tensorflow_datasets.core.splits import SplitDict
     from tensorflow_datasets.core.utils import shard_utils
 
-    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+        # tfds makes a folder in the system's temporary one, and leaves it there.
+        builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
     out = builder.data_dir
     classes = {name: label for label, name in enumerate(builder.info.features["label"].names)}
     if os.path.exists(out):

@@ -1,6 +1,7 @@
 """From the bytes of a picture file to what the model is trained on: RGB, and the paper's centre crop."""
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -10,6 +11,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
               ".ppm", ".pgm", ".pbm", ".pnm")
 MAX_PIXELS = 178_956_970  # above it Pillow refuses a file as a decompression bomb
+MAX_BYTES = 4 * MAX_PIXELS
+SMALL, DENSE = 2**24, 2048  # so many pixels are taken from any file, or so many from each of its bytes
 
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -54,6 +57,8 @@ def _rgb(data):
     name = image.format
     if min(image.size) < 1:
         raise BadImage(f"of size {image.size[0]} x {image.size[1]}")
+    if (pixels := image.size[0] * image.size[1]) > max(SMALL, DENSE * len(data)):
+        raise BadImage(f"cannot be decoded ({pixels:,} pixels in {len(data):,} bytes: a decompression bomb)")
     frames = 1 if name in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
     if frames > 1:
         raise BadImage(f"{name} of {frames} pictures (an animation, or several pages): which one is meant is not known")
@@ -76,6 +81,14 @@ def _is_whole(data):
     was then not filled: a decoder takes zeros for grey or black."""
     mark = b"\xff\xd9" if data.startswith(b"\xff\xd8") else b"IEND\xaeB`\x82" if data.startswith(b"\x89PNG") else b""
     return any(data[-16:]) or data.rstrip(b"\0").endswith(mark)
+
+
+def read_file(path):
+    """The bytes of a picture's file. Raises OSError, and BadImage where it is too large for one."""
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise BadImage(f"{size:,} bytes, more than the {MAX_BYTES:,} that a picture may have")
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def decode(data):

@@ -12,10 +12,10 @@ settings.json, and a .json beside each whole shard. In preview.png, which is for
 VAE makes of their latents.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import resource
 import threading
@@ -23,7 +23,8 @@ import threading
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.pictures import write_aside
+from dit_jax.config import UserError
+from dit_jax.runtime.files import naming, reading, write_aside
 
 FORMAT = 3
 TAIL = np.dtype([("label", "<i4"), ("checksum", "<u8")])  # of a record
@@ -49,32 +50,52 @@ def read_manifest(path):
     """The manifest of the cache in the folder `path`. Raises ValueError naming the file where there is none, where a
     byte of it has changed, or where it is of another version."""
     file = os.path.join(path, MANIFEST)
-    try:
+    if not os.path.exists(file):
+        raise UserError(f"{file}: not there: either {path} is no latent cache, or its making was not finished (the same "
+                        "encode command goes on)")
+    with reading(file, "a manifest", "is damaged ({reason}): take it from a copy, or remove it and encode everything again"):
         with open(file, "rb") as f:
-            data = f.read()
-    except FileNotFoundError:
-        raise ValueError(f"{file}: not there: either {path} is no latent cache, or its making was not finished (the "
-                         "same encode command goes on)") from None
-    except OSError as e:
-        raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
-    try:
+            data = f.read(2**26)  # of a million pictures it takes a hundredth
         manifest = json.loads(data)
-        fields = {key: value for key, value in manifest.items() if key != "sha256"}
-        whole = to_bytes(seal(fields)) == data
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{file}: is damaged (it does not match its own checksum): take it from a copy, or remove it "
-                         "and encode everything again")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{file}: format {manifest['format']}, and this program reads format {FORMAT}: encode anew, "
-                         "into another folder")
+        if to_bytes(seal({key: value for key, value in manifest.items() if key != "sha256"})) != data:
+            raise ValueError("it does not match its own checksum")
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{file}: format {repr(manifest['format'])[:20]}, and this program reads format {FORMAT}: "
+                            "encode anew, into another folder")
+        manifest.setdefault("skipped", [])
+        _check_fields(manifest)
     return manifest
+
+
+def _check_fields(m):
+    """Raises nearly anything where a field is not what encode writes, whatever the checksum says."""
+    def count(v):
+        return type(v) is int and 0 <= v < 2**48
+
+    def text(v):
+        return type(v) is str and v.isprintable()
+
+    def is_shard(i, shard):
+        return (shard["file"] == shard_name(i, len(shards)) and text(shard["sha256"]) and count(shard["count"])
+                and count(shard["bytes"]) and shard["bytes"] >= 2 * shard["count"] * record_length(m["shape"], m["dtype"]))
+
+    shards, names, vae = m["shards"], m["class_names"], m["vae"]
+    for field, good in (
+            ("dtype", m["dtype"] in DTYPES), ("shape", len(m["shape"]) == 3 and all(count(n) and n for n in m["shape"])),
+            ("shards", all(is_shard(i, shard) for i, shard in enumerate(shards))),
+            ("count", count(m["count"]) and m["count"] == sum(shard["count"] for shard in shards) > 0),
+            ("size", count(m["size"])), ("num_classes", count(m["num_classes"])),
+            ("class_names", names is None or isinstance(names, list) and all(map(text, names))),
+            ("vae", type(vae["scale"]) in (int, float) and 0 < float(vae["scale"]) < math.inf and text(vae["encoder"])
+             and all(text(value) for key, value in vae.items() if key != "scale")),
+            ("skipped", all(count(s["index"]) and text(s["name"]) and text(s["reason"]) for s in m["skipped"]))):
+        if not good:
+            raise ValueError(f"{field} is not what a cache can have")
 
 
 def empty(shape, dtype):
     """np.empty at a multiple of 64 bytes: on a CPU, JAX takes such an array without copying it."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start: start + size].view(dtype).reshape(shape)
@@ -82,7 +103,7 @@ def empty(shape, dtype):
 
 def record_length(shape, dtype):
     """Bytes of a record: two of each number of a latent of `shape`, the label, the checksum."""
-    return 2 * int(np.prod(shape)) * np.dtype(dtype).itemsize + TAIL.itemsize
+    return 2 * math.prod(shape) * np.dtype(dtype).itemsize + TAIL.itemsize
 
 
 @functools.lru_cache(maxsize=4)
@@ -123,21 +144,13 @@ def sha256(file):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _os_errors():
-    """What ArrayRecord calls a RuntimeError while it writes is a full disk and the like."""
-    try:
-        yield
-    except RuntimeError as e:
-        raise OSError(str(e)) from None
-
-
 class ShardWriter:
     """Writes one shard aside; close() gives it its name once it is whole and on the disk."""
 
     def __init__(self, folder, name, dtype):
         self.path, self.name, self.dtype, self.count = os.path.join(folder, name), name, np.dtype(dtype), 0
-        self.writer = ArrayRecordWriter(f"{self.path}.part", "group_size:1,uncompressed")
+        with naming(self.path):
+            self.writer = ArrayRecordWriter(f"{self.path}.part", "group_size:1,uncompressed")
 
     def add(self, posteriors, labels):
         """posteriors (n, 2, h, w, 2C), of the pictures and of their mirror images; labels (n,). Raises OSError."""
@@ -146,14 +159,14 @@ class ShardWriter:
         tails = np.empty(len(x), TAIL)
         tails["label"] = np.repeat(labels, 2)
         tails["checksum"] = checksums(x, tails["label"])
-        with _os_errors():
+        with naming(self.path):
             for latent, tail in zip(x, tails):
                 self.writer.write(latent.tobytes() + tail.tobytes())
         self.length, self.count = x.shape[1] + TAIL.itemsize, self.count + len(labels)
 
     def close(self):
         """The shard's entry in the manifest. Raises OSError where it could not be written."""
-        with _os_errors():
+        with naming(self.path):
             self.writer.close()
         with open(f"{self.path}.part", "rb+") as f:
             os.fsync(f.fileno())

@@ -18,6 +18,7 @@ from dit_jax.data import images
 from dit_jax.data.images import BadImage
 from dit_jax.data.latents import allow_open_files, empty
 from dit_jax.logging import say
+from dit_jax.runtime.files import check_regular, reading
 
 
 def _entries(folder):
@@ -37,10 +38,11 @@ def _entries(folder):
 
 def _files(folder):
     """Every file in a folder and the folders in it."""
-    folders, files = _entries(folder)
-    yield from files
-    for inner in folders:
-        yield from _files(inner.path)
+    waiting = [folder]
+    while waiting:
+        folders, files = _entries(waiting.pop())
+        yield from files
+        waiting += [inner.path for inner in folders]
 
 
 def _is_picture(name):
@@ -95,6 +97,9 @@ class Folder:
             raise ValueError(f"{entry.path}: cannot be read ({e.strerror})") from None
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
             raise ValueError(f"{entry.path}: not a file but a pipe, socket or device: remove it")
+        if status.st_size > images.MAX_BYTES:
+            raise ValueError(f"{entry.path}: of {status.st_size:,} bytes, more than the {images.MAX_BYTES:,} that a picture "
+                             "may have: remove it")
         found.append((entry.path[len(self.path):], status.st_size))
 
     @property
@@ -108,11 +113,8 @@ class Folder:
         index = range(len(self))[index]
         name = self.files[index]
         file = os.path.join(self.path, name)
-        try:
-            with open(file, "rb") as f:
-                data = f.read()
-        except OSError as e:
-            raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
+        with reading(file, "a picture"), open(file, "rb") as f:
+            data = f.read()
         return name, data, int(np.searchsorted(self.ends, index, side="right"))
 
 
@@ -154,6 +156,7 @@ class Tfds:
             raise ValueError(f"{where}: the split {split!r} is empty")
         digest = hashlib.sha256()
         for shard in shards:
+            check_regular(shard.filename)
             try:
                 size = os.path.getsize(shard.filename)
             except OSError as e:

@@ -1,32 +1,17 @@
 """Finished pictures that are to be measured: an .npz as the published sampler writes it, or a folder of PNGs."""
 
-import contextlib
+import math
 import os
-import zipfile
-import zlib
 
 import numpy as np
 
-from dit_jax.data.images import BadImage, decode
+from dit_jax.config import UserError
+from dit_jax.data.images import decode, read_file
+from dit_jax.runtime.files import reading
+from dit_jax.weights import open_zip, read_header
 
 KEY = "arr_0"
-_DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-
-
-@contextlib.contextmanager
-def _member(path):
-    """-> (`arr_0` of an .npz file, open behind its header; shape, whether in Fortran's order, dtype). What goes wrong, also
-    while it is read, becomes a ValueError naming the file."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{KEY}.npy") as f:
-            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            yield f, *read[np.lib.format.read_magic(f)[0]](f)
-    except KeyError:
-        raise ValueError(f"{path}: has no array {KEY!r}: it must hold pictures under this name, uint8 of (N, H, W, 3)"
-                         ) from None
-    except _DAMAGED as e:
-        what = " ".join(str(e).split())[:150] or type(e).__name__
-        raise ValueError(f"{path}: is no .npz file, cut short or damaged ({what}): copy or make it again") from None
+DAMAGED = "is no .npz file, cut short or damaged ({reason}): copy or make it again"
 
 
 class Npz:
@@ -38,15 +23,22 @@ class Npz:
 
     def __init__(self, path):
         self.path = path
-        with _member(path) as (_, shape, fortran, dtype):
-            pass
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
-            raise ValueError(f"{path}: {KEY} is {dtype} of {shape}: it must be uint8 of (N, H, W, 3), pictures of 0 to 255")
-        self.shape = shape
+        with reading(path, "pictures", DAMAGED):
+            archive = open_zip(path)
+            if f"{KEY}.npy" not in archive.namelist():
+                raise UserError(f"{path}: has no array {KEY!r}: it must hold pictures under this name, uint8 of (N, H, W, 3)")
+            self.stored = read_header(archive, f"{KEY}.npy")
+        n, *picture = self.shape = self.stored.shape
+        strides = tuple(math.prod(self.shape[i + 1:]) for i in range(len(self.shape)))
+        if self.stored.dtype != np.uint8 or len(picture) != 3 or 0 in picture or picture[-1] != 3 or (
+                self.stored.strides != strides):
+            raise UserError(f"{path}: {KEY} is {str(self.stored.dtype):.60} of {self.shape}: it must be uint8 of (N, H, W, 3), "
+                            "pictures of 0 to 255")
 
     def batches(self, size):
-        count, picture = self.shape[0], int(np.prod(self.shape[1:]))
-        with _member(self.path) as (f, *_):
+        count, picture = self.shape[0], math.prod(self.shape[1:])
+        with reading(self.path, "pictures", DAMAGED), self.stored.archive.open(self.stored.member) as f:
+            f.read(self.stored.start)
             for start in range(0, count, size):
                 n = min(size, count - start)
                 data = f.read(n * picture)  # with the last byte the CRC-32 of them all is checked
@@ -70,11 +62,8 @@ class Pngs:
 
     def _read(self, name):
         file = os.path.join(self.path, name)
-        try:
-            with open(file, "rb") as f:
-                return np.asarray(decode(f.read()))
-        except (BadImage, OSError) as e:
-            raise ValueError(f"{file}: {getattr(e, 'reason', None) or e.strerror}") from None
+        with reading(file, "a picture", "{reason}"):
+            return np.asarray(decode(read_file(file)))
 
     def batches(self, size):
         for start in range(0, len(self.names), size):

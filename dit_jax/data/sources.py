@@ -17,6 +17,7 @@ import numpy as np
 
 from dit_jax.data.latents import LatentCache
 from dit_jax.data.pictures import Folder, Pictures, Tfds
+from dit_jax.runtime.files import reading
 
 
 class Arrays:
@@ -96,10 +97,8 @@ def arrays(path):
 
     def load(name):
         file = os.path.join(path, name)
-        try:
-            return np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{file}: cannot be read as an array ({e})") from None
+        with reading(file, "an array"), np.errstate(over="raise"):
+            return np.lib.format.open_memmap(file, mode="r")
 
     x, y = load("images.npy"), load("labels.npy")
     mirrored = load("images_flipped.npy") if os.path.exists(os.path.join(path, "images_flipped.npy")) else None
@@ -145,7 +144,7 @@ def load(data, *, size, channels, num_classes, vae=None):
         for what in ("encoder", "scale") if vae else ():
             if train.vae[what] != vae.identity[what]:
                 raise ValueError(f"vae.path={vae.identity['name']}: its {what} ({vae.identity[what]}) is not the one that "
-                                 f"made the cache {data['path']} ({train.vae[what]}, of {train.vae['name']}): name that VAE, "
+                                 f"made the cache {data['path']} ({train.vae[what]}, of {train.vae.get('name')}): name that VAE, "
                                  "or encode anew")
     elif source in ("folder", "tfds"):
         raw = Folder(data["path"]) if source == "folder" else Tfds(data["name"], data["split"], data["path"])
