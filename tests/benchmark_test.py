@@ -1,6 +1,5 @@
 """The benchmark's commands, and that what it times of PyTorch is the same function as ours."""
 
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from dit_jax.diffusion.guidance import forward_with_cfg
 from dit_jax.diffusion.schedule import linear_schedule, respace
 from dit_jax.state import TrainState, make_optimizer, update
 from dit_jax.timing import evaluation, page, profile
+from dit_jax.runtime import files
 
 ARGS = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 FULL = linear_schedule(1000)
@@ -356,10 +356,8 @@ def test_bad_flags_are_one_line(command, flags, words):
 
 
 def test_one_at_a_time_writes_a_report(command, tmp_path):
-    held = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    one_error(command("benchmark", "--what=", f"--out={tmp_path}"), f"--out={tmp_path}", "another process")
-    os.close(held)
+    with files.hold(str(tmp_path), "out"):
+        one_error(command("benchmark", "--what=", f"--out={tmp_path}"), f"--out={tmp_path}", f"process {os.getpid()} on host")
 
 
 def test_a_child_that_dies_is_one_line(command, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dit_jax import cli
+from dit_jax.runtime.files import write_aside
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -123,7 +124,7 @@ def picture_folders(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(9):
         picture = pictures.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
-        pictures.write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
+        write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
     return folder
 
 

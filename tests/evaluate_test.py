@@ -14,6 +14,7 @@ from dit_jax import paper, pictures, sharding
 from dit_jax.metrics import evaluation, features
 from dit_jax.metrics.during import Evaluator
 from dit_jax.metrics.features import Extractor, Features, Rows, load_inception
+from dit_jax.runtime.files import write_aside
 
 COUNT = 12
 
@@ -112,7 +113,7 @@ def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
     measured = evaluation.measure(network, [samples])
     np.savez(tmp_path / "pictures.npz", arr_0=real)
     for i, image in enumerate(real):
-        pictures.write_aside(str(tmp_path / "png" / f"{i:03d}.png"), pictures.png(image))
+        write_aside(str(tmp_path / "png" / f"{i:03d}.png"), pictures.png(image))
     manifest = {"features": "FID", "features_sha256": "0" * 64}
     evaluation.save_reference(str(tmp_path / "both.npz"), evaluation.measure(network, [real]), real, manifest)
     evaluation.save_reference(str(tmp_path / "statistics.npz"), evaluation.measure(network, [real]), None, manifest)

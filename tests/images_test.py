@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zlib
 
 import numpy as np
@@ -496,11 +497,12 @@ def ilsvrc(tfds, tmp_path_factory):
     return root, {"train": train, "validation": validation}
 
 
-def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path):
+def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path, monkeypatch):
     root, splits = ilsvrc
     status, out, err = command("prepare", f"--tars={root}", f"--path={tmp_path / 'data'}", "--partial")
     assert status == 0 and not err and "21 pictures, where ILSVRC2012 has 1,281,167" in out, err
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # tfds leaves a folder there
     class Oracle(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name, VERSION = "imagenet2012", tfds.core.Version("5.1.0")
 

@@ -1,6 +1,7 @@
 import errno
 import functools
 import os
+import platform
 import signal
 import socket
 import time
@@ -13,10 +14,11 @@ from conftest import save_vae
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from dit_jax import autoencoder, cli, encode, hosts
+from dit_jax import autoencoder, encode, hosts
 from dit_jax.config import UserError
 from dit_jax.data import latents
 from dit_jax.data.pictures import Folder, Pictures
+from dit_jax.runtime import files
 
 SHAPE = (4, 4, 3)
 
@@ -356,7 +358,7 @@ def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypa
         assert encoded(out) == 0
         assert contents(out) == contents(cache)
         kill_at += 1
-    assert kill_at == 1 + 2 * 3 + 2 + 4  # settings; shards, their records; manifest, preview; what is removed
+    assert kill_at == 1 + 2 * 3 + 2 + 4 + 1  # settings; shards, their records; manifest, preview; what is removed; the lock
 
 
 def test_a_shard_whose_record_is_damaged_is_made_again(cache, encoded, tmp_path, monkeypatch, capsys):
@@ -391,9 +393,10 @@ def test_what_is_damaged_is_named_and_made_again(cache, encoded, tmp_path, capsy
     assert contents(out) == contents(cache) and "another identity" not in capsys.readouterr().out
 
 
-def test_two_at_once_on_one_folder(cache, encoded, tmp_path, monkeypatch):
+def test_two_at_once_on_one_folder(cache, encoded, tmp_path, monkeypatch, capsys):
     def twice(*args):
-        with pytest.raises(UserError, match=f"--out={tmp_path}: another process is writing there"):
+        holder = f"process {os.getpid()} on host {platform.node()} \\(since 20.*\\)"
+        with pytest.raises(UserError, match=f"--out={tmp_path}: {holder} is writing there"):
             encoded(tmp_path)
         return finish(*args)
 
@@ -405,8 +408,8 @@ def test_two_at_once_on_one_folder(cache, encoded, tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.EBADF, "")  # of a folder on NFS
 
-    monkeypatch.setattr(cli.fcntl, "flock", no_locks)
-    assert encoded(tmp_path) == 0
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    assert encoded(tmp_path) == 0 and f"{tmp_path}: this file system has no locks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given, word", [

@@ -1,5 +1,6 @@
 """Several processes on this machine, as on several hosts: same run as one, whatever happens to one of them."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -18,6 +19,7 @@ from numpy.testing import assert_allclose
 
 from dit_jax import hosts
 from dit_jax.data import pipeline
+from dit_jax.runtime import meeting
 
 RUN = [*TINY, "--config.steps=24", "--config.checkpoint.every=4"]
 # First: every row that is read is noted, and `fault` is done.
@@ -164,9 +166,23 @@ def test_errors_of_one_host_end_all(start, tmp_path):
 @pytest.mark.slow
 def test_a_host_that_never_comes(start, tmp_path):
     runs = [start(2, *RUN, f"--workdir={tmp_path}", which=[there], timeout=1)[0] for there in (0, 1)]
+    whys = "not there: process 1", "Connection refused"
     for there, (status, _, err) in enumerate(ends(runs, timeout=60)):
         assert status == hosts.AGAIN
-        one_line(err, f"host {there}", "did not all come together within")
+        one_line(err, f"host {there}", "did not all come together within", whys[there])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, victim, flag, words", [
+    (2, 1, "--process_count=3", ["--process_count=2 at process 0", "and 3 at process 1"]),
+    (2, 0, "--process_count=3", ["--process_count=3 at process 0", "and 2 at process 1"]),
+    (3, 2, "--process_id=1", ["--process_id=1 was given to two processes"]),
+], ids=["2 and 3", "3 and 2", "an id twice"])
+def test_flags_that_contradict_each_other(start, tmp_path, count, victim, flag, words):
+    faults = {victim: f"sys.argv.append('{flag}')"}
+    for status, _, err in ends(start(count, *RUN, f"--workdir={tmp_path}", faults=faults, timeout=60), timeout=15):
+        assert status == 1
+        one_line(err, *words)
 
 
 @pytest.mark.slow
@@ -263,8 +279,69 @@ def test_a_port_that_is_taken_is_said():
     with socket.socket(socket.AF_INET6) as s:
         s.bind(("::", 0))
         s.listen()
-        with pytest.raises(hosts.UserError, match="Address already in use"):
-            hosts._arguments(f"localhost:{s.getsockname()[1]}", 2, 0)
+        with pytest.raises(hosts.UserError, match="Address already in use; perhaps another process has --process_id=0"):
+            meeting._listen(f"localhost:{s.getsockname()[1]}")
+
+
+GREETING = {"protocol": 1, "command": "train.py", "process_count": 3, "process_id": 0, "host": "here", "pid": 7,
+            "key": "0"}
+
+
+@pytest.fixture
+def at_meeting():
+    """(its address, its thread) of process 0 of three."""
+    server = meeting._listen("localhost:0")
+    address = f"localhost:{server.getsockname()[1]}"
+    thread = threading.Thread(target=meeting._answer, args=(server, GREETING, time.monotonic() + 20))
+    thread.start()
+    return address, thread
+
+
+def ask(address, index, **other):
+    return meeting._ask(address, GREETING | {"process_id": index, "key": str(index)} | other, time.monotonic() + 20)
+
+
+def test_what_else_connects_does_not_disturb_the_meeting(at_meeting):
+    """Junk, and process 1, killed and started again. After it the port is free."""
+    address, thread = at_meeting
+    port = int(address.split(":")[1])
+    first = json.dumps(GREETING | {"process_id": 1, "key": "a"}).encode() + b"\n"
+    for text in (b"\n", b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", bytes(10**6), b"1\n", first[:-9],
+                 b"[1]\n", b'{"protocol": 1}\n', first.replace(b"3", b'"3"'), first):
+        with socket.create_connection(("localhost", port), timeout=5) as s:
+            answer = b""
+            with contextlib.suppress(OSError):
+                s.sendall(text)
+                answer = s.recv(99)
+            assert bool(answer) == (text == first)
+    answers = []
+    threads = [threading.Thread(target=lambda i=i: answers.append(ask(address, i))) for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in (*threads, thread):
+        t.join(20)
+    assert answers == [(0, "")] * 3
+    meeting._listen(address).close()
+
+
+@pytest.mark.parametrize("index, other, line", [
+    (1, {"process_count": 2}, "--process_count=3 at process 0 (pid 7 on here), and 2 at process 1 (pid 7 on there)"),
+    (1, {"command": "sample.py"}, "command=train.py at process 0 (pid 7 on here), and sample.py at process 1"),
+    (0, {}, "--process_id=0 was given to two processes: pid 7 on here and pid 7 on there"),
+], ids=["counts", "commands", "process 0 twice"])
+def test_what_the_meeting_says(index, other, line):
+    one = GREETING | {"process_id": index, "key": "1", "host": "there"} | other
+    status, text = meeting._verdict([GREETING, one], GREETING, late=False)
+    assert status == 1 and text.startswith(line)
+
+
+@pytest.mark.parametrize("text, error", [(b"SSH-2.0-x\r\n", hosts.UserError), (bytes(9), ConnectionError)])
+def test_another_program_at_the_port(text, error):
+    ours, its = socket.socketpair()
+    with ours, its, pytest.raises(error):
+        its.sendall(text)
+        its.shutdown(socket.SHUT_WR)
+        list(meeting._answers(ours, "host:1"))
 
 
 def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 
 from dit_jax import pictures
 from dit_jax.data import samples
+from dit_jax.runtime.files import write_aside
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_the_same_pictures_from_every_kind_of_file(images, tmp_path):
     np.savez(tmp_path / "stored.npz", labels=np.arange(7), arr_0=images)
     np.savez_compressed(tmp_path / "compressed.npz", images)
     for i, image in enumerate(images):
-        pictures.write_aside(str(tmp_path / "png" / f"{i:06d}.png"), pictures.png(image))
+        write_aside(str(tmp_path / "png" / f"{i:06d}.png"), pictures.png(image))
     for name in ("stored.npz", "compressed.npz", "png"):
         assert samples.load(str(tmp_path / name)).shape == images.shape
         for size in (1, 3, 7, 100):
