@@ -143,10 +143,10 @@ class Checkpoints:
     def meta(self, step):
         """The meta item, looked through. Raises UserError where this process may not read the checkpoint."""
         folder = os.path.join(self.directory, str(step))
-        for place, _, names in os.walk(folder):
-            for path in (place, *(os.path.join(place, name) for name in names)):
-                if not os.access(path, os.R_OK | (os.X_OK if path == place else 0)):
-                    raise UserError(f"{path}: cannot be read (Permission denied): change the permissions")
+        inside = (os.path.join(place, name) for place, folders, names in os.walk(folder) for name in folders + names)
+        for path in (folder, *inside):  # no permission is no damage
+            if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+                raise UserError(f"{path}: cannot be read (Permission denied): change the permissions")
         meta = self.reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if isinstance(meta, dict) and "fingerprints" not in meta:
             raise UserError(f"{folder}/meta: has no fingerprints: an older version of dit_jax wrote this checkpoint. Take "
