@@ -166,8 +166,12 @@ def save(folder, args, params, scale=SCALE):
 def _read(path):
     """A file -> ({today's name: float32 array as published}, the file's sha256)."""
     flat = read_all(path)
-    with reading(path, "weights"), open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    with reading(path, "a VAE"), open(path, "rb") as f:
+        return _renamed(flat), hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _renamed(flat):
+    """Names of any generation -> today's, and float32."""
     prefix = "first_stage_model."  # of a whole Stable Diffusion checkpoint
     if any(name.startswith(prefix) for name in flat):
         flat = {name.removeprefix(prefix): a for name, a in flat.items() if name.startswith(prefix)}
@@ -176,13 +180,15 @@ def _read(path):
     for name, a in flat.items():
         if name.startswith(("loss.", "model_ema.")):  # left over from its training
             continue
+        if a.dtype.kind not in "fiub":
+            raise ValueError(f"{name} is {str(a.dtype):.60}, no numbers")
         name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)  # counted from the last
         for pattern, new in RENAMES:
             name = pattern.sub(new, name)
         if ".attentions." in name and a.shape[2:] == (1, 1):
             a = a[:, :, 0, 0]
         found[name] = a.astype(np.float32, copy=False)
-    return found, sha256
+    return found
 
 
 def _read_config(path):

@@ -53,8 +53,9 @@ def _problem(meta):
     fingerprints = meta.get("fingerprints")
     if not isinstance(fingerprints, dict) or not all(isinstance(fingerprints.get(name), int) for name in ITEMS):
         return f"its meta has fingerprints={fingerprints!r:.80}, no number for each of {', '.join(ITEMS)}"
-    if not isinstance(meta.get("train_seconds"), (int, float)):
-        return f"its meta has train_seconds={meta.get('train_seconds')!r}, no number"
+    seconds = meta.get("train_seconds")
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e12:
+        return f"its meta has train_seconds={seconds!r:.80}, no number of seconds"
     unlogged = meta.get("unlogged", [])  # those of older versions have none
     if not isinstance(unlogged, list) or not all(isinstance(v, dict) and all(isinstance(x, float) for x in v.values())
                                                  for v in unlogged):
@@ -79,6 +80,12 @@ class Checkpoints:
             max_to_keep=keep or None, keep_period=keep_every or None, read_only=read_only, create=not read_only)
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"{workdir}: holds no checkpoints; train there first, or name another --workdir")
+        if not read_only and set("[]") & set(self.directory):
+            raise UserError(f"{workdir}: orbax takes [ and ] in a path for a pattern, and would lose checkpoints: name another "
+                            "--workdir")
+        for name in os.listdir(self.directory) if os.path.isdir(self.directory) else ():
+            if name.isdigit() and not os.path.isdir(os.path.join(self.directory, name)):
+                raise UserError(f"{self.directory}/{name}: stands in the place of a checkpoint: move it away")
         _quiet_readers()
         if not read_only and jax.process_index() == 0:
             # What a killed run was writing. Orbax would clean up in a thread of its own, which outlives an error here.
@@ -189,8 +196,8 @@ class Checkpoints:
                 return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"]), meta
             self._set_aside(step, why)
         if steps:
-            raise UserError(f"{self.directory}: none of the checkpoints can be read; name another --workdir, or "
-                            "move this one away to start over")
+            raise UserError(f"{self.directory}: none of the checkpoints can be read (the last one tried: {why}); name another "
+                            "--workdir, or move this one away to start over")
         return None
 
     def restore_params(self, step, which, target):
@@ -203,7 +210,7 @@ class Checkpoints:
             if not why:
                 return s, items[which]
             say(f"checkpoint {self.directory}/{s} cannot be read ({why})")
-        raise UserError(f"{self.directory}: no checkpoint can be read")
+        raise UserError(f"{self.directory}: no checkpoint can be read (the last one tried: {why})")
 
     def latest_meta(self, step=None):
         """The meta item of `step`, or of the newest checkpoint whose meta the first host can read."""
@@ -216,8 +223,9 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as e:
-                say(f"checkpoint {self.directory}/{s} cannot be read ({_first_line(e)})")
-        raise UserError(f"{self.directory}: no checkpoint can be read")
+                why = _first_line(e)
+                say(f"checkpoint {self.directory}/{s} cannot be read ({why})")
+        raise UserError(f"{self.directory}: no checkpoint can be read (the last one tried: {why})")
 
     def _set_aside(self, step, why):
         damaged = os.path.join(os.path.dirname(self.directory), "damaged")

@@ -8,14 +8,35 @@ imports it before `run`.
 import ctypes
 import glob
 import os
-import re
 import signal
 import sys
 import traceback
 
 from dit_jax.runtime import ending
 
-ending.begin()  # before the imports that take time
+# Huge pages, no memory map an array, and a gigabyte of freed memory kept for the next step.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000"
+
+
+def tpu_attached():
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def accelerator_attached():
+    return tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
+def _keep_memory():
+    """Starts this process anew (same number, same arguments) with these settings of malloc, which glibc reads at start
+    alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: 6 %
+    of DiT-S/2's step."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerator_attached():
+        ending.start_anew(os.environ | {"GLIBC_TUNABLES": MALLOC})
+
+
+if ending.is_command():  # before the imports that take time
+    _keep_memory()
+    ending.begin()
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -40,6 +61,7 @@ def define_hosts():
     flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
     flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
     flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1, upper_bound=86_400)
+    flags.register_validator("host_timeout", lambda seconds: seconds == seconds, "is no number of seconds")
 
 
 def define_samples(num, classes, cfg_scale):
@@ -73,7 +95,7 @@ def define_source():
     define_path("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
     flags.DEFINE_string("name", None, "of tfds: which data set")
     flags.DEFINE_string("split", "train", "of tfds: which part of it")
-    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8, upper_bound=2**14)
+    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8, upper_bound=4096)
     flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
 
 
@@ -82,7 +104,8 @@ def define_features():
     flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
                       "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
     define_path("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
-    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1)
+    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1,
+                         upper_bound=4096)
 
 
 class _Path(flags.ArgumentParser):
@@ -131,14 +154,6 @@ def _parse_flags(argv):
     return rest
 
 
-def tpu_attached():
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
-
-
-def accelerator_attached():
-    return tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
-
-
 def _quiet_libtpu():
     """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
     at length that it does not know."""
@@ -168,25 +183,12 @@ def _on_hosts(main):
             hosts.join()
         status = main()
         hosts.finish()
-        sys.stdout.flush()
-        return status
+        ending.finish(status or 0)
     except FloatingPointError:  # of --debug_nans, whose user asks for the traceback
         traceback.print_exc()
         os._exit(1)
     except (Exception, KeyboardInterrupt) as e:
         hosts.fail(e)
-
-
-# Huge pages, no memory map an array, and a gigabyte of freed memory kept for the next step.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000"
-
-
-def _keep_memory():
-    """Starts this process anew (same number, same arguments) with these settings of malloc, which glibc reads at start
-    alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: 6 %
-    of DiT-S/2's step."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerator_attached():
-        ending.start_anew(os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 
 def _give_back_after_compiling():
@@ -222,11 +224,10 @@ def parse():
             _parse_flags(sys.argv)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # --help | head
+    except (BrokenPipeError, SystemExit):  # --help, perhaps | head
         os._exit(0)
     except (UserError, OSError) as e:
         ending.end(1, ending.line_of(e))
-    _keep_memory()
 
 
 def run(main):
@@ -234,6 +235,7 @@ def run(main):
     _quiet_libtpu()
     enough_threads()
     _give_back_after_compiling()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     # Libraries log what they then raise (orbax with a traceback for each thread): our line says it.
     logging.set_verbosity(logging.FATAL)
     logging.set_stderrthreshold("fatal")

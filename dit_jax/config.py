@@ -186,6 +186,9 @@ def resolve(config):
         check(field, lambda v: 0 <= v < math.inf, "0 or more")
     for field in ("optimizer.learning_rate", "optimizer.eps"):
         check(field, lambda v: 0 < v < math.inf, "positive")
+    for field, value in values.items():
+        if isinstance(value, float):
+            check(field, lambda v: abs(v) < 3.4e38, "a number of float32")
     check("seed", lambda v: v < 2**32, "below 2**32")
     check("judge.samples", lambda v: v == 0 or v >= 2, "0, or at least 2")
     check("sample.eta", lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -238,19 +241,22 @@ def dit_args(config):
 
 
 def stored_problem(config):
-    """What a resolved config that was read from a file lacks, or None."""
+    """What is wrong with a resolved config that was read from a file, or None. Fields that are newer than the file may be
+    missing, but for those that cannot change."""
     if not isinstance(config, dict):
         return "no config"
-    given, kinds = dict(_flatten(config)), {field: type(value) for field, value in _flatten(paper().to_dict())}
-    kinds |= {field: kind for field, kind in (("model.scan", object), ("mesh.fsdp", object), ("mesh.tensor", object))}
+    given, checked = dict(_flatten(config)), paper()
     for field in (*FIXED, "model.dtype", "model.scan", "model.remat", "mesh.data", "mesh.fsdp", "mesh.tensor"):
-        kind = {type(None): int, float: (int, float)}.get(kinds[field], kinds[field])
         if field not in given:
             return f"no config.{field}"
-        if not isinstance(given[field], kind):
-            return f"config.{field}={given[field]!r:.80}, no {getattr(kind, '__name__', 'number')}"
-    if given["model.dtype"] not in DTYPES:
-        return f"config.model.dtype={given['model.dtype']!r:.80}, none of {', '.join(DTYPES)}"
+    for section, default in checked.items():
+        if isinstance(default, ConfigDict) and not isinstance(config.get(section, {}), dict):
+            return f"config.{section}={config[section]!r:.80}, no section"
+    try:
+        checked.update_from_flattened_dict({field: given[field] for field in given if field in _known_fields()})
+        resolve(checked)
+    except Exception as e:  # what does not fit is anything
+        return f"a config that does not hold ({str(e).partition(chr(10))[0]:.150})"
     return None
 
 

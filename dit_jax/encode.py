@@ -29,7 +29,6 @@ if __name__ == "__main__":
         os.environ.setdefault("PJRT_NPROC", "16")
     cli.parse()  # above the imports that take time
 
-import json
 import re
 import sys
 import time
@@ -41,7 +40,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from dit_jax import autoencoder, hosts
+from dit_jax import autoencoder, hosts, layout
 from dit_jax.config import UserError
 from dit_jax.data import latents, pictures
 from dit_jax.data.images import BadImage
@@ -50,7 +49,7 @@ from dit_jax.logging import Progress, say
 from dit_jax.pictures import grid, png, to_uint8
 from dit_jax.profiling import keep_compiled
 from dit_jax.runtime import files
-from dit_jax.runtime.files import write_aside
+from dit_jax.runtime.files import read_json, write_aside
 
 PREVIEW = 4  # pictures
 
@@ -67,7 +66,7 @@ def settings_of(source, vae, *, vae_dtype, dtype, shard_size):
 def check_same(out, there, settings):
     """UserError naming the settings in which the cache in `out` is another than `settings` would make."""
     def plain(fields):  # the same encoder may come from another file
-        vae = fields.get("vae") or {}
+        vae = fields["vae"] if isinstance(fields.get("vae"), dict) else {}
         return {key: fields.get(key) for key in settings} | {"vae": {key: vae.get(key) for key in ("encoder", "scale")}}
     there, here = plain(there), plain(settings)
     differ = [f"{key} ({str(there[key])[:80]} there, {str(here[key])[:80]} here)" for key in here
@@ -77,16 +76,6 @@ def check_same(out, there, settings):
                         "or another --out")
 
 
-def read_json(path):
-    """The dict in a file that write_aside wrote, or None where it is not there or not whole."""
-    try:
-        with open(path) as f:
-            value = json.load(f)
-        return value if isinstance(value, dict) else None
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def beside(shard):
     return shard.replace(".array_record", ".json")
 
@@ -94,7 +83,10 @@ def beside(shard):
 def read_record(path):
     """The record in the file beside a shard, or None where a byte of it has changed."""
     fields = read_json(path) or {}
-    return fields.get("record") if latents.seal({"record": fields.get("record")}) == fields else None
+    record = fields.get("record")
+    if latents.seal({"record": record}) != fields or not isinstance(record, dict):
+        return None
+    return record if {"file", "count", "bytes", "sha256", "skipped"} <= record.keys() else None
 
 
 def look(out, settings):
@@ -365,6 +357,9 @@ def encode(f):
     vae = autoencoder.load(f.vae, f.vae_dtype)
     if f.size % vae.factor:
         raise UserError(f"--size={f.size}: must be a multiple of {vae.factor}, which the VAE divides it by")
+    # Of the encoder's first layers a few arrays, and in its middle the weights of attention.
+    layer = 3 * vae.args["block_out_channels"][0] * f.size**2 + (f.size // vae.factor) ** 4
+    layout.check_memory({f"--size={f.size}": 4 * autoencoder.batch_size(f.size) * layer}, jax.devices())
     settings = settings_of(source, vae, vae_dtype=f.vae_dtype, dtype=f.dtype, shard_size=f.shard_size)
     cli.make_workdir(f.out, "out", files_in=(MANIFEST, SETTINGS, "preview.png"))
     with files.hold(f.out, "out"):

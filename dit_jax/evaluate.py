@@ -35,7 +35,7 @@ from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features, inception_score, precision_recall
 from dit_jax.profiling import keep_compiled
-from dit_jax.runtime.files import write_aside
+from dit_jax.runtime.files import read_json, write_aside
 
 EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
 
@@ -47,12 +47,8 @@ def _file_samples(path, num, kind):
         name = evaluation.shown(kind, num)["fid"]
         raise ValueError(f"{path}: holds {source.shape[0]:,} pictures, and {name} takes {num:,}; sample the rest, or "
                          f"say --num={source.shape[0]} (a number that cannot be compared with {name})")
-    beside = os.path.join(os.path.dirname(os.path.abspath(path)), "manifest.json")
-    try:
-        with open(beside) as f:
-            manifest = dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        manifest = {}
+    manifest = read_json(os.path.join(os.path.dirname(os.path.abspath(path)), "manifest.json")) or {}
+    manifest.pop(sample.SHA256, None)  # of the file, which says nothing of the pictures
     # A manifest is of what dit_jax.sample wrote beside it, not of another file.
     ours = os.path.basename(os.path.abspath(path)) in ("samples.npz", "png")
     return source, manifest if ours and manifest.get("num") == source.shape[0] else {}

@@ -114,7 +114,7 @@ def join():
     _client, _index, _count = state.client, state.process_id, state.num_processes
     ending.name = f"host {_index}: "
     ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {GOES_ON}"))
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in ending.STOPS:
         ending.on_signal(number, functools.partial(stop, AGAIN, f"stopped by {number.name}; {GOES_ON}"))
     threading.Thread(target=_watch, daemon=True).start()
 
@@ -128,7 +128,7 @@ def _too_late(start, address, why, then=lambda: None):
 def _silence_stdout():
     """The CPU's collectives (gloo) greet on stdout, from C++, in every process."""
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -215,6 +215,7 @@ def finish():
                 break
             except jax.errors.JaxRuntimeError:
                 pass
+        jax.distributed.shutdown()
 
 
 class Preemption:

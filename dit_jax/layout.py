@@ -50,42 +50,54 @@ def memory(config, devices, remat):
     """An estimate of the bytes a device that training takes: the state, what is kept of every block, and the arrays of
     the one block at work."""
     model, mesh = config["model"], config["mesh"]
-    depth, width, heads = model["depth"], model["hidden_size"], model["num_heads"]
+    depth, width = model["depth"], model["hidden_size"]
     tokens = (model["input_size"] // model["patch_size"]) ** 2
     rows = config["batch_size"] * tokens / devices
-    channel, weight = KEPT[remat]
     state = 16 * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
-    return state + rows * ((channel * depth + 60) * width + (weight * depth + 8) * heads * tokens)
+    return state + rows * _kept(model, tokens, depth, remat)
+
+
+def _kept(model, tokens, depth, remat):
+    """Bytes of a token, in bfloat16: what is kept of `depth` blocks, and the arrays of the one at work."""
+    channel, weight = KEPT[remat]
+    return (channel * depth + 60) * model["hidden_size"] + (weight * depth + 8) * model["num_heads"] * tokens
 
 
 FEATURES = 4 * (2048 + 1008)  # bytes that evaluation keeps of a picture
 
 
-def least_memory(model, training=None, **pictures):
-    """{setting: bytes}, what this takes at least, whatever the mesh and what is recomputed.
+def least_memory(model, training=None, remat="full", **pictures):
+    """{setting: bytes}, what this takes at least, whatever the mesh.
 
-    model: config.model, or the arguments of models.dit.DiT. training: the pictures of a training step, or None. pictures:
-    how many go through the network at once in sampling, by the setting that says so.
+    model: config.model, or the arguments of models.dit.DiT. training: the pictures of a training step, or None; remat: what
+    its backward pass recomputes. pictures: how many go through the network at once in sampling, by the setting that says so.
     """
     depth, width, patch, size, channels = (
         model[key] for key in ("depth", "hidden_size", "patch_size", "input_size", "in_channels"))
-    tokens, picture = (size // patch) ** 2, size**2 * channels
+    tokens = (size // patch) ** 2
     copies = 4 * (5 if training else 1)  # float32: with the EMA, two moments and the gradients, or alone
-    needs = {f"depth={depth} and hidden_size={width}": copies * 12 * depth * width**2,
+    kernels = 12 + {"adaln_zero": 6, "adaln": 4, "cross_attention": 4}.get(model["block"], 0)
+    needs = {f"depth={depth} and hidden_size={width}": copies * kernels * depth * width**2,
              f"num_classes={model['num_classes']}": copies * (model["num_classes"] + 1) * width,
              f"input_size={size} and in_channels={channels}": copies * (tokens + 2 * patch**2 * channels) * width}
-    for setting, count in {"batch_size": training or 0, **pictures}.items():
+    if training:
+        needs[f"batch_size={training}"] = training * (8 * size**2 * channels + tokens * _kept(model, tokens, depth, remat))
+    for setting, count in pictures.items():
         if count:
-            needs[f"{setting}={count}"] = 4 * count * (2 * picture + tokens * width)
+            needs[f"{setting}={count}"] = count * (8 * size**2 * channels + tokens * _kept(model, tokens, 0, "full"))
     return needs
 
 
 def memory_of(devices):
     """Bytes of memory that a program over all these devices can have."""
     if devices[0].platform == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as f:
-            memory = min(memory, int(f.read()))
+        memory, groups = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup"
+        limits = [f"{groups}/memory/memory.limit_in_bytes", f"{groups}/memory.max"]
+        with contextlib.suppress(OSError), open("/proc/self/cgroup") as f:
+            limits += [f"{groups}{line.strip()[3:]}/memory.max" for line in f if line.startswith("0::")]
+        for limit in limits:
+            with contextlib.suppress(OSError, ValueError), open(limit) as f:
+                memory = min(memory, int(f.read()))
         return memory * jax.process_count()
     chip = CHIPS.get(devices[0].device_kind)
     return len(devices) * (chip.hbm if chip else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))

@@ -5,6 +5,8 @@ import hashlib
 import os
 import platform
 import re
+import time
+import warnings
 
 import jax
 
@@ -35,6 +37,12 @@ def keep_compiled(shared=None):
             jax.config.update("jax_compilation_cache_dir", folder)
             # By default what took less than a second is not kept, such as the fingerprints of a checkpoint.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            # An entry that a kill cut short, or a full disk, is no matter of the user's: the program is compiled anew.
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file() and not entry.stat().st_size and time.time() - entry.stat().st_mtime > 60:
+                        os.remove(entry.path)  # else it would stay so for good
 
 
 class Trace:

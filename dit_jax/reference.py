@@ -25,7 +25,7 @@ import os
 import jax
 import numpy as np
 
-from dit_jax import __version__, encode, hosts, sharding
+from dit_jax import __version__, encode, hosts, layout, sharding
 from dit_jax.config import UserError
 from dit_jax.logging import Progress, say
 from dit_jax.metrics import evaluation, features
@@ -59,6 +59,8 @@ def main():
     cli.make_way(f.out)
     keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
     try:
+        layout.check_memory({f"--features_batch_size={f.features_batch_size} and --size={f.size}":
+                             15 * f.features_batch_size * f.size**2}, jax.devices())  # uint8, float32
         network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
         source = encode.open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
         if f.images > len(source):

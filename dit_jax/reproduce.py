@@ -355,7 +355,7 @@ def main():
         cli.make_workdir(os.path.join(f.out, folder), "out")
     with files.hold(f.out, "out"):
         path = os.path.join(f.out, "plan.json")
-        if not same_manifest(path, plan.manifest):
+        if not same_manifest(path, plan.manifest)[0]:
             write(path, plan.manifest)
         failed = carry_out(plan)
         everything = Plan(f.out, f.budget, STUDIES, f.steps, f.samples, f.seed)  # an earlier command's studies as well

@@ -52,6 +52,10 @@ def load_run(workdir, step, which, mesh):
     meta = checkpoints.latest_meta(step)
     config = meta["config"]
     args = configs.dit_args(layout.settle(config, jax.devices()))
+    try:
+        layout.check_memory(layout.least_memory(args), jax.devices())
+    except ValueError as e:
+        raise UserError(f"{workdir}: {e}") from None
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
@@ -95,49 +99,55 @@ def choose_labels(classes, num, num_classes, seed):
 
 
 class Parts:
-    """The images made so far, in OUT/parts, consecutive from 0. A file START-COUNT-SETTINGS-CONTENT.npy says by its name
-    which images it holds, and by hashes of which settings and of which bytes. What does not fit is set aside, and said.
+    """The images made so far, in OUT/parts, consecutive from 0. A file START-COUNT-HASH.npy says by its name which images it
+    holds, and by a hash of these two, of the settings and of its bytes, that it is what was written. What is not is set
+    aside, and said.
 
-    out: the folder; settings: text that says all that the images depend on. Attributes: files, done (images).
+    out: the folder; settings: text that says all that the images depend on; shape (N, H, W, C) and dtype of all of them.
+    Attributes: files, done (images).
     """
 
-    def __init__(self, out, settings):
+    def __init__(self, out, settings, shape, dtype):
         self.folder, self.files, self.done = os.path.join(out, "parts"), [], 0
-        self.settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self.settings, self.shape, self.dtype = settings, shape, np.dtype(dtype)
         os.makedirs(self.folder, exist_ok=True)
         for name in sorted(os.listdir(self.folder)):
-            if name.endswith(".part"):  # cut short by a kill
-                os.remove(os.path.join(self.folder, name))
-            elif not self._take(name):
-                set_aside(out, os.path.join(self.folder, name), "is no part of these samples, or damaged")
+            path = os.path.join(self.folder, name)
+            if name.endswith(".part") and os.path.isfile(path):  # cut short by a kill
+                os.remove(path)
+            elif not self._take(path):
+                set_aside(out, path, "is no part of these samples, is damaged, or comes after one that is")
 
-    def _take(self, name):
+    def _take(self, path):
         """Whether the file is the next part."""
-        fields = re.fullmatch(r"(\d{12})-(\d+)-([0-9a-f]{16})-([0-9a-f]{16})\.npy", name)
-        path = os.path.join(self.folder, name)
-        if not fields or int(fields[1]) != self.done or fields[3] != self.settings or not os.path.isfile(path):
+        fields = re.fullmatch(r"(\d{12})-(\d+)-[0-9a-f]{16}\.npy", os.path.basename(path))
+        if not fields or int(fields[1]) != self.done or not os.path.isfile(path):
             return False
         with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest()[:16] != fields[4]:
-                return False
-        self.files.append(path)
-        self.done += int(fields[2])
+            data = f.read(2 * self.dtype.itemsize * math.prod(self.shape))
+        if path != self._path(int(fields[2]), data):
+            return False
+        self._add(path, int(fields[2]))
         return True
+
+    def _path(self, count, data):
+        digest = hashlib.sha256(f"{self.done} {count} {self.settings}".encode() + data).hexdigest()[:16]
+        return os.path.join(self.folder, f"{self.done:012d}-{count}-{digest}.npy")
+
+    def _add(self, path, count):
+        self.files.append(path)
+        self.done += count
 
     def append(self, images):
         data = io.BytesIO()
         np.save(data, images)
-        content = hashlib.sha256(data.getbuffer()).hexdigest()[:16]
-        path = os.path.join(self.folder, f"{self.done:012d}-{len(images)}-{self.settings}-{content}.npy")
-        write_aside(path, data.getbuffer())
-        self.files.append(path)
-        self.done += len(images)
+        path = self._path(len(images), data.getvalue())
+        write_aside(path, data.getvalue())
+        self._add(path, len(images))
 
     def write_npz(self, path, key):
         """All parts as one array of an .npz, streamed: 50,000 pictures need not fit in memory."""
-        first = np.load(self.files[0], mmap_mode="r")
-        header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
-                  "shape": (self.done, *first.shape[1:])}
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         with files.writing(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open(f"{key}.npy", "w", force_zip64=True) as f:
                 np.lib.format.write_array_header_1_0(f, header)
@@ -156,32 +166,49 @@ def set_aside(out, path, why):
     say(f"{path}: {why}: moved to {damaged}, and made again")
 
 
+SHA256 = "samples_sha256"  # in a manifest: of samples.npz, once it is there
+
+
+def write_manifest(path, manifest):
+    write_aside(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def same_manifest(path, manifest):
-    """Whether `path` holds this manifest; UserError naming the settings where it holds another."""
+    """(whether `path` holds this manifest, the sha256 of the samples or None). UserError naming the settings where it holds
+    another."""
     if not os.path.exists(path):
-        return False
-    try:
-        with open(path) as f:
-            there = dict(json.load(f))
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: is damaged, so that nobody can tell how what is here was made; use another "
-                        "--out") from None
+        return False, None
+    there = files.read_json(path)
+    if there is None:
+        raise UserError(f"{path}: is damaged, so that nobody can tell how what is here was made; use another --out")
+    digest = there.pop(SHA256, None)
     differ = [f"{key} ({there.get(key)!r} there, {manifest.get(key)!r} here)" for key in {**there, **manifest}
               if there.get(key) != manifest.get(key)]
     if differ:
         raise UserError(f"{path}: what is here was made with other settings: {', '.join(differ)}; use another --out")
-    return True
+    return True, digest
 
 
-def is_whole(path, key, shape, dtype):
-    """Whether `path` is an .npz with this array under `key`, every byte as it was written."""
+def is_whole(path, key, shape, dtype, digest):
+    """Whether `path` is an .npz with this array under `key`, every byte as it was written. digest: its sha256, or None, which
+    older manifests have."""
     try:
+        if digest and sha256_of(path) != digest:
+            return False
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as f:
             np.lib.format.read_magic(f)
             header = np.lib.format.read_array_header_1_0(f)
+            size = f.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+            if header != (shape, False, dtype) or archive.getinfo(f"{key}.npy").file_size != size:
+                return False
             while f.read(2**20):  # to its end, where zipfile compares the checksum
                 pass
-        return header == (shape, False, dtype)
+        return True
     except Exception:  # parsers raise nearly everything on damaged files
         return False
 
@@ -234,7 +261,7 @@ class Sampler:
                 args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
                                                                          mesh)
             layout.check_memory(layout.least_memory(args, **{"--batch_size": min(f.batch_size, f.num)}) |
-                                {f"--num={f.num}": 8 * f.num}, jax.devices())
+                                {f"--num={f.num}": 40 * f.num}, jax.devices())
             vae_path = vae_path if f.vae is None else f.vae
             vae = autoencoder.load(vae_path) if vae_path else None
             if vae and vae.latent_channels != args["in_channels"]:
@@ -304,17 +331,17 @@ def make(sampler, out, single):
     main_process = jax.process_index() == 0
     finished, parts = False, None
     if main_process:
-        known = same_manifest(manifest_path, manifest)
+        known, digest = same_manifest(manifest_path, manifest)
         shape, dtype = (num, sampler.size, sampler.size, sampler.args["in_channels"] if latent else 3), (
             np.float32 if latent else np.uint8)
-        finished = known and is_whole(npz, key, shape, dtype)
-        if os.path.exists(npz) and not finished:
+        whole = known and is_whole(npz, key, shape, dtype, digest)
+        finished = whole and not (digest is None and os.path.isdir(os.path.join(out, "parts")))  # killed just before its end
+        if os.path.exists(npz) and not whole:
             set_aside(out, npz, "is not what was written" if known else "is of unknown origin, there being no manifest")
     if main_process and not finished:
-        text = json.dumps(manifest, indent=2) + "\n"
-        parts = Parts(out, text)
+        parts = Parts(out, json.dumps(manifest), shape, dtype)
         files.check_room(out, (2 * num - parts.done) * math.prod(shape[1:]) * np.dtype(dtype).itemsize, f"--num={num}")
-        write_aside(manifest_path, text.encode())
+        write_manifest(manifest_path, manifest)
     finished, done = hosts.share((finished, parts.done if parts else 0))[0]
     if not finished:
         if done:
@@ -325,6 +352,7 @@ def make(sampler, out, single):
         if main_process:
             write_pictures(out, map(np.load, parts.files), labels, single)
             parts.write_npz(npz, key)
+            write_manifest(manifest_path, manifest | {SHA256: sha256_of(npz)})
             parts.remove()
     elif main_process:
         if single or not os.path.exists(os.path.join(out, "grid.png")):

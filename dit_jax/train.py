@@ -77,7 +77,7 @@ def least_memory(config):
     """{setting: bytes} of a settled config: the training step, the grids, and what is measured."""
     s, e, model = config["sample"], config["eval"], config["model"]
     classes, drawn = min(s["classes"], model["num_classes"] or s["classes"]), s["every"] or config["judge"]["samples"]
-    needs = layout.least_memory(model, config["batch_size"],
+    needs = layout.least_memory(model, config["batch_size"], remat=model["remat"],
                                 **{f"sample.classes={classes} and sample.per_class": drawn and classes * s["per_class"],
                                    "eval.batch_size": e["every"] and min(e["num"], e["batch_size"])})
     picture = 4 * model["input_size"] ** 2 * model["in_channels"]
@@ -200,7 +200,6 @@ def train(config, workdir, *, debug_nans, profile):
     # Mesh, data, programs.
     try:
         settled = layout.settle(config, jax.devices())
-        layout.check_memory(least_memory(settled), jax.devices())
         mesh = sharding.make_mesh(**settled["mesh"])
         if batch_size % sharding.batch_shards(mesh):
             raise ValueError(f"batch_size={batch_size}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
@@ -215,6 +214,7 @@ def train(config, workdir, *, debug_nans, profile):
             raise ValueError(f"judge.samples: data.source={config['data']['source']!r} has no held-out pictures; set "
                              "judge.samples=0")
         check_same_on_all(config, source.identity)
+        layout.check_memory(least_memory(settled), jax.devices())
         init, train_step, target = make_programs(settled, mesh)
         across = sharding.batch_sharding(mesh)
         model_input = pipeline.model_input(mesh, across, seed=config["seed"], scale=getattr(source, "scale", None),
@@ -329,7 +329,7 @@ def train(config, workdir, *, debug_nans, profile):
         if log:
             now = time.perf_counter()
             rate = (step - mark_step) / (now - mark)
-            record = {name: float(np.mean([v[name] for v in unlogged])) for name in unlogged[0]}
+            record = {name: float(np.mean([v[name] for v in unlogged if name in v])) for name in unlogged[-1]}
             record |= {"steps_per_second": rate, "images_per_second": rate * batch_size,
                        "data_wait": batches.waited / (now - mark),
                        "mfu": rate * batch_size * flops.train_flops(**args) / (peak * len(jax.devices()))}

@@ -44,10 +44,11 @@ def limit(path):
     return min(max(LEAST, MOST * size), memory)
 
 
-def open_zip(path):
-    """A zip file whose members can be read: each name once, and no more in all than a file of its size holds."""
+def open_zip(path, in_pieces=False):
+    """A zip file whose members can be read: each name once, and no more in all than a file of its size holds, unless they
+    are read in pieces."""
     archive = zipfile.ZipFile(path)
-    members, most = archive.infolist(), max(LEAST, MOST * os.path.getsize(path))
+    members, most = archive.infolist(), math.inf if in_pieces else max(LEAST, MOST * os.path.getsize(path))
     if (total := sum(m.file_size for m in members)) > most:
         raise ValueError(f"it declares {total / 1e9:.3g} GB, and a file of its size holds {most / 1e9:.3g} GB at most")
     if len({m.filename for m in members}) < len(members):
@@ -86,7 +87,8 @@ class Stored:
 
     @property
     def nbytes(self):
-        return math.prod(self.shape) * max(4, self.dtype.itemsize)
+        """Bytes that reading it takes: the whole member is unpacked for each array that lies in it."""
+        return max(self.size, math.prod(self.shape) * max(4, self.dtype.itemsize))
 
     def read(self):
         """A new array. The member is read to its end, where zipfile compares the checksum."""

@@ -248,7 +248,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(command, made, tmp_pat
     (("fingerprints",), None, "has no fingerprints: an older version"),
     (("fingerprints", "params"), "1", "its meta has fingerprints="), (("config", "model"), None, "no config.model."),
     (("train_seconds",), "x", "train_seconds='x'"), (("unlogged",), [{"loss": "x"}], "unlogged="),
-    (("config", "model", "dtype"), "int7", "config.model.dtype='int7'"), (("data",), 7, "data=7")], ids=str)
+    (("config", "model", "dtype"), "int7", "model.dtype='int7'"), (("data",), 7, "data=7")], ids=str)
 def test_a_meta_that_lies(command, made, tmp_path, path, value, words):
     """The checkpoint of an older version is left where it is; what is damaged goes aside, and the one before is taken."""
     shutil.copytree(made / "undisturbed/train", tmp_path / "run")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 from dit_jax.config import UserError
+from dit_jax.data.images import MAX_BYTES
 from dit_jax.logging import Progress, say
 from dit_jax.runtime.files import check_regular, reading, write_aside
 
@@ -96,6 +97,8 @@ def contents(tars, partial):
         if len(found[split]) != COUNTS[split] and not partial:
             raise UserError(f"{path}: holds {len(found[split]):,} pictures, ILSVRC2012 has {COUNTS[split]:,}: fetch it "
                             "again, or take what is there with --partial")
+        if large := next((p for p in found[split] if p.size > MAX_BYTES), None):
+            raise UserError(f"{path}: holds {repr(large.name)[:99]} of {large.size:,} bytes, more than a picture has")
         names = collections.Counter(p.name for p in found[split])
         if len(names) != len(found[split]):
             raise UserError(f"{path}: holds {repr(names.most_common(1)[0][0])[:99]} more than once")

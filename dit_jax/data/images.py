@@ -12,7 +12,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif",
               ".ppm", ".pgm", ".pbm", ".pnm")
 MAX_PIXELS = 178_956_970  # above it Pillow refuses a file as a decompression bomb
 MAX_BYTES = 4 * MAX_PIXELS
-SMALL, DENSE = 2**24, 2048  # so many pixels are taken from any file, or so many from each of its bytes
+SMALL, DENSE = 2**24, 2**14  # so many pixels are taken from any file, or so many from each of its bytes
 
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,

@@ -24,7 +24,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dit_jax.config import UserError
-from dit_jax.runtime.files import naming, reading, write_aside
+from dit_jax.runtime.files import check_file, naming, reading, write_aside
 
 FORMAT = 3
 TAIL = np.dtype([("label", "<i4"), ("checksum", "<u8")])  # of a record
@@ -150,6 +150,7 @@ class ShardWriter:
     def __init__(self, folder, name, dtype):
         self.path, self.name, self.dtype, self.count = os.path.join(folder, name), name, np.dtype(dtype), 0
         with naming(self.path):
+            check_file(f"{self.path}.part")
             self.writer = ArrayRecordWriter(f"{self.path}.part", "group_size:1,uncompressed")
 
     def add(self, posteriors, labels):

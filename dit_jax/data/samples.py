@@ -24,7 +24,7 @@ class Npz:
     def __init__(self, path):
         self.path = path
         with reading(path, "pictures", DAMAGED):
-            archive = open_zip(path)
+            archive = open_zip(path, in_pieces=True)
             if f"{KEY}.npy" not in archive.namelist():
                 raise UserError(f"{path}: has no array {KEY!r}: it must hold pictures under this name, uint8 of (N, H, W, 3)")
             self.stored = read_header(archive, f"{KEY}.npy")

@@ -20,7 +20,8 @@ import traceback
 
 AGAIN = 75
 GOES_ON = "the same command goes on from what is whole, or starts over"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+SIGNALS = (signal.SIGINT, *STOPS)
 
 name = ""  # of this process among several, as in "host 1: "
 at_end = []  # functions that are called before the process ends by `end`
@@ -31,6 +32,14 @@ def end(status, line, then=lambda: None):
     """The last line of this process, and its end, from whatever thread. then: called in between."""
     last_words(line)
     then()
+    os._exit(status)
+
+
+def finish(status):
+    """The end of a process that has done its work. Python's own would give signals back to the system while JAX is still
+    being taken down."""
+    sys.stdout.flush()
+    _ended.acquire()  # a signal comes too late now
     os._exit(status)
 
 
@@ -91,23 +100,33 @@ def _watch(pipe):
             threading.Thread(target=action, daemon=True).start()
 
 
-def begin():
-    """From here on a signal ends this process with a line, if it is a command of this package."""
+def is_command():
+    """Whether this process is a command of this package, python -m dit_jax.X."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if _actions or not spec or not re.fullmatch(r"dit_jax\.\w+", spec.name):
+    return bool(spec and re.fullmatch(r"dit_jax\.\w+", spec.name))
+
+
+def begin():
+    """From here on a signal ends this process with a line, if it is a command."""
+    if _actions or not is_command():
         return
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:  # closed by who started this: its number must not become a file's
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, stream, os.fdopen(number, "w" if number else "r"))
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read,), daemon=True).start()
     on_signal(signal.SIGINT, interrupted)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS:
         on_signal(number, functools.partial(terminated, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def start_anew(environment):
-    """This process from its beginning, with another environment. A signal that comes meanwhile waits for `begin`."""
+    """This process from its beginning, with another environment. A signal that comes meanwhile waits for `begin`, before
+    which this is to be called."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execve(sys.executable, sys.orig_argv, environment)
 

@@ -10,11 +10,12 @@ import platform
 import re
 import shutil
 import stat
+import time
 
 from dit_jax.config import UserError
 from dit_jax.runtime import ending
 
-LOCK = ".lock"
+LOCK, PROBE = ".dit_jax.lock", ".dit_jax.probe"
 ADVICE = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     errno.EACCES: "change the permissions", errno.EPERM: "change the permissions",
@@ -27,8 +28,10 @@ ADVICE = {
 def user_path(text):
     """A path as a user writes it, "~" being the home folder. Raises ValueError where it cannot be one of this machine."""
     path = os.path.expanduser(text)
-    if re.match(r"[a-z][a-z0-9+.-]*://", text):
+    if re.match(r"(?i)[a-z][a-z0-9+.-]*:/", text):
         raise ValueError("is no path of this machine: mount the bucket (gcsfuse does that) and name the folder")
+    if text and not text.strip() or len(os.fsencode(path)) > 4095 or path.count("/") > 500:
+        raise ValueError("is no path that a system takes: name a shorter one" if text.strip() else "is empty")
     if text == "-" or path.startswith("~"):
         raise ValueError(f"is taken for no file or folder: ./{text} is one of that name")
     return path
@@ -95,14 +98,25 @@ def check_room(folder, size, what):
 
 def probe(folder):
     """OSError where no file can be made in this folder."""
-    path = os.path.join(folder, ".probe")
+    path = os.path.join(folder, PROBE)
     try:
+        check_file(path)
         open(path, "wb").close()
         with contextlib.suppress(FileNotFoundError):  # another command looks as well
             os.remove(path)
     except OSError as e:
         e.filename = folder
         raise
+
+
+def read_json(path):
+    """The dict in a JSON file, or None where there is none: no file, a damaged one, or something else."""
+    try:
+        with reading(path, "JSON"), open(path) as f:
+            value = json.load(f)
+    except UserError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @contextlib.contextmanager
@@ -155,14 +169,15 @@ def write_aside(path, data):
 
 
 def append(path, data):
-    """Adds bytes to a file. One that a full disk cuts short is as it was."""
-    with naming(path), open(path, "ab") as f:
+    """Adds bytes to a file. Where they do not all fit it stays as it was."""
+    check_file(path)
+    with naming(path), open(path, "ab", buffering=0) as f:
         size = f.tell()
         try:
-            f.write(data)
-            f.flush()
+            while data:
+                data = data[f.write(data):]
         except OSError:
-            os.truncate(path, size)
+            f.truncate(size)
             raise
 
 
@@ -197,9 +212,15 @@ def hold(folder, flag):
         return
     path = os.path.join(folder, LOCK)
     with naming(path):
-        f = _open_alone(path)
+        for _ in range(20):  # its holder may be about to say who it is, or to let go
+            f = _open_alone(path)
+            holder = None if f else _holder(path)
+            if f or holder:
+                break
+            time.sleep(0.05)
         if f is None:
-            raise UserError(f"--{flag}={folder}: {_holder(path)} is writing there: wait for its end, or name another folder")
+            raise UserError(f"--{flag}={folder}: {holder or 'another process'} is writing there: wait for its end, or name "
+                            "another folder")
         f.truncate()
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         f.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
@@ -227,7 +248,7 @@ def _holder(path):
             there = json.load(f)
         return f"process {there['process']} on host {there['host']} (since {there['since']})"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return None
 
 
 def _reach_of_locks(f, folder):

@@ -141,7 +141,9 @@ def _ask(address, mine, deadline):
                         return status, text
                     if mine["process_id"] == 0:
                         wait(text)
-        except (OSError, UnicodeError) as e:
+        except UserError:
+            raise
+        except (OSError, ValueError) as e:  # an answer may be cut short
             text = f"{address}: {getattr(e, 'strerror', None) or e}"
         wait(text)
         if time.monotonic() > deadline:
