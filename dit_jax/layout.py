@@ -66,11 +66,11 @@ def _kept(model, tokens, depth, remat):
 FEATURES = 4 * (2048 + 1008)  # bytes that evaluation keeps of a picture
 
 
-def least_memory(model, training=None, remat="full", **pictures):
+def least_memory(model, training=None, remat="full", pictures=None):
     """{setting: bytes}, what this takes at least, whatever the mesh.
 
     model: config.model, or the arguments of models.dit.DiT. training: the pictures of a training step, or None; remat: what
-    its backward pass recomputes. pictures: how many go through the network at once in sampling, by the setting that says so.
+    its backward pass recomputes. pictures: {setting: how many go through the network at once in sampling}.
     """
     depth, width, patch, size, channels = (
         model[key] for key in ("depth", "hidden_size", "patch_size", "input_size", "in_channels"))
@@ -82,9 +82,8 @@ def least_memory(model, training=None, remat="full", **pictures):
              f"input_size={size} and in_channels={channels}": copies * (tokens + 2 * patch**2 * channels) * width}
     if training:
         needs[f"batch_size={training}"] = training * (8 * size**2 * channels + tokens * _kept(model, tokens, depth, remat))
-    for setting, count in pictures.items():
-        if count:
-            needs[f"{setting}={count}"] = count * (8 * size**2 * channels + tokens * _kept(model, tokens, 0, "full"))
+    for setting, count in (pictures or {}).items():
+        needs[setting] = count * (8 * size**2 * channels + tokens * _kept(model, tokens, 0, "full"))
     return needs
 
 

@@ -260,8 +260,8 @@ class Sampler:
             else:
                 args, params, shardings, source, vae_path = load_weights(f.weights, f.which, f.num_heads, f.num_classes,
                                                                          mesh)
-            layout.check_memory(layout.least_memory(args, **{"--batch_size": min(f.batch_size, f.num)}) |
-                                {f"--num={f.num}": 40 * f.num}, jax.devices())
+            at_once = {f"--batch_size={f.batch_size}": min(f.batch_size, f.num)}
+            layout.check_memory(layout.least_memory(args, pictures=at_once) | {f"--num={f.num}": 40 * f.num}, jax.devices())
             vae_path = vae_path if f.vae is None else f.vae
             vae = autoencoder.load(vae_path) if vae_path else None
             if vae and vae.latent_channels != args["in_channels"]:

@@ -75,14 +75,13 @@ def start_from(params, init, target):
 
 def least_memory(config):
     """{setting: bytes} of a settled config: the training step, the grids, and what is measured."""
-    s, e, model = config["sample"], config["eval"], config["model"]
-    classes, drawn = min(s["classes"], model["num_classes"] or s["classes"]), s["every"] or config["judge"]["samples"]
-    needs = layout.least_memory(model, config["batch_size"], remat=model["remat"],
-                                **{f"sample.classes={classes} and sample.per_class": drawn and classes * s["per_class"],
-                                   "eval.batch_size": e["every"] and min(e["num"], e["batch_size"])})
-    picture = 4 * model["input_size"] ** 2 * model["in_channels"]
-    return needs | {f"judge.samples={config['judge']['samples']}": config["judge"]["samples"] * picture,
-                    f"eval.num={e['num']}": e["num"] * layout.FEATURES if e["every"] else 0}
+    s, e, judged, model = config["sample"], config["eval"], config["judge"]["samples"], config["model"]
+    drawn = min(s["classes"], model["num_classes"] or s["classes"]) * s["per_class"]
+    at_once = {f"sample.per_class={s['per_class']}": drawn if s["every"] or judged else 0,
+               f"eval.batch_size={e['batch_size']}": min(e["num"], e["batch_size"]) if e["every"] else 0}
+    return layout.least_memory(model, config["batch_size"], model["remat"], at_once) | {
+        f"judge.samples={judged}": judged * 4 * model["input_size"] ** 2 * model["in_channels"],
+        f"eval.num={e['num']}": e["num"] * layout.FEATURES if e["every"] else 0}
 
 
 def grid_labels(config):

@@ -535,3 +535,13 @@ def test_half_precision_and_what_is_shared_is_read(tmp_path):
         assert [str(there[name].dtype) for name in "abnp"] == ["float32", "float32", "int64", "float32"]
         assert there["n"] == 3 and np.array_equal(there["p"], a.T.numpy()) and np.array_equal(there["b"], a.numpy())
     assert hashlib.sha256(there["a"]).digest() == hashlib.sha256(a.numpy()).digest()
+
+
+def test_arrays_that_share_a_storage(tmp_path):
+    """The whole storage is unpacked for each."""
+    import torch
+    storage = torch.zeros(2**21)
+    torch.save({f"x{i}": storage[i: i + 1] for i in range(100)}, tmp_path / "shared.pt")
+    for read in (convert.read_weights, weights.read_all):
+        with pytest.raises(ValueError, match="shared.pt: .*its arrays take 0.839 GB"):
+            read(str(tmp_path / "shared.pt"))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,7 +11,7 @@ from conftest import TINY, one_error
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from dit_jax import pictures, sharding
+from dit_jax import pictures, sample, sharding
 from dit_jax.generate import Generator
 
 FAST = ["--sampler=ddim", "--steps=4", "--cfg_scale=2"]
@@ -98,6 +99,41 @@ def test_killed_sampling_goes_on_with_the_same_pictures(command, run, tmp_path):
     assert command("sample", *flags, f"--out={tmp_path}/b", "--batch_size=100")[0] == 0
     difference = np.abs(images(tmp_path / "a").astype(int) - images(tmp_path / "b"))
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_parts_are_what_they_say_or_made_again(tmp_path):
+    images, settings = np.random.default_rng(0).integers(256, size=(8, 4, 4, 3), dtype=np.uint8), "settings"
+
+    def parts(settings=settings):
+        return sample.Parts(str(tmp_path), settings, images.shape, images.dtype)
+
+    def first(change):
+        path = sorted((tmp_path / "parts").iterdir())[0]
+        change(path)
+
+    for change in (lambda p: p.rename(p.parent / p.name.replace("-2-", "-4-")), lambda p: p.write_bytes(p.read_bytes()[:-1]),
+                   lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), os.remove,
+                   lambda p: (p.unlink(), p.mkdir()), lambda p: p.rename(p.parent / "000000000.npy")):
+        made = parts()
+        made.append(images[:2])
+        made.append(images[2:4])
+        assert parts().done == 4
+        first(change)
+        assert parts().done == 0 and not list((tmp_path / "parts").iterdir())
+        shutil.rmtree(tmp_path / "damaged")
+    parts().append(images)
+    assert parts().done == 8 and parts("others").done == 0
+
+    parts().append(images)
+    npz = str(tmp_path / "samples.npz")
+    parts().write_npz(npz, "arr_0")
+    with open(npz, "rb") as f:
+        data, digest = f.read(), sample.sha256_of(npz)
+    assert np.load(npz)["arr_0"].tobytes() == images.tobytes() and sample.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
+    for i in range(len(data)):  # older ones, without a digest, are looked at by the zip file's own checksum
+        with open(npz, "wb") as f:
+            f.write(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        assert not sample.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
 
 
 def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
