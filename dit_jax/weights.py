@@ -21,6 +21,7 @@ from dit_jax.config import UserError
 from dit_jax.runtime.files import reading
 
 LEAST, MOST = 2**26, 16  # a file may hold so many bytes, or so many times its own
+MOST_IN_PIECES = 512  # drawings pack to a hundredth of their size; nothing but zeros to a thousandth
 PICKLE = 2**22  # bytes of a pickle: that of a training checkpoint of XL/2 takes an eighth of it
 # What torch.save writes of plain data. Others reserve memory before anything is read, or hash what is nested without end.
 OPCODES = """PROTO FRAME STOP MARK POP GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID PUT BINPUT LONG_BINPUT MEMOIZE GET
@@ -45,10 +46,10 @@ def limit(path):
 
 
 def open_zip(path, in_pieces=False):
-    """A zip file whose members can be read: each name once, and no more in all than a file of its size holds, unless they
-    are read in pieces."""
+    """A zip file whose members can be read: each name once, and no more in all than a file of its size holds. in_pieces:
+    not all of it is to be in memory at once."""
     archive = zipfile.ZipFile(path)
-    members, most = archive.infolist(), math.inf if in_pieces else max(LEAST, MOST * os.path.getsize(path))
+    members, most = archive.infolist(), max(LEAST, (MOST_IN_PIECES if in_pieces else MOST) * os.path.getsize(path))
     if (total := sum(m.file_size for m in members)) > most:
         raise ValueError(f"it declares {total / 1e9:.3g} GB, and a file of its size holds {most / 1e9:.3g} GB at most")
     if len({m.filename for m in members}) < len(members):

@@ -7,6 +7,7 @@ gRPC) write tracebacks or wait for each other for minutes when the interpreter s
 Exit status 75 (EX_TEMPFAIL) says that the same command, run again, goes on.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -36,9 +37,9 @@ def end(status, line, then=lambda: None):
 
 
 def finish(status):
-    """The end of a process that has done its work. Python's own would give signals back to the system while JAX is still
-    being taken down."""
+    """The end of a process that has done its work. Python's own gives signals back to the system half a second before."""
     sys.stdout.flush()
+    atexit._run_exitfuncs()
     _ended.acquire()  # a signal comes too late now
     os._exit(status)
 
