@@ -34,13 +34,13 @@ def test_interrupted_is_one_line():
         # As a module of the package, which a command is; what comes at once or never is waited for.
         code = (f"import signal, sys, types, time\nsignal.signal(signal.SIGINT, signal.{handler})\n"
                 "__spec__ = types.SimpleNamespace(name='dit_jax.train')\nfrom dit_jax import cli\ncli.parse()\n"
-                f"{then}\ntime.sleep(3)\nprint('goes on')")
+                f"{then}\ntime.sleep(1)\nprint('goes on')")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
     interrupt = "signal.raise_signal(signal.SIGINT)"
     one_error(end_of("default_int_handler", interrupt), "interrupted")
-    one_error(end_of("default_int_handler", f"cli.run(lambda: ({interrupt}, time.sleep(3)))"), "interrupted")
+    one_error(end_of("default_int_handler", f"cli.run(lambda: ({interrupt}, time.sleep(1)))"), "interrupted")
     assert end_of("SIG_IGN", interrupt) == (0, "goes on\n", "")
 
 
