@@ -47,7 +47,6 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,7 @@ from importlib import metadata
 
 import jax
 
-from dit_jax import autoencoder, config as configs, pictures
+from dit_jax import autoencoder, config as configs
 from dit_jax.config import UserError
 from dit_jax.data import latents
 from dit_jax.data.pictures import Folder

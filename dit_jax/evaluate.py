@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import scipy
 
-from dit_jax import __version__, hosts, layout, paper, pictures, sample, sharding
+from dit_jax import __version__, layout, paper, sample, sharding
 from dit_jax.config import UserError
 from dit_jax.data import samples as files
 from dit_jax.logging import Progress, say

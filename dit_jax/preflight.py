@@ -35,7 +35,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is run: two 
 import jax
 import numpy as np
 
-from dit_jax import config as configs, flops, layout, pictures, sharding
+from dit_jax import config as configs, flops, layout, sharding
 from dit_jax.config import UserError
 from dit_jax.hlo import Program
 from dit_jax.layout import CHIPS, GIB

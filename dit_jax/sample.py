@@ -123,8 +123,10 @@ class Parts:
         fields = re.fullmatch(r"(\d{12})-(\d+)-[0-9a-f]{16}\.npy", os.path.basename(path))
         if not fields or int(fields[1]) != self.done or not os.path.isfile(path):
             return False
+        if os.path.getsize(path) > 2 * self.dtype.itemsize * math.prod(self.shape):
+            return False
         with open(path, "rb") as f:
-            data = f.read(2 * self.dtype.itemsize * math.prod(self.shape))
+            data = f.read()
         if path != self._path(int(fields[2]), data):
             return False
         self._add(path, int(fields[2]))

@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 # Four fake devices, and one step in flight at a time.
@@ -145,6 +147,17 @@ def one_error(result, *words):
     assert status == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+def tar(files):
+    """{name: bytes} -> the bytes of a tar file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
 
 
 def save_vae(path, seed, block_out_channels=(8, 8, 16, 16), scale=0.18215):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import tarfile
 import time
 import types
 import zipfile
@@ -23,7 +22,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, save_vae, write_cache
+from conftest import GOLDEN, save_vae, tar, write_cache
 from PIL import Image
 
 from dit_jax import autoencoder, convert, weights
@@ -63,16 +62,6 @@ def npz(**arrays):
 def npy(array):
     out = io.BytesIO()
     np.save(out, array)
-    return out.getvalue()
-
-
-def tar(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 

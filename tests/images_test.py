@@ -7,7 +7,6 @@ import re
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zlib
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, tar
 from dit_jax.config import UserError
 from dit_jax.data import images
 from dit_jax.data.imagenet import TARS, prepare
@@ -467,16 +466,6 @@ def test_tfds(tfds, tmp_path, capfd):
         refuses(shard, "damaged", read=True)
     shard.unlink()
     refuses(shard, "No such file")
-
-
-def tar(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
