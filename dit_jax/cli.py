@@ -5,44 +5,22 @@ the imports: JAX takes most of a second to import, for which --help and a mistak
 imports it before `run`.
 """
 
-import ctypes
-import glob
 import os
-import signal
 import sys
 import traceback
 
-from dit_jax.runtime import ending
-
-# Huge pages, no memory map an array, and a gigabyte of freed memory kept for the next step.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000"
-
-
-def tpu_attached():
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
-
-
-def accelerator_attached():
-    return tpu_attached() or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
-
-
-def _keep_memory():
-    """Starts this process anew (same number, same arguments) with these settings of malloc, which glibc reads at start
-    alone. XLA on CPU else gives all memory back after a step and takes it anew from the kernel, in pages of 4 KiB: 6 %
-    of DiT-S/2's step."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and not accelerator_attached():
-        ending.start_anew(os.environ | {"GLIBC_TUNABLES": MALLOC})
-
+from dit_jax.runtime import ending, process
 
 if ending.is_command():  # before the imports that take time
-    _keep_memory()
+    process.before_imports()
     ending.begin()
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dit_jax.config import UserError, unknown_field
+from dit_jax.config import unknown_field
 from dit_jax.runtime import files
+from dit_jax.runtime.errors import UserError, line_of
 
 flags.disclaim_key_flags()  # --help shows the flags that are defined here as the command's own
 
@@ -65,7 +43,7 @@ def define_hosts():
 
 
 def define_samples(num, classes, cfg_scale):
-    """The flags of sample.Sampler; the arguments are defaults."""
+    """The flags of samples(); the arguments are defaults."""
     define_path("workdir", None, "a run's folder")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     define_path("weights", None, "instead of a run: a .pt or .npz file of the published format")
@@ -89,8 +67,33 @@ def define_samples(num, classes, cfg_scale):
     define_hosts()
 
 
+def samples():
+    """What the flags of define_samples ask for -> sampling.model.Samples. Raises UserError naming the flag."""
+    from dit_jax.parallel import sharding
+    from dit_jax.sampling.model import Samples, Settings
+    from dit_jax.vae.files import load as load_vae
+    from dit_jax.weights import load
+
+    f = flags.FLAGS
+    if (f.workdir is None) == (f.weights is None):
+        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+    if f.workdir is not None and not f.workdir.strip():
+        raise UserError("--workdir is empty: name a run's folder")
+    if f.weights and f.step is not None:
+        raise UserError("--step is of a run's checkpoints: it goes with --workdir")
+    mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
+    if f.workdir is not None:
+        loaded = load.from_run(f.workdir, mesh, f.which, f.step)
+    else:
+        loaded = load.from_file(f.weights, mesh, f.which, f.num_heads, f.num_classes)
+    vae = loaded.vae if f.vae is None else f.vae
+    settings = Settings(f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels)
+    return Samples(loaded, mesh, load_vae(vae) if vae else None, num=f.num, classes=f.classes, settings=settings,
+                   batch_size=f.batch_size)
+
+
 def define_source():
-    """The flags of encode.open_source."""
+    """The flags of data.pictures.open_pictures."""
     flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
     define_path("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
     flags.DEFINE_string("name", None, "of tfds: which data set")
@@ -100,7 +103,7 @@ def define_source():
 
 
 def define_features():
-    """The flags of metrics.features.load."""
+    """The flags of evaluation.features.load."""
     flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
                       "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
     define_path("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
@@ -154,33 +157,15 @@ def _parse_flags(argv):
     return rest
 
 
-def _quiet_libtpu():
-    """Without a TPU, libtpu (installed for preflight, say) asks a metadata server what machine this is, and complains
-    at length that it does not know."""
-    if not tpu_attached():
-        for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v3-8"),
-                            ("TPU_WORKER_HOSTNAMES", "localhost")):
-            os.environ.setdefault(name, value)
-
-
-def enough_threads():
-    """On CPU a collective holds a thread until every device has come to it, and devices come to independent ones in
-    any order: with no more threads than cores, several fake devices, or processes, can wait for each other for ever."""
-    if "device_count" in os.environ.get("XLA_FLAGS", "") or any(a.startswith("--coordinator") for a in sys.argv):
-        os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count())))
-
-
 def _on_hosts(main):
     """main(), where other hosts may take part: they are told of its errors, or it is told of theirs."""
-    import jax
+    from dit_jax.runtime import hosts  # imports JAX
 
-    from dit_jax import hosts
-
-    if not accelerator_attached() and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # else JAX loads a libtpu, whose tracer may crash without a TPU
+    process.cpu_without_accelerator()
     try:
         if "coordinator" in flags.FLAGS:
-            hosts.join()
+            f = flags.FLAGS
+            hosts.join(f.coordinator, f.process_count, f.process_id, f.host_timeout)
         status = main()
         hosts.finish()
         ending.finish(status or 0)
@@ -189,30 +174,6 @@ def _on_hosts(main):
         os._exit(1)
     except (Exception, KeyboardInterrupt) as e:
         hosts.fail(e)
-
-
-def _give_back_after_compiling():
-    """What XLA's compiler has freed (0.3 GB after a training step's) stays with the threads that compiled, where no array
-    can lie: it goes back to the kernel."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is None:
-        return
-    from jax import monitoring
-
-    def listen(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration" and seconds > 0.2:
-            trim(0)
-
-    monitoring.register_event_duration_secs_listener(listen)
-
-
-def end_with_parent(parent=None):
-    """This process is not to go on where the one that started it is killed. Of Linux alone. parent: that one's number, by
-    which it is seen whether it was killed before this call."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent not in (None, os.getppid()):
-            os._exit(1)
 
 
 def parse():
@@ -227,18 +188,16 @@ def parse():
     except (BrokenPipeError, SystemExit):  # --help, perhaps | head
         os._exit(0)
     except (UserError, OSError) as e:
-        ending.end(1, ending.line_of(e))
+        ending.end(1, line_of(e))
 
 
 def run(main):
     """Calls main(), whose value is the exit status. An exception is one line, and status 1."""
-    _quiet_libtpu()
-    enough_threads()
-    _give_back_after_compiling()
+    process.quiet_libtpu()
+    process.enough_threads()
+    process.return_memory_after_compiling()
+    process.quiet_logs()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
-    # Libraries log what they then raise (orbax with a traceback for each thread): our line says it.
-    logging.set_verbosity(logging.FATAL)
-    logging.set_stderrthreshold("fatal")
     app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
 
 

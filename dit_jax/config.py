@@ -11,12 +11,8 @@ import math
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-
-MAX_SCALE = 1000  # of guidance: far beyond what makes pictures, and far below where float32 ends
-
-
-class UserError(ValueError):
-    """Bad input: its text, one line, names the file, field or flag and says what to do."""
+from dit_jax.runtime import files
+from dit_jax.runtime.errors import UserError
 
 
 def paper(model="DiT-XL/2"):
@@ -138,9 +134,9 @@ def unknown_field(field):
 def resolve(config):
     """The config as a plain nested dict with every field set, and checked. Raises UserError naming the field."""
     # Not above: a config file is read before --help is answered, and JAX takes its time.
+    from dit_jax.diffusion.guidance import MAX_SCALE
     from dit_jax.models.blocks import BLOCKS
     from dit_jax.models.dit import MODELS, REMAT, model_args
-    from dit_jax.runtime import files
 
     config = config.to_dict()
     for name, _ in _flatten(config):

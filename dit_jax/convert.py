@@ -20,218 +20,13 @@ if __name__ == "__main__":
     cli.define_path("out", None, "the .pt or .npz file to write", required=True)
     cli.parse()  # above the imports that take time
 
-import hashlib
-import math
 import os
-import re
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-from einops import rearrange
+import jax
 
-from dit_jax import weights
-from dit_jax.config import UserError
-from dit_jax.models.blocks import MLP_RATIO
-from dit_jax.models.dit import SIZES
-from dit_jax.runtime import files
-from dit_jax.weights import import_torch as _torch
-
-# Ours -> published, in the published order. {} is the block's index; ours holds the blocks stacked.
-NAMES = {
-    "pos_embed": "pos_embed",
-    "x_embedder": "x_embedder.proj",
-    "t_embedder/fc1": "t_embedder.mlp.0",
-    "t_embedder/fc2": "t_embedder.mlp.2",
-    "y_embedder/embedding": "y_embedder.embedding_table.weight",
-    "blocks/attn/qkv": "blocks.{}.attn.qkv",
-    "blocks/attn/proj": "blocks.{}.attn.proj",
-    "blocks/mlp/fc1": "blocks.{}.mlp.fc1",
-    "blocks/mlp/fc2": "blocks.{}.mlp.fc2",
-    "blocks/adaLN_modulation": "blocks.{}.adaLN_modulation.1",
-    "final_layer/linear": "final_layer.linear",
-    "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
-}
-HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-
-
-def _pairs(depth):
-    """(our path, block index or None, published name) of every array, in the published order."""
-    for block in [None, *range(depth)]:
-        for ours, theirs in NAMES.items():
-            if ours.startswith("blocks/") != (block is not None) or ours.startswith("final_layer"):
-                continue
-            yield from _leaves(ours, block, theirs.format(block))
-    for ours, theirs in NAMES.items():
-        if ours.startswith("final_layer"):
-            yield from _leaves(ours, None, theirs)
-
-
-def _leaves(ours, block, theirs):
-    if ours in ("pos_embed", "y_embedder/embedding"):
-        yield ours, block, theirs
-    else:
-        yield f"{ours}/kernel", block, f"{theirs}.weight"
-        yield f"{ours}/bias", block, f"{theirs}.bias"
-
-
-def _to_ours(path, a, args):
-    d, h = args["hidden_size"], args["num_heads"]
-    if path == "pos_embed":
-        return a[0]
-    if path == "x_embedder/kernel":  # a convolution's (D, C, p, p) -> (p*p*C, D)
-        return a.transpose(2, 3, 1, 0).reshape(-1, d)
-    if path.startswith("blocks/attn/qkv/"):  # rows q|k|v, heads contiguous -> columns head by head, q|k|v of each
-        return rearrange(a, "(three h k) ... -> ... (h three k)", three=3, h=h)
-    return a.T if path.endswith("kernel") else a
-
-
-def _to_published(path, a, args):
-    d, h, p = args["hidden_size"], args["num_heads"], args["patch_size"]
-    if path == "pos_embed":
-        return a[None]
-    if path == "x_embedder/kernel":
-        return a.reshape(p, p, -1, d).transpose(3, 2, 0, 1)
-    if path.startswith("blocks/attn/qkv/"):
-        return rearrange(a, "... (h three k) -> (three h k) ...", three=3, h=h)
-    return a.T if path.endswith("kernel") else a
-
-
-def published_shapes(args):
-    """{published name: shape} of the adaLN-Zero DiT with these arguments (of models.dit.DiT), in order."""
-    d, p, c = args["hidden_size"], args["patch_size"], args["in_channels"]
-    linear = {"x_embedder.proj": (d, c, p, p), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d),
-              "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (MLP_RATIO * d, d), "mlp.fc2": (d, MLP_RATIO * d),
-              "blocks.adaLN_modulation.1": (6 * d, d), "final_layer.linear": (p * p * 2 * c, d),
-              "final_layer.adaLN_modulation.1": (2 * d, d)}
-    shapes = {}
-    for path, block, name in _pairs(args["depth"]):
-        if path == "pos_embed":
-            shapes[name] = (1, (args["input_size"] // p) ** 2, d)
-        elif path == "y_embedder/embedding":
-            shapes[name] = (args["num_classes"] + args.get("null_class", True), d)
-        else:
-            layer, leaf = re.sub(r"^blocks\.\d+\.", "blocks.", name).rsplit(".", 1)
-            shape = linear.get(layer) or linear[layer.removeprefix("blocks.")]
-            shapes[name] = shape if leaf == "weight" else shape[:1]
-    return shapes
-
-
-def from_published(flat, args, sha256=None):
-    """{published name: array} -> our params, nested and float32. args: of models.dit.DiT. sha256: a hashlib object that
-    takes the arrays' bytes on the way, in the order of the file.
-
-    Raises UserError naming the array that is missing, left over or of another shape.
-    """
-    expected, file = published_shapes(args), getattr(flat, "path", "weights")
-    for name in expected:
-        if name not in flat:
-            raise UserError(f"{file}: {name} is missing")
-    if len(flat) > len(expected):
-        raise UserError(f"{file}: unknown array {next(name for name in flat if name not in expected)}")
-    # In the order of the file, so that it is read once, and an array at a time.
-    places = {name: (path, block) for path, block, name in _pairs(args["depth"])}
-    leaves, hashed = {}, None
-    with ThreadPoolExecutor(1) as pool:
-        for name, a in flat.items():
-            if tuple(a.shape) != expected[name]:
-                raise UserError(f"{file}: {name} has shape {tuple(a.shape)}, the model needs {expected[name]}")
-            a = np.asarray(a, np.float32)
-            if hashed:
-                hashed.result()
-            hashed = sha256 and pool.submit(sha256.update, np.ascontiguousarray(a))
-            path, block = places[name]
-            a = _to_ours(path, a, args)
-            if path not in leaves:
-                leaves[path] = _aligned(a.shape if block is None else (args["depth"], *a.shape))
-            leaves[path][... if block is None else block] = a
-    params = {}
-    for path, array in leaves.items():
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return params
-
-
-def _aligned(shape):
-    """An uninitialised float32 array that starts where XLA on CPU takes it as it is, with no copy: at a multiple of 64
-    bytes."""
-    size = 4 * math.prod(shape)
-    data = np.empty(size + 64, np.uint8)
-    start = -data.ctypes.data % 64
-    return data[start: start + size].view(np.float32).reshape(shape)
-
-
-def to_published(params, args):
-    """Our params -> {published name: float32 array}, in the published order."""
-    if args.get("block", "adaln_zero") != "adaln_zero":
-        raise UserError(f"model.block={args['block']}: the published format knows adaln_zero only")
-    flat = {}
-    for path, block, name in _pairs(args["depth"]):
-        a = params
-        for key in path.split("/"):
-            a = a[key]
-        a = np.asarray(a if block is None else a[block], np.float32)
-        flat[name] = np.ascontiguousarray(_to_published(path, a, args))
-    return flat
-
-
-def infer_args(flat, num_heads=None, num_classes=None):
-    """The model's arguments, read off the shapes of its weights. The number of heads shows in no shape: it is the
-    paper's for the width, or `num_heads`. Whether the label table's last row is the null class shows neither: it
-    is, unless `num_classes` says that there are as many classes as rows. One row is an unconditional model's."""
-    file = getattr(flat, "path", "weights")
-    names = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
-    for name in names:
-        if name not in flat:
-            raise UserError(f"{file}: not a DiT of the published format: {name} is missing")
-    shapes = [flat[name].shape for name in names]
-    for name, shape, ndim in zip(names, shapes, (4, 3, 2)):
-        if len(shape) != ndim or 0 in shape[1:]:
-            raise UserError(f"{file}: not a DiT of the published format: {name} has another shape, {shape}")
-    (d, c, p, _), (_, tokens, _), (rows, _) = shapes
-    if num_heads is None and d not in HEADS:
-        raise UserError(f"{file}: width {d} is none of the paper's; --num_heads must say how many heads it has")
-    num_heads = num_heads or HEADS[d]
-    if d < 1 or d % num_heads:
-        raise UserError(f"{file}: --num_heads={num_heads} does not divide the weights' width {d}")
-    num_classes = rows - 1 if num_classes is None else num_classes
-    if num_classes not in (rows, rows - 1) or rows < 1:
-        raise UserError(f"{file}: {rows} rows of labels do not fit {num_classes} classes")
-    depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
-    if depth > len(flat):  # arrays of blocks that are not there are not counted one by one
-        raise UserError(f"{file}: has an array of block {depth - 1}, and {len(flat)} arrays in all: blocks are missing")
-    return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
-                num_heads=num_heads, num_classes=num_classes, null_class=num_classes == rows - 1)
-
-
-def read_weights(path, which="ema"):
-    """A .pt or .npz file -> weights.Weights: {published name: float32 array}, read when asked for."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
-    if not path.endswith((".pt", ".npz")):
-        raise UserError(f"{path}: weights are .pt or .npz files")
-    return weights.read(path, which)
-
-
-def digest(flat):
-    """The sha256 of all arrays in their order, whatever the file's format."""
-    sha256 = hashlib.sha256()
-    for array in flat.values():
-        sha256.update(np.ascontiguousarray(array).tobytes())
-    return sha256.hexdigest()
-
-
-def write_weights(path, flat):
-    """Writes a .pt or .npz file. A file under `path` is whole."""
-    torch = _torch(path) if path.endswith(".pt") else None
-    with files.writing(path) as f:
-        if torch:
-            torch.save(OrderedDict((name, torch.tensor(a)) for name, a in flat.items()), f)
-        else:
-            np.savez(f, **flat)
+from dit_jax.parallel import sharding
+from dit_jax.runtime.errors import UserError
+from dit_jax.weights import files, load, published
 
 
 def main():
@@ -244,18 +39,14 @@ def main():
         raise UserError(f"--out={f.out}: there is no such folder")
     cli.make_way(f.out)
     if f.weights:
-        flat = read_weights(f.weights, f.which)
+        flat = files.read(f.weights, f.which)
         # Read in and written out again, so that nothing leaves that this package would not take.
-        args = infer_args(flat, f.num_heads)
-        flat = to_published(from_published(flat, args), args)
+        args = published.infer_args(flat, f.num_heads)
+        flat = published.to_published(published.from_published(flat, args), args)
     else:
-        import jax
-
-        from dit_jax import sharding
-        from dit_jax.sample import load_run
-        args, params, *_ = load_run(f.workdir, f.step, f.which, sharding.make_mesh(devices=jax.devices()[:1]))
-        flat = to_published(params, args)
-    write_weights(f.out, flat)
+        loaded = load.from_run(f.workdir, sharding.make_mesh(devices=jax.devices()[:1]), f.which, f.step)
+        args, flat = loaded.args, published.to_published(loaded.params, loaded.args)
+    files.write(f.out, flat)
     print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"
           f" x {args['input_size']} x {args['in_channels']}, patch {args['patch_size']}, {args['depth']} blocks of width "
           f"{args['hidden_size']}, {args['num_heads']} heads, "

@@ -29,26 +29,28 @@ import jax
 import numpy as np
 import scipy
 
-from dit_jax import __version__, layout, paper, sample, sharding
-from dit_jax.config import UserError
-from dit_jax.data import samples as files
-from dit_jax.logging import Progress, say
-from dit_jax.metrics import evaluation, features, inception_score, precision_recall
-from dit_jax.profiling import keep_compiled
+from dit_jax import __version__
+from dit_jax.evaluation import features, inception_score, measure, paper, precision_recall, references, samples
+from dit_jax.parallel import layout, sharding
+from dit_jax.runtime import process
+from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import read_json, write_aside
+from dit_jax.runtime.overlap import ahead
+from dit_jax.runtime.progress import Progress, say
+from dit_jax.sampling.output import SHA256
 
-EVALUATOR = "the paper's"  # resize, scaling and features: see metrics/features.py
+EVALUATOR = "the paper's"  # resize, scaling and features: see evaluation/features.py
 
 
 def _file_samples(path, num, kind):
     """-> (a source of data.samples of `num` pictures, what is known of how they were made). kind: of the features."""
-    source = files.load(path)
+    source = samples.load(path)
     if num and source.shape[0] != num:
-        name = evaluation.shown(kind, num)["fid"]
-        raise ValueError(f"{path}: holds {source.shape[0]:,} pictures, and {name} takes {num:,}; sample the rest, or "
+        name = measure.shown(kind, num)["fid"]
+        raise UserError(f"{path}: holds {source.shape[0]:,} pictures, and {name} takes {num:,}; sample the rest, or "
                          f"say --num={source.shape[0]} (a number that cannot be compared with {name})")
     manifest = read_json(os.path.join(os.path.dirname(os.path.abspath(path)), "manifest.json")) or {}
-    manifest.pop(sample.SHA256, None)  # of the file, which says nothing of the pictures
+    manifest.pop(SHA256, None)  # of the file, which says nothing of the pictures
     # A manifest is of what dit_jax.sample wrote beside it, not of another file.
     ours = os.path.basename(os.path.abspath(path)) in ("samples.npz", "png")
     return source, manifest if ours and manifest.get("num") == source.shape[0] else {}
@@ -75,41 +77,35 @@ def main():
     if f.features == "inception" and not f.inception:
         raise UserError("--inception is missing: FID needs the weights of InceptionV3, which no package carries: "
                         f"{features.FETCH}; or say --features=efflite0 for FD-EffLite0, which is no FID")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    process.one_step_at_a_time()
     folder = os.path.dirname(os.path.abspath(f.out or "report.json"))
     if f.out:
         cli.make_way(f.out)
-    keep_compiled(os.path.join(folder, "compiled"))
-    try:
-        if f.samples:
-            source, manifest = _file_samples(f.samples, f.num, f.features)
-        elif f.num < 1:
-            raise UserError(f"--num={f.num}: from the sampler, say how many")
-        layout.check_memory({f"--num={f.num}": f.num * layout.FEATURES}, jax.devices())
-        mesh = sharding.make_mesh()
-        network = features.load(mesh, f.features, f.inception, f.features_batch_size)
-        reference = evaluation.load_reference(f.reference, network)
-        if f.samples:
-            total, batches, shape = source.shape[0], evaluation.ahead(source.batches(256)), source.shape[1:]
-        else:
-            sampler = sample.Sampler()
-            if sampler.latent:
-                raise UserError(f"this is a model of latents ({sampler.args['in_channels']} channels): name a decoder "
-                                "with --vae")
-            total, manifest, batches = f.num, sampler.manifest, sampler.batches()
-            shape = sampler.size, sampler.size, 3
-        if total < evaluation.LEAST:
-            raise UserError(f"{total} samples: at least {evaluation.LEAST} are needed, and a distance means little "
-                            "below thousands")
-        evaluation.check_size(reference, shape)
-        evaluation.measure_reference(network, reference)
-        progress = Progress("features", total, "pictures")
-        measured = evaluation.measure(network, batches, on_count=progress.update)
-        progress.close()
-        values = evaluation.compare(network, measured, reference)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    names = evaluation.shown(f.features, measured.count)
+    process.keep_compiled(os.path.join(folder, "compiled"))
+    if f.samples:
+        source, manifest = _file_samples(f.samples, f.num, f.features)
+    elif f.num < 1:
+        raise UserError(f"--num={f.num}: from the sampler, say how many")
+    layout.check_memory({f"--num={f.num}": f.num * layout.FEATURES}, jax.devices())
+    network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
+    reference = references.load_reference(f.reference, network)
+    if f.samples:
+        total, batches, shape = source.shape[0], ahead(source.batches(256)), source.shape[1:]
+    else:
+        made = cli.samples()
+        if made.latent:
+            raise UserError(f"this is a model of latents ({made.shape[-1]} channels): name a decoder with --vae")
+        total, manifest, batches, shape = f.num, made.manifest, made.batches(), made.shape
+    if total < references.LEAST:
+        raise UserError(f"{total} samples: at least {references.LEAST} are needed, and a distance means little below "
+                        "thousands")
+    references.check_size(reference, shape)
+    measure.measure_reference(network, reference)
+    progress = Progress("features", total, "pictures")
+    measured = measure.measure(network, batches, on_count=progress.update)
+    progress.close()
+    values = measure.compare(network, measured, reference)
+    names = measure.shown(f.features, measured.count)
     expected = None
     if manifest and network.sha256 == features.INCEPTION_SHA256:
         expected = paper.row(manifest, measured.shape[0])
@@ -121,7 +117,7 @@ def main():
     if reference.images is None:
         say("precision, recall and KID need the reference's pictures (arr_0), which it does not hold")
     report = {
-        "metrics": {key: values[metric] for metric, key in evaluation.keys(f.features).items()},
+        "metrics": {key: values[metric] for metric, key in measure.keys(f.features).items()},
         "paper": expected and {"where": expected[0], **expected[1]},
         "samples": {"count": measured.count, "size": list(measured.shape[:2]), "sha256": measured.sha256,
                     "from": os.path.basename(os.path.abspath(f.samples)) if f.samples else "the sampler",

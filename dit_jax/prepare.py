@@ -13,22 +13,16 @@ if __name__ == "__main__":
     flags.DEFINE_bool("partial", False, "take what is there: one tar file, or fewer pictures than ILSVRC2012 has")
     cli.parse()  # above the imports that take time
 
-import jax
-
-from dit_jax.config import UserError
 from dit_jax.data import imagenet
-from dit_jax.runtime import files
+from dit_jax.runtime import files, process
 
 
 def main():
     f = flags.FLAGS
-    jax.config.update("jax_platforms", "cpu")  # nothing here needs a TPU, which another process may be using
+    process.cpu_only()
     cli.make_workdir(f.path, "path")
-    try:
-        with files.hold(f.path, "path"):
-            out = imagenet.prepare(f.tars, f.path, f.partial)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    with files.hold(f.path, "path"):
+        out = imagenet.prepare(f.tars, f.path, f.partial)
     print(f"{out}: done. To train on it: --config.data.source=tfds --config.data.name=imagenet2012 "
           f"--config.data.path={f.path}")
 

@@ -23,30 +23,15 @@ if __name__ == "__main__":
 import os
 
 import jax
-import numpy as np
 
-from dit_jax import __version__, encode, hosts, layout, sharding
-from dit_jax.config import UserError
-from dit_jax.logging import Progress, say
-from dit_jax.metrics import evaluation, features
-from dit_jax.profiling import keep_compiled
-
-
-def shares(source, size):
-    """This host's part of every `size` pictures of the source, those left out that cannot be used."""
-    for start in range(0, len(source), size):
-        indices = np.array_split(np.arange(start, min(start + size, len(source))), jax.process_count())
-        yield source.present(indices[jax.process_index()])
-
-
-def spread(source, count):
-    """`count` pictures of the source, evenly spread; for those that cannot be used, others."""
-    order = np.linspace(0, len(source) - 1, count).round().astype(int)
-    order, found = np.concatenate([order, np.setdiff1d(np.arange(len(source)), order)]), []
-    while len(order) and count:
-        found.append(source.present(order[:count]))
-        order, count = order[count:], count - len(found[-1])
-    return np.concatenate(found)
+from dit_jax import __version__
+from dit_jax.data.pictures import open_pictures, shares, spread
+from dit_jax.evaluation import features, measure, references
+from dit_jax.parallel import layout, sharding
+from dit_jax.runtime import hosts, process
+from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.overlap import ahead
+from dit_jax.runtime.progress import Progress, say
 
 
 def main():
@@ -55,32 +40,29 @@ def main():
         raise UserError(f"--{'path' if not f.path else 'out'} is missing")
     if not f.out.endswith(".npz"):
         raise UserError(f"--out={f.out}: must end in .npz")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    process.one_step_at_a_time()
     cli.make_way(f.out)
-    keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
-    try:
-        layout.check_memory({f"--features_batch_size={f.features_batch_size} and --size={f.size}":
-                             15 * f.features_batch_size * f.size**2}, jax.devices())  # uint8, float32
-        network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
-        source = encode.open_source(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
-        if f.images > len(source):
-            raise UserError(f"--images={f.images}: there are {len(source)} pictures")
-        progress = Progress("reference", len(source), "pictures")
-        measured = evaluation.measure_shares(
-            network, evaluation.ahead(shares(source, 4 * len(network.owners))), on_count=progress.update)
-        progress.close()
-        skipped = sum(hosts.share(len(source.skipped)))
-        if skipped > f.max_skipped:
-            raise UserError(f"{skipped} pictures cannot be used, more than --max_skipped={f.max_skipped}")
-        if jax.process_index():
-            return
-        images = spread(source, f.images) if f.images else None
-        evaluation.save_reference(f.out, measured, images, {
-            "data": source.identity, "count": measured.count, "skipped": skipped, "size": f.size,
-            "features": network.name, "features_sha256": network.sha256, "versions": {
-                "dit_jax": __version__, "jax": jax.__version__}})
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    process.keep_compiled(os.path.join(os.path.dirname(os.path.abspath(f.out)), "compiled"))
+    layout.check_memory({f"--features_batch_size={f.features_batch_size} and --size={f.size}":
+                         15 * f.features_batch_size * f.size**2}, jax.devices())  # uint8, float32
+    network = features.load(sharding.make_mesh(), f.features, f.inception, f.features_batch_size)
+    source = open_pictures(f.source, f.path, f.name, f.split, f.size, f.max_skipped)
+    if f.images > len(source):
+        raise UserError(f"--images={f.images}: there are {len(source)} pictures")
+    progress = Progress("reference", len(source), "pictures")
+    measured = measure.measure_shares(
+        network, ahead(shares(source, 4 * len(network.owners))), on_count=progress.update)
+    progress.close()
+    skipped = sum(hosts.share(len(source.skipped)))
+    if skipped > f.max_skipped:
+        raise UserError(f"{skipped} pictures cannot be used, more than --max_skipped={f.max_skipped}")
+    if jax.process_index():
+        return
+    images = spread(source, f.images) if f.images else None
+    references.save_reference(f.out, measured, images, {
+        "data": source.identity, "count": measured.count, "skipped": skipped, "size": f.size,
+        "features": network.name, "features_sha256": network.sha256, "versions": {
+            "dit_jax": __version__, "jax": jax.__version__}})
     say(f"{measured.count:,} pictures, {skipped} skipped: {f.out}")
 
 

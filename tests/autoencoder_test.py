@@ -12,17 +12,20 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import GOLDEN, nhwc
 from numpy.testing import assert_allclose, assert_array_equal
+from preflight_test import tiny_config
 from safetensors.numpy import load_file, save_file
 
-from conftest import GOLDEN, nhwc
-from dit_jax import autoencoder, preflight, sharding
-from dit_jax.config import UserError
-from dit_jax.models import vae
-from preflight_test import tiny_config
+from dit_jax.aot import estimate, report
+from dit_jax.parallel import sharding
+from dit_jax.runtime.errors import UserError
+from dit_jax.vae import files as vae_files
+from dit_jax.vae import network
+from dit_jax.weights import pytorch
 
 SMALL = dict(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3)
-WEIGHTS = autoencoder.WEIGHTS
+WEIGHTS = vae_files.WEIGHTS
 
 
 def random_params(args, seed=0):
@@ -34,13 +37,13 @@ def random_params(args, seed=0):
         fan_in = float(np.prod(leaf.shape[:-1]))
         return {"kernel": z / fan_in**0.5, "scale": 1 + 0.1 * z, "bias": 0.1 * z}[path[-1].key]
 
-    return jax.tree_util.tree_map_with_path(draw, vae.abstract(**args)[1])
+    return jax.tree_util.tree_map_with_path(draw, network.abstract(**args)[1])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("vae") / "small"
-    autoencoder.save(path, SMALL, random_params(SMALL), scale=0.5)
+    vae_files.save(path, SMALL, random_params(SMALL), scale=0.5)
     return path
 
 
@@ -86,13 +89,13 @@ def test_golden(names, tmp_path):
         pytest.skip("the whole golden folder only (DIT_JAX_GOLDEN)")
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     shutil.copyfile(GOLDEN / "vae" / "vae_diffusers" / "config.json", tmp_path / "config.json")
-    codec, z = autoencoder.load(str(tmp_path)), np.load(GOLDEN / "vae" / "vae_golden.npz")
+    codec, z = vae_files.load(str(tmp_path)), np.load(GOLDEN / "vae" / "vae_golden.npz")
     mean, std = jax.jit(codec.encode)(codec.params, nhwc(z["image"]))
     assert_allclose(mean, nhwc(z["mean"]), atol=3e-5)
     assert_allclose(std, nhwc(z["std"]), atol=3e-5)
     decoded = jax.jit(codec.decode)(codec.params, nhwc(z["latent"]) * codec.scale)
     assert_allclose(decoded, nhwc(z["decoded"]), atol=3e-5)
-    assert codec.identity["encoder"] == autoencoder.load(str(GOLDEN / "vae" / "vae_diffusers")).identity["encoder"]
+    assert codec.identity["encoder"] == vae_files.load(str(GOLDEN / "vae" / "vae_diffusers")).identity["encoder"]
 
 
 @pytest.mark.parametrize("args, batch, height, width", [
@@ -102,8 +105,8 @@ def test_equal_to_diffusers(args, batch, height, width, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     params, rng = random_params(args), np.random.default_rng(1)
     params["quant_conv"]["bias"][-2:] = -100, 100  # the log variance is clipped
-    autoencoder.save(tmp_path, args, params, scale=0.3)
-    oracle, codec = diffusers.AutoencoderKL.from_pretrained(tmp_path).eval(), autoencoder.load(str(tmp_path))
+    vae_files.save(tmp_path, args, params, scale=0.3)
+    oracle, codec = diffusers.AutoencoderKL.from_pretrained(tmp_path).eval(), vae_files.load(str(tmp_path))
     assert codec.args == args and codec.scale == oracle.config.scaling_factor == 0.3
     for ours, theirs in zip(jax.tree.leaves(codec.params), jax.tree.leaves(params)):
         assert_array_equal(ours, theirs)
@@ -120,7 +123,7 @@ def test_equal_to_diffusers(args, batch, height, width, tmp_path):
 
 
 def test_every_generation_of_names_is_the_same_vae(folder, tmp_path):
-    whole = autoencoder.load(str(folder))
+    whole = vae_files.load(str(folder))
     old = ("query", "key", "value", "proj_attn")
     generations = {
         "old": lambda flat: attention(flat, old), "older": lambda flat: attention(flat, old, (1, 1)),
@@ -128,7 +131,7 @@ def test_every_generation_of_names_is_the_same_vae(folder, tmp_path):
         "checkpoint": lambda flat: {f"first_stage_model.{name}": a for name, a in compvis(flat).items()}
         | {"model.diffusion_model.out.0.weight": np.zeros(3)}}
     for name, change in generations.items():
-        codec = autoencoder.load(str(rewrite(folder, tmp_path / name, change)))
+        codec = vae_files.load(str(rewrite(folder, tmp_path / name, change)))
         jax.tree.map(assert_array_equal, codec.params, whole.params)
         assert codec.identity["encoder"] == whole.identity["encoder"]
         assert codec.identity["decoder"] == whole.identity["decoder"]
@@ -136,7 +139,7 @@ def test_every_generation_of_names_is_the_same_vae(folder, tmp_path):
     assert {len(whole.identity[part]) for part in ("encoder", "decoder")} == {16}
     ones = {"decoder.conv_out.bias": np.ones(3, np.float32)}
     changed = rewrite(folder, tmp_path / "changed", lambda flat: flat | ones)
-    identity = autoencoder.load(str(changed)).identity
+    identity = vae_files.load(str(changed)).identity
     assert identity["encoder"] == whole.identity["encoder"] and identity["decoder"] != whole.identity["decoder"]
     assert identity["scale"] == 0.5 and identity["name"] == "changed"
 
@@ -155,38 +158,38 @@ def test_the_layout_of_compvis_against_diffusers_own_conversion(folder):
 
 def test_torch_files_and_half_precision(folder, tmp_path):
     torch = pytest.importorskip("torch")
-    flat, whole = load_file(folder / WEIGHTS), autoencoder.load(str(folder))
+    flat, whole = load_file(folder / WEIGHTS), vae_files.load(str(folder))
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     tensors = {name: torch.tensor(a) for name, a in flat.items()}
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
     original = {name: torch.tensor(a) for name, a in compvis(flat).items()}
     torch.save({"state_dict": original, "epoch": 3}, tmp_path / "a.ckpt")
     for where in (tmp_path, tmp_path / "a.ckpt"):
-        jax.tree.map(assert_array_equal, autoencoder.load(str(where)).params, whole.params)
+        jax.tree.map(assert_array_equal, vae_files.load(str(where)).params, whole.params)
     for dtype, type in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
         torch.save({name: a.to(getattr(torch, dtype)) for name, a in tensors.items()}, tmp_path / "half.pt")
         expected = jax.tree.map(lambda a: a.astype(type).astype(np.float32), whole.params)
-        jax.tree.map(assert_array_equal, autoencoder.load(str(tmp_path / "half.pt")).params, expected)
+        jax.tree.map(assert_array_equal, vae_files.load(str(tmp_path / "half.pt")).params, expected)
         from safetensors.torch import save_file as save_tensors
         save_tensors({name: a.to(getattr(torch, dtype)) for name, a in tensors.items()}, tmp_path / "half.safetensors")
-        codec = autoencoder.load(str(tmp_path / "half.safetensors"))
+        codec = vae_files.load(str(tmp_path / "half.safetensors"))
         jax.tree.map(assert_array_equal, codec.params, expected)
         assert {a.dtype for a in jax.tree.leaves(codec.params)} == {np.dtype(np.float32)}
 
 
 def test_the_published_size():
     shapes = json.loads((GOLDEN / "vae" / "vae_full_shapes.json").read_text())
-    leaves = jax.tree_util.tree_leaves_with_path(vae.abstract(**vae.PUBLISHED)[1])
-    ours = dict(autoencoder._published(path, np.broadcast_to(np.float32(0), a.shape)) for path, a in leaves)
+    params = jax.tree.map(lambda a: np.broadcast_to(np.float32(0), a.shape), network.abstract(**network.PUBLISHED)[1])
+    ours = pytorch.from_flax(params)
     assert {name: list(a.shape) for name, a in ours.items()} == shapes
     assert len(ours) == 248 and sum(a.size for a in ours.values()) == 83_653_863
 
 
 def test_geometry_without_a_config(tmp_path):
     args = SMALL | dict(block_out_channels=(32, 32, 64), norm_num_groups=32, latent_channels=5)
-    autoencoder.save(tmp_path, args, random_params(args))
+    vae_files.save(tmp_path, args, random_params(args))
     os.remove(tmp_path / "config.json")
-    codec = autoencoder.load(str(tmp_path / WEIGHTS))
+    codec = vae_files.load(str(tmp_path / WEIGHTS))
     assert codec.args == args and codec.scale == 0.18215 and codec.factor == 4
 
 
@@ -208,14 +211,14 @@ DAMAGED = {  # what is done to the weights: what the one line must say
 def test_damaged_weights(case, folder, tmp_path):
     change, words = DAMAGED[case]
     with pytest.raises(UserError, match=words) as e:
-        autoencoder.load(str(rewrite(folder, tmp_path, change)))
+        vae_files.load(str(rewrite(folder, tmp_path, change)))
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
 def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
     def refused(where, words):
         with pytest.raises(UserError, match=words) as e:
-            autoencoder.load(str(where))
+            vae_files.load(str(where))
         assert "\n" not in str(e.value) and os.path.basename(where) in str(e.value)
 
     data = (folder / WEIGHTS).read_bytes()
@@ -234,13 +237,13 @@ def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
                         ('{"norm_num_groups": 4, "latent_channels": 3}', "needs")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=words):
-            autoencoder.load(str(tmp_path / "alone.safetensors"))
+            vae_files.load(str(tmp_path / "alone.safetensors"))
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(tmp_path / "cut.bin", "PyTorch: pip install")
 
 
 def test_the_decoder_over_devices_and_posteriors(folder):
-    codec, size = autoencoder.load(str(folder)), 8
+    codec, size = vae_files.load(str(folder)), 8
     latents = np.random.default_rng(2).standard_normal((21, 4, 4, 4)).astype(np.float32)
     one = codec.decoder(None, size)(latents)
     assert one.shape == (21, size, size, 3) and one.dtype == np.float32
@@ -248,7 +251,7 @@ def test_the_decoder_over_devices_and_posteriors(folder):
     assert_array_equal(codec.decoder(mesh, size)(latents), one)  # the same program on each device
 
     images = np.random.default_rng(3).integers(0, 256, (8, size, size, 3), dtype=np.uint8)
-    both = autoencoder.over_devices(codec.posteriors, mesh)(codec.params, images)
+    both = sharding.over_devices(codec.posteriors, mesh)(codec.params, images)
     encode = jax.jit(codec.encode)
     for i, pictures in enumerate((images, images[:, :, ::-1])):
         assert_allclose(both[:, i], np.concatenate(encode(codec.params, pictures / np.float32(127.5) - 1), axis=-1),
@@ -257,7 +260,7 @@ def test_the_decoder_over_devices_and_posteriors(folder):
 
 def test_bfloat16_is_near_and_keeps_float32_parameters(folder):
     images = np.random.default_rng(4).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
-    codecs = [autoencoder.load(str(folder), dtype) for dtype in ("float32", "bfloat16")]
+    codecs = [vae_files.load(str(folder), dtype) for dtype in ("float32", "bfloat16")]
     exact, half = (jax.jit(codec.encode)(codec.params, images) for codec in codecs)
     for a, b in zip(exact, half):
         assert b.dtype == np.float32
@@ -267,7 +270,7 @@ def test_bfloat16_is_near_and_keeps_float32_parameters(folder):
 
 @pytest.fixture
 def published(folder, tmp_path, monkeypatch):
-    """A hub on this machine with one VAE, at autoencoder.HUB["me/small"]: its body can be changed, and it counts."""
+    """A hub on this machine with one VAE, at vae_files.HUB["me/small"]: its body can be changed, and it counts."""
     class Handler(http.server.BaseHTTPRequestHandler):
         body, announced, served = b"", None, []
 
@@ -283,7 +286,7 @@ def published(folder, tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
 
-    autoencoder.save(tmp_path / "big", args := SMALL | dict(block_out_channels=(32, 32), norm_num_groups=32),
+    vae_files.save(tmp_path / "big", args := SMALL | dict(block_out_channels=(32, 32), norm_num_groups=32),
                      random_params(args))
     Handler.body = (tmp_path / "big" / WEIGHTS).read_bytes()
     Handler.served = []
@@ -291,7 +294,7 @@ def published(folder, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://localhost:{server.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(autoencoder.HUB, "me/small", ("abc", hashlib.sha256(Handler.body).hexdigest()))
+    monkeypatch.setitem(vae_files.HUB, "me/small", ("abc", hashlib.sha256(Handler.body).hexdigest()))
     yield Handler
     server.shutdown()
     server.server_close()
@@ -302,15 +305,15 @@ def kept(tmp_path):
 
 
 def test_a_published_vae_is_fetched_once_and_checked(published, tmp_path):
-    codec = autoencoder.load("me/small")
-    assert codec.identity["name"] == "me/small" and codec.identity["sha256"] == autoencoder.HUB["me/small"][1]
+    codec = vae_files.load("me/small")
+    assert codec.identity["name"] == "me/small" and codec.identity["sha256"] == vae_files.HUB["me/small"][1]
     jax.tree.map(assert_array_equal, codec.params, random_params(codec.args))
-    autoencoder.load("me/small")
+    vae_files.load("me/small")
     assert len(published.served) == 1
     (path,) = kept(tmp_path)
     path.write_bytes(published.body[:-4] + b"1234")
     with pytest.raises(UserError, match="is not what was published.*delete it"):
-        autoencoder.load("me/small")
+        vae_files.load("me/small")
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -322,21 +325,21 @@ def test_a_fetch_that_fails_keeps_nothing(fault, words, published, tmp_path, mon
     elif fault == "cut":
         published.announced, published.body = len(published.body), published.body[:-1000]
     elif fault == "gone":
-        monkeypatch.setitem(autoencoder.HUB, "me/small", ("xyz", autoencoder.HUB["me/small"][1]))
+        monkeypatch.setitem(vae_files.HUB, "me/small", ("xyz", vae_files.HUB["me/small"][1]))
     else:
         monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")
     with pytest.raises(UserError, match=words) as e:
-        autoencoder.load("me/small")
+        vae_files.load("me/small")
     assert "\n" not in str(e.value) and not kept(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_preflight_compiles_the_vae(what, monkeypatch):
-    monkeypatch.setattr(vae, "PUBLISHED", SMALL)
-    r = preflight.examine(tiny_config(**{"model.input_size": 8}), "v3-8", what)
+    monkeypatch.setattr(network, "PUBLISHED", SMALL)
+    r = estimate.examine(tiny_config(**{"model.input_size": 8}), "v3-8", what)
     assert r["fits"] and r["model"] == "AutoencoderKL" and r["images_per_step"] == 8 * 4
-    assert r["hbm_peak_bytes"] < 2**28 and "fits" in preflight.text(r)
+    assert r["hbm_peak_bytes"] < 2**28 and "fits" in report.text(r)
     assert r["bounds_s"]["arithmetic"] == 6 * r["matrix_flops_per_device"] / r["peak_figures"]["flops_per_s"]
     with pytest.raises(UserError, match="in_channels=1"):
-        preflight.examine(tiny_config(**{"model.in_channels": 1}), "v3-8", what)
+        estimate.examine(tiny_config(**{"model.in_channels": 1}), "v3-8", what)

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, one_error
 
 from dit_jax import cli
+from dit_jax.runtime import process
 
 COMMANDS = sorted({p.stem for p in (ROOT / "dit_jax").glob("*.py") if "cli.run(main)" in p.read_text()})
 
@@ -45,19 +46,24 @@ def test_interrupted_is_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or cli.accelerator_attached(), reason="malloc_trim is of glibc")
+@pytest.mark.skipif(sys.platform != "linux" or process.accelerator_attached(), reason="malloc_trim is of glibc")
 def test_memory_of_the_compiler_is_given_back():
     """By any command, before the arrays of what was compiled are made."""
     code = """if True:
         import sys, jax, jax.numpy as jnp
-        from dit_jax import cli, config, layout, sharding, train
+from dit_jax.runtime import process
+from dit_jax import cli
+        from dit_jax import config
+        from dit_jax.parallel import layout
+        from dit_jax.parallel import sharding
+        from dit_jax.training import setup
         def rss():
             return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
         def main():
             c = config.paper("DiT-S/8")
             c.batch_size = 4
-            c = layout.settle(config.resolve(c), jax.devices())
-            init, step, target = train.make_programs(c, sharding.make_mesh(data=1, fsdp=1, tensor=1))
+            c = layout.resolve_auto(config.resolve(c), jax.devices())
+            init, step, target = setup.make_programs(c, sharding.make_mesh(data=1, fsdp=1, tensor=1))
             batch = {"x": jax.ShapeDtypeStruct((4, 32, 32, 4), jnp.float32), "y": jax.ShapeDtypeStruct((4,), jnp.int32)}
             lowered, before = step.lower(target, batch), rss()
             lowered.compile()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Four fake devices, and one step in flight at a time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-os.environ["PJRT_NPROC"] = "16"  # see dit_jax.cli.enough_threads
+os.environ["PJRT_NPROC"] = "16"  # see dit_jax.runtime.process.enough_threads
 # Two processes test side by side: threads of NumPy and PyTorch beside these would wait for each other.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # Both, the commands they start and later tests share what XLA has compiled.
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import cli
+from dit_jax.runtime import process
 from dit_jax.runtime.files import write_aside
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -45,14 +45,15 @@ def golden():
 @pytest.fixture(scope="session")
 def network(golden):
     """network("a") -> (arguments of DiT, graphdef, params, the published arrays)."""
-    from dit_jax import convert
     from dit_jax.models import dit
+    from dit_jax.weights import files as weight_files
+    from dit_jax.weights import published
 
     def load(which):
         args = json.loads(str(golden(f"dit_{which}_forward.npz")["geometry"]))
         npz, pt = (GOLDEN / "dit" / f"dit_{which}{end}" for end in ("_weights.npz", ".pt"))
-        flat = dict(convert.read_weights(str(npz if npz.exists() else pt)))
-        return args, dit.abstract(**args)[0], convert.from_published(flat, args), flat
+        flat = dict(weight_files.read(str(npz if npz.exists() else pt)))
+        return args, dit.abstract(**args)[0], published.from_published(flat, args), flat
 
     return load
 
@@ -65,7 +66,7 @@ TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.d
 # Run before a command: in the place of Inception a network of a few numbers, with weights.
 TOY = """
 import numpy as np
-from dit_jax.metrics import features
+from dit_jax.evaluation import features
 def toy(path):
     w = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)
     def apply(params, x):
@@ -80,7 +81,7 @@ features.load_inception = toy
 def start(name, *flags, devices=1, code="", argv=(), **env):
     """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
     of the flags, which it is to take away."""
-    env = os.environ | env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": cli.MALLOC}
+    env = os.environ | env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": process.MALLOC}
     run = f"import runpy\n{code}\nrunpy.run_module('dit_jax.{name}', run_name='__main__', alter_sys=True)"
     return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(ROOT), env)
 
@@ -121,11 +122,11 @@ def inception(tmp_path_factory):
 @pytest.fixture(scope="session")
 def picture_folders(tmp_path_factory):
     """A folder of class folders of pictures of 8 x 8, one of which is broken."""
-    from dit_jax import pictures
+    from dit_jax.runtime import images as images_
 
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i in range(9):
-        picture = pictures.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        picture = images_.png(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
         write_aside(str(folder / "ab"[i % 2] / f"{i}.png"), picture[:50] if i == 4 else picture)
     return folder
 
@@ -162,14 +163,14 @@ def tar(files):
 
 def save_vae(path, seed, block_out_channels=(8, 8, 16, 16), scale=0.18215):
     """A small VAE of the published format with random weights, in the folder `path`, which is returned."""
-    from dit_jax import autoencoder
-    from dit_jax.models import vae
+    from dit_jax.vae import files as vae_files
+    from dit_jax.vae import network
 
     args = dict(block_out_channels=block_out_channels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
                 in_channels=3)
     rng = np.random.default_rng(seed)
-    autoencoder.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
-                                                   vae.abstract(**args)[1]), scale)
+    vae_files.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
+                                                   network.abstract(**args)[1]), scale)
     return path
 
 

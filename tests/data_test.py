@@ -10,8 +10,10 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from dit_jax import autoencoder, example, pictures, sharding
-from dit_jax.data import pipeline, sources
+from dit_jax.data import photographs, pipeline, sources
+from dit_jax.parallel import sharding
+from dit_jax.runtime import images as images_
+from dit_jax.vae import files as vae_files
 
 
 def positions(length, seed, flip, first, count):
@@ -217,8 +219,8 @@ def test_latents_are_drawn_from_the_posterior_anew_at_each_step(tmp_path):
 
 
 def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
-    vae = autoencoder.load(str(save_vae(tmp_path / "vae", 0, (4, 8), 0.7)))
-    example.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
+    vae = vae_files.load(str(save_vae(tmp_path / "vae", 0, (4, 8), 0.7)))
+    photographs.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
     data = {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}
     folder, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
     assert folder.size == 16 and vae.identity["encoder"] in folder.identity
@@ -260,7 +262,7 @@ def test_sharding_rules():
     with pytest.raises(ValueError, match="mesh.tensor=2 does not divide dimension 2 of blocks/attn/qkv/kernel"):
         sharding.spec_of("blocks/attn/qkv/kernel", (2, 96, 99), mesh)
     with pytest.raises(ValueError, match="mesh.tensor=2 does not divide the 3 heads"):
-        sharding.Place(mesh, 3)
+        sharding.MeshSharding(mesh, 3)
     for sizes, words in ((dict(data=3), "does not make 4 device"), (dict(data=-1, fsdp=-1), "one at most"),
                          (dict(data=0), "positive")):
         with pytest.raises(ValueError, match=words):
@@ -290,13 +292,13 @@ def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp
     with np.load(tmp_path / "run/out/samples.npz") as file:
         assert file["arr_0"].shape == (4, 64, 64, 3) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 0
     manifest = json.loads((tmp_path / "run/out/manifest.json").read_text())
-    assert manifest["vae"] == autoencoder.load(str(tmp_path / "vae")).identity
+    assert manifest["vae"] == vae_files.load(str(tmp_path / "vae")).identity
     assert len(os.listdir(tmp_path / "run/out/png")) == 4
 
     # Without the decoder the same samples stay latents.
     run("sample", f"--workdir={tmp_path}/run", f"--out={tmp_path}/raw", "--num=4", "--cfg_scale=1.5", "--steps=4", "--vae=")
     with np.load(tmp_path / "raw/samples.npz") as file:
-        vae = autoencoder.load(str(tmp_path / "vae"))
+        vae = vae_files.load(str(tmp_path / "vae"))
         images = np.asarray(jax.jit(vae.decode)(vae.params, file["latents"]))
     with np.load(tmp_path / "run/out/samples.npz") as file:
-        assert np.abs(file["arr_0"].astype(int) - pictures.to_uint8(images)).max() <= 1
+        assert np.abs(file["arr_0"].astype(int) - images_.to_uint8(images)).max() <= 1

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from dit_jax.diffusion import gaussian, samplers
+from dit_jax.diffusion import ddpm, samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
-from dit_jax.diffusion.schedule import kept_timesteps, linear_schedule, respace
+from dit_jax.diffusion.process import kept_timesteps, linear_schedule, respace
 
 FULL = linear_schedule(1000)
 
@@ -84,7 +84,7 @@ def test_bound_trains_only_the_variance():
     t = np.array([0, 10, 900])
 
     def loss(out, name):
-        return gaussian.training_losses(FULL, lambda *_: out, x, t, noise)[name].sum()
+        return ddpm.training_losses(FULL, lambda *_: out, x, t, noise)[name].sum()
     vb, mse = (np.asarray(jax.grad(loss)(out, name)) for name in ("vb", "mse"))
     assert not vb[..., :2].any() and vb[..., 2:].any() and not mse[..., 2:].any() and mse[..., :2].any()
 
@@ -92,6 +92,6 @@ def test_bound_trains_only_the_variance():
 def test_likelihood_gradients_are_finite_far_out():
     x = np.zeros((2, 1, 1, 1), np.float32)
     out = np.array([[3e4, 0], [-1e6, 20]], np.float32).reshape(2, 1, 1, 2)
-    grad = jax.grad(lambda out: gaussian.training_losses(FULL, lambda *_: out, x, np.array([0, 999]), x + 1)[
+    grad = jax.grad(lambda out: ddpm.training_losses(FULL, lambda *_: out, x, np.array([0, 999]), x + 1)[
         "loss"].sum())(out)
     assert np.isfinite(grad).all()

@@ -10,10 +10,11 @@ from conftest import ROOT, TINY, TOY, losses, one_error, records
 from PIL import Image
 from scipy import linalg
 
-from dit_jax import paper, pictures, sharding
-from dit_jax.metrics import evaluation, features
-from dit_jax.metrics.during import Evaluator
-from dit_jax.metrics.features import Extractor, Features, Rows, load_inception
+from dit_jax.evaluation import features, measure, paper, references
+from dit_jax.evaluation.features import Extractor, Features, Rows, load_inception
+from dit_jax.evaluation.periodic import PeriodicEvaluation as Evaluator
+from dit_jax.parallel import sharding
+from dit_jax.runtime import images as images_
 from dit_jax.runtime.files import write_aside
 
 COUNT = 12
@@ -98,26 +99,26 @@ def test_numbers_do_not_depend_on_batches_devices_and_order(tmp_path):
                                               (1, 2, 50, slice(None, None, -1))):
         network = toy(sharding.make_mesh(devices=jax.devices()[:devices]), batch_size)
         ordered = samples[order]
-        measured = evaluation.measure(network, (ordered[i: i + split] for i in range(0, 50, split)))
+        measured = measure.measure(network, (ordered[i: i + split] for i in range(0, 50, split)))
         assert measured.count == 50
-        reference = evaluation.load_reference(str(tmp_path / "ref.npz"), network)
-        found.append(evaluation.compare(network, measured, reference))
+        reference = references.load_reference(str(tmp_path / "ref.npz"), network)
+        found.append(measure.compare(network, measured, reference))
     for values in found[1:]:
-        for name in evaluation.NAMES:
+        for name in measure.NAMES:
             if name != "inception_score" or values is not found[3]:  # splits go by index
                 np.testing.assert_allclose(values[name], found[0][name], rtol=1e-5)
 
 
 def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
     samples, real, network = images(30), images(20, 1), toy(sharding.make_mesh())
-    measured = evaluation.measure(network, [samples])
+    measured = measure.measure(network, [samples])
     np.savez(tmp_path / "pictures.npz", arr_0=real)
     for i, image in enumerate(real):
-        write_aside(str(tmp_path / "png" / f"{i:03d}.png"), pictures.png(image))
+        write_aside(str(tmp_path / "png" / f"{i:03d}.png"), images_.png(image))
     manifest = {"features": "FID", "features_sha256": "0" * 64}
-    evaluation.save_reference(str(tmp_path / "both.npz"), evaluation.measure(network, [real]), real, manifest)
-    evaluation.save_reference(str(tmp_path / "statistics.npz"), evaluation.measure(network, [real]), None, manifest)
-    values = {name: evaluation.compare(network, measured, evaluation.load_reference(
+    references.save_reference(str(tmp_path / "both.npz"), measure.measure(network, [real]), real, manifest)
+    references.save_reference(str(tmp_path / "statistics.npz"), measure.measure(network, [real]), None, manifest)
+    values = {name: measure.compare(network, measured, references.load_reference(
         str(tmp_path / name), network)) for name in ("pictures.npz", "png", "both.npz", "statistics.npz")}
     assert values["pictures.npz"] == values["png"] == values["both.npz"]
     alone = values["statistics.npz"]
@@ -128,18 +129,18 @@ def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
 def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     network, file = toy(sharding.make_mesh()), tmp_path / "ref.npz"
     manifest = {"features": "FID", "features_sha256": "0" * 64}
-    measured = evaluation.measure(network, [images(20)])
+    measured = measure.measure(network, [images(20)])
 
     def error(**other):
         with pytest.raises(ValueError) as e:
-            evaluation.load_reference(str(file), toy(network.mesh, **other))
+            references.load_reference(str(file), toy(network.mesh, **other))
         assert str(file) in str(e.value)
         return str(e.value)
 
     assert "no such file" in error()
     np.savez(file, arr_0=np.zeros((3, 4, 4, 3), np.uint8))
     assert "holds 3 pictures" in error()
-    evaluation.save_reference(str(file), measured, None, manifest)
+    references.save_reference(str(file), measured, None, manifest)
     assert "take (5,) and (5, 5)" in error(width=5)
     assert "was made for FID with weights of sha256 0000" in error(sha256="1" * 64)
     whole = file.read_bytes()
@@ -154,12 +155,12 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
         np.save(f, np.zeros(3))
     assert "cut short or damaged" in error()
     np.savez(file, arr_0=images(5), manifest=json.dumps({"somebody": "else's"}))
-    assert evaluation.load_reference(str(file), network).images.shape[0] == 5
+    assert references.load_reference(str(file), network).images.shape[0] == 5
     np.savez(file, mu=np.full(3, np.nan), sigma=np.eye(3))
     assert "not finite" in error()
     np.savez(file, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
-        evaluation.compare(network, measured, evaluation.load_reference(str(file), network))
+        measure.compare(network, measured, references.load_reference(str(file), network))
 
 
 def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
@@ -208,7 +209,8 @@ def test_the_papers_values_beside_its_runs_alone():
 
 
 def test_the_papers_tables_name_configs_and_flags_that_exist():
-    text = "\n".join(paper.listing())
+    from dit_jax.paper import listing
+    text = "\n".join(listing())
     for config in re.findall(r"--config=(\S+)", text):
         assert (ROOT / config).exists(), config
     assert text.count("[not run]") == len(paper.GUIDED) + len(paper.NO_GUIDANCE) + len(paper.DECODERS)
@@ -236,7 +238,7 @@ def test_fid_during_training(command, tmp_path):
     found = [r for r in records(tmp_path / "run") if "loss" not in r]
     assert [r["step"] for r in found] == [3, 5] and found[0] == first
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
-    assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in evaluation.NAMES}
+    assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in measure.NAMES}
     status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}",
                              "--classes=balanced", "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5",
                              f"--reference={reference}", "--inception=toy", f"--features_batch_size={COUNT}",
@@ -298,7 +300,7 @@ class Noise:
 
 def test_a_reference_says_of_which_size_its_pictures_were(tmp_path):
     network = toy(sharding.make_mesh())
-    evaluation.save_reference(str(tmp_path / "ref.npz"), evaluation.measure(network, [images(20)]), None,
+    references.save_reference(str(tmp_path / "ref.npz"), measure.measure(network, [images(20)]), None,
                               {"features": "FID", "features_sha256": "0" * 64, "size": 8})
     with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
-        evaluation.check_size(evaluation.load_reference(str(tmp_path / "ref.npz"), network), (4, 4, 3))
+        references.check_size(references.load_reference(str(tmp_path / "ref.npz"), network), (4, 4, 3))

@@ -25,10 +25,13 @@ import pytest
 from conftest import GOLDEN, save_vae, tar, write_cache
 from PIL import Image
 
-from dit_jax import autoencoder, convert, weights
-from dit_jax.data import images, imagenet, latents, pictures, samples, sources
-from dit_jax.logging import read_records
-from dit_jax.metrics import evaluation, features
+from dit_jax.data import decode as decode_
+from dit_jax.data import imagenet, latents, records, sources
+from dit_jax.evaluation import features, references, samples
+from dit_jax.training.metrics import read_records
+from dit_jax.vae import files as vae_files
+from dit_jax.weights import files as weight_files
+from dit_jax.weights import published
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +75,8 @@ def picture(kind="PNG"):
 
 
 def read_dit(folder, name):
-    flat = convert.read_weights(f"{folder}/{name}")
-    return convert.from_published(flat, convert.infer_args(flat, num_heads=2))
+    flat = weight_files.read(f"{folder}/{name}")
+    return published.from_published(flat, published.infer_args(flat, num_heads=2))
 
 
 def read_cache(folder):
@@ -93,8 +96,8 @@ def read_arrays(folder):
 def decode_all(folder):
     for name in sorted(os.listdir(folder)):
         try:
-            images.decode(images.read_file(f"{folder}/{name}"))
-        except images.BadImage as e:
+            decode_.decode(decode_.read_file(f"{folder}/{name}"))
+        except decode_.BadImage as e:
             raise ValueError(f"{folder}/{name}: {e}") from None
 
 
@@ -117,7 +120,7 @@ def good(tmp_path_factory):
     root = tmp_path_factory.mktemp("good")
     save_vae(root / "vae", 0, (8, 8))
     vae = {p.name: p.read_bytes() for p in (root / "vae").iterdir()}
-    flat = weights.read_all(str(root / "vae" / autoencoder.WEIGHTS))
+    flat = weight_files.read_all(str(root / "vae" / vae_files.WEIGHTS))
     (root / "bin").mkdir()
     torch.save({"state_dict": {name: torch.tensor(a) for name, a in flat.items()}}, root / "bin" / "vae.bin")
     write_cache(str(root / "cache"), 6)
@@ -141,18 +144,18 @@ def good(tmp_path_factory):
     return {
         "dit.pt": ({"w.pt": (GOLDEN / "dit" / "dit_b.pt").read_bytes()}, lambda folder: read_dit(folder, "w.pt")),
         "dit.npz": ({"w.npz": dit}, lambda folder: read_dit(folder, "w.npz")),
-        "vae": (vae, autoencoder.load),
+        "vae": (vae, vae_files.load),
         "vae.bin": ({"vae.bin": (root / "bin" / "vae.bin").read_bytes(), "config.json": vae["config.json"]},
-                    lambda folder: autoencoder.load(f"{folder}/vae.bin")),
+                    lambda folder: vae_files.load(f"{folder}/vae.bin")),
         "network.old": ({"w.pth": (root / "old.pth").read_bytes()}, network),
         "network.new": ({"w.pth": (root / "new.pth").read_bytes()}, network),
         "network.npz": ({"w.npz": npz(**fc)}, network),
-        "reference": ({"ref.npz": reference}, lambda folder: evaluation.load_reference(f"{folder}/ref.npz", FEATURES)),
+        "reference": ({"ref.npz": reference}, lambda folder: references.load_reference(f"{folder}/ref.npz", FEATURES)),
         "samples": ({"s.npz": npz(arr_0=shown)}, measured),
         "pngs": ({f"{i}.png": picture() for i in range(3)}, lambda folder: list(samples.load(folder).batches(2))),
         "arrays": ({"images.npy": npy(shown), "labels.npy": npy(np.arange(5))}, read_arrays),
         "cache": (cache, read_cache),
-        "pictures": ({f"p.{kind}": picture(kind) for kind in images.FORMATS}, decode_all),
+        "pictures": ({f"p.{kind}": picture(kind) for kind in decode_.FORMATS}, decode_all),
         "imagenet": (ilsvrc, lambda folder: imagenet.contents(folder, partial=True)),
         "records": ({"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in records).encode()},
                     lambda folder: read_records(f"{folder}/metrics.jsonl")),
@@ -436,8 +439,8 @@ LIES |= {
         json.dumps({"features": 5, "features_sha256": []})))}),
     "text for numbers": ("reference", {"ref.npz": npz(mu=np.array(["a"] * 6), sigma=np.eye(6))}),
     "numbers out of range": ("reference", {"ref.npz": npz(mu=np.full(6, 1e300), sigma=np.eye(6))}),
-    "safetensors of a huge header": ("vae", {autoencoder.WEIGHTS: b"\xff" * 7 + b"\x7f" + b"{}"}),
-    "safetensors of a huge shape": ("vae", {autoencoder.WEIGHTS: struct.pack("<Q", 80) + (
+    "safetensors of a huge header": ("vae", {vae_files.WEIGHTS: b"\xff" * 7 + b"\x7f" + b"{}"}),
+    "safetensors of a huge shape": ("vae", {vae_files.WEIGHTS: struct.pack("<Q", 80) + (
         b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}').ljust(80)}),
     "arrays in a zip": ("arrays", {"images.npy": npz(a=drawn(2))}), "a pickle for arrays": ("arrays", {"labels.npy": pickle.dumps([1])}),
     "a png that declares much": ("pngs", {"0.png": picture()[:16] + (head := struct.pack(">II", 10**9, 10**9) + b"\x08\x02\0\0\0")
@@ -508,7 +511,7 @@ def test_folders_in_folders_without_end(tmp_path):
         here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
         os.close(above)
     try:
-        assert check(pictures.Folder, tmp_path / "data")
+        assert check(records.Folder, tmp_path / "data")
     finally:
         os.close(here)
         subprocess.run(["rm", "-rf", tmp_path / "data"], check=True)  # too deep for pytest's own
@@ -520,7 +523,7 @@ def test_half_precision_and_what_is_shared_is_read(tmp_path):
     for new in (True, False):
         torch.save({"a": a.half(), "b": a.bfloat16(), "n": torch.tensor(3), "p": torch.nn.Parameter(a.T)}, tmp_path / "w.pth",
                    _use_new_zipfile_serialization=new)
-        there = weights.read_all(str(tmp_path / "w.pth"))
+        there = weight_files.read_all(str(tmp_path / "w.pth"))
         assert [str(there[name].dtype) for name in "abnp"] == ["float32", "float32", "int64", "float32"]
         assert there["n"] == 3 and np.array_equal(there["p"], a.T.numpy()) and np.array_equal(there["b"], a.numpy())
     assert hashlib.sha256(there["a"]).digest() == hashlib.sha256(a.numpy()).digest()
@@ -531,6 +534,6 @@ def test_arrays_that_share_a_storage(tmp_path):
     import torch
     storage = torch.zeros(2**21)
     torch.save({f"x{i}": storage[i: i + 1] for i in range(100)}, tmp_path / "shared.pt")
-    for read in (convert.read_weights, weights.read_all):
+    for read in (weight_files.read, weight_files.read_all):
         with pytest.raises(ValueError, match="shared.pt: .*its arrays take 0.839 GB"):
             read(str(tmp_path / "shared.pt"))

@@ -1,5 +1,6 @@
 """Runs that start from weights: against the published forward pass, from Python and by the commands."""
 
+import hashlib
 from functools import partial
 
 import jax
@@ -10,15 +11,19 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from dit_jax import config as configs, convert, finetune, layout, sharding
-from dit_jax.checkpoint import Checkpoints
-from dit_jax.config import UserError
+from dit_jax import config as configs
 from dit_jax.data import sources
-from dit_jax.diffusion.schedule import linear_schedule
-from dit_jax.generate import Generator
+from dit_jax.diffusion.process import linear_schedule
 from dit_jax.models import dit
-from dit_jax.sample import choose_labels
-from dit_jax.state import TrainState, make_optimizer, make_train_step
+from dit_jax.parallel import layout, sharding
+from dit_jax.runtime.errors import UserError
+from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.model import choose_labels
+from dit_jax.training import initialize
+from dit_jax.training.step import TrainState, make_optimizer, make_train_step
+from dit_jax.weights import files as weight_files
+from dit_jax.weights import published
+from dit_jax.weights.checkpoint import Checkpoints
 
 ONE = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -29,9 +34,9 @@ def start(network, tmp_path):
     def run(which, mesh=ONE, seed=0, **changes):
         args, _, _, flat = network(which)
         path = tmp_path / f"{which}.npz"
-        convert.write_weights(str(path), flat)
+        weight_files.write(str(path), flat)
         args = dict(args, null_class=True, block="adaln_zero") | changes
-        return args, finetune.initial_params(str(path), "ema", args=args, mesh=mesh, seed=seed)[0]
+        return args, initialize.initial_params(str(path), "ema", args=args, mesh=mesh, seed=seed)[0]
 
     return run
 
@@ -65,10 +70,10 @@ def test_published_outputs_stay(golden, network, start, which):
         assert_array_equal(new_table[classes:], table[null:])
         assert new_table.shape == (classes + 1, args["hidden_size"])
         # The unconditional model leaves in the published format, and comes back.
-        flat = convert.to_published(params, args)
-        inferred = convert.infer_args(flat, args["num_heads"])
+        flat = published.to_published(params, args)
+        inferred = published.infer_args(flat, args["num_heads"])
         assert inferred["num_classes"] == classes and inferred["null_class"]
-        assert_array_equal(convert.from_published(flat, inferred)["y_embedder"]["embedding"], new_table)
+        assert_array_equal(published.from_published(flat, inferred)["y_embedder"]["embedding"], new_table)
 
 
 def test_new_rows_are_drawn_as_at_the_start_of_a_run(start):
@@ -100,7 +105,7 @@ def test_which_rows_are_kept(capsys, there, here, words):
     there, here = (dict(null_class=null, num_classes=n, hidden_size=8) for null, n in (there, here))
     old = np.arange(1, 1 + there["num_classes"] + there["null_class"])[:, None] * np.ones((1, 8), np.float32)
     tree, where = ({"y_embedder": {"embedding": a}} for a in (old, sharding.replicated(ONE)))
-    new = np.asarray(finetune._fit_labels(tree, there, here, where, 0)["y_embedder"]["embedding"])
+    new = np.asarray(initialize._fit_labels(tree, there, here, where, 0)["y_embedder"]["embedding"])
     assert len(new) == here["num_classes"] + here["null_class"]
     kept = (new == old[:, :1].max()).all(1) if there["null_class"] else np.zeros(len(new), bool)
     assert kept.tolist() == [i >= here["num_classes"] and there["null_class"] for i in range(len(new))]
@@ -146,10 +151,10 @@ def test_of_an_unconditional_model_labels_do_not_matter():
 def test_another_geometry_is_refused(network, tmp_path, change, words):
     args, _, _, flat = network("b")
     path = str(tmp_path / "b.npz")
-    convert.write_weights(path, flat)
+    weight_files.write(path, flat)
     args = dict(args, null_class=True, block="adaln_zero")
     with pytest.raises(UserError, match=f"^init.weights={path}: {words}"):
-        finetune.initial_params(path, "ema", args=args | change, mesh=ONE, seed=0)
+        initialize.initial_params(path, "ema", args=args | change, mesh=ONE, seed=0)
 
 
 def test_weights_that_are_none_are_refused(network, tmp_path):
@@ -164,29 +169,30 @@ def test_weights_that_are_none_are_refused(network, tmp_path):
             ("empty", b"", ".pt or .npz files")):
         path = tmp_path / file
         if isinstance(content, dict):
-            convert.write_weights(str(path), content)
+            weight_files.write(str(path), content)
         elif content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match=f"^init.weights={path}: .*{words}") as e:
-            finetune.initial_params(str(path), "ema", args=args, mesh=ONE, seed=0)
+            initialize.initial_params(str(path), "ema", args=args, mesh=ONE, seed=0)
         assert str(e.value).count(str(path)) == 1
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="init.weights=.*folder: holds no checkpoints"):
-        finetune.initial_params(str(tmp_path / "folder"), "ema", args=args, mesh=ONE, seed=0)
+        initialize.initial_params(str(tmp_path / "folder"), "ema", args=args, mesh=ONE, seed=0)
 
 
 def test_heads_that_no_array_shows_are_the_papers(tmp_path):
     args = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=384, depth=1, num_heads=6, num_classes=2,
                 null_class=True, block="adaln_zero")
-    flat = {name: np.zeros(shape, np.float32) for name, shape in convert.published_shapes(args).items()}
+    flat = {name: np.zeros(shape, np.float32) for name, shape in published.published_shapes(args).items()}
     path = str(tmp_path / "s.npz")
-    convert.write_weights(path, flat)
-    assert finetune.initial_params(path, "ema", args=args, mesh=ONE, seed=0)[1]["sha256"] == convert.digest(flat)
+    weight_files.write(path, flat)
+    assert initialize.initial_params(path, "ema", args=args, mesh=ONE, seed=0)[1]["sha256"] == (
+        hashlib.sha256(b"".join(a.tobytes() for a in flat.values())).hexdigest())
     with pytest.raises(UserError, match="model.num_heads=8: .* width 384 have 6"):
-        finetune.initial_params(path, "ema", args=args | {"num_heads": 8}, mesh=ONE, seed=0)
+        initialize.initial_params(path, "ema", args=args | {"num_heads": 8}, mesh=ONE, seed=0)
     # As many rows as classes, and no label dropout: a table without a null class.
     bare = args | {"num_classes": 3, "null_class": False}
-    params, _ = finetune.initial_params(path, "ema", args=bare, mesh=ONE, seed=0)
+    params, _ = initialize.initial_params(path, "ema", args=bare, mesh=ONE, seed=0)
     assert_array_equal(params["y_embedder"]["embedding"], np.zeros((3, 384)))
 
 
@@ -203,7 +209,7 @@ def test_configs_without_classes(changes, words):
         with pytest.raises(UserError, match=words):
             configs.resolve(c)
     else:
-        args = configs.dit_args(layout.settle(configs.resolve(c), jax.devices()))
+        args = configs.dit_args(layout.resolve_auto(configs.resolve(c), jax.devices()))
         assert args["num_classes"] == 0 and args["null_class"]
 
 
@@ -224,7 +230,7 @@ def restore(workdir, which):
     """The newest checkpoint's item -> (arguments of DiT, params, meta)."""
     checkpoints = Checkpoints(str(workdir), read_only=True)
     meta = checkpoints.latest_meta()
-    args = configs.dit_args(layout.settle(meta["config"], jax.devices()[:1]))
+    args = configs.dit_args(layout.resolve_auto(meta["config"], jax.devices()[:1]))
     shapes = dit.abstract(**args)[1]
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
                           sharding.state_shardings(shapes, ONE))

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDEN, nhwc
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from conftest import GOLDEN, nhwc
-from dit_jax import convert
-from dit_jax.diffusion import gaussian, samplers
+from dit_jax.diffusion import ddpm, samplers
 from dit_jax.diffusion.guidance import forward_with_cfg
-from dit_jax.diffusion.schedule import linear_schedule, respace
+from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.models.dit import position_embedding
-from dit_jax.state import TrainState, make_optimizer, update
+from dit_jax.training.step import TrainState, make_optimizer, update
+from dit_jax.weights import published
 
 FULL = linear_schedule(1000)
 
@@ -56,7 +56,7 @@ def test_schedules(path):
 
 def test_p_mean_variance(golden):
     z = golden("p_mean_variance.npz")
-    p = gaussian.p_mean_variance(FULL, nhwc(z["model_output"]), nhwc(z["x_t"]), z["t"])
+    p = ddpm.p_mean_variance(FULL, nhwc(z["model_output"]), nhwc(z["x_t"]), z["t"])
     for key, value in p.items():
         # x_0 at t = 999 divides by sqrt(abar) = 0.006: compare beside the array's size.
         assert_allclose(value, nhwc(z[key]), rtol=1e-5, atol=2e-6 * np.abs(z[key]).max(), err_msg=key)
@@ -64,9 +64,9 @@ def test_p_mean_variance(golden):
 
 def test_losses_of_a_given_output(golden):
     z = golden("losses_fixed_output.npz")
-    x_t = gaussian.q_sample(FULL, nhwc(z["x0"]), z["t"], nhwc(z["noise"]))
+    x_t = ddpm.q_sample(FULL, nhwc(z["x0"]), z["t"], nhwc(z["noise"]))
     assert_allclose(x_t, nhwc(z["x_t"]), atol=1e-6)
-    losses = gaussian.training_losses(FULL, lambda *_: nhwc(z["model_output"]), nhwc(z["x0"]), z["t"],
+    losses = ddpm.training_losses(FULL, lambda *_: nhwc(z["model_output"]), nhwc(z["x0"]), z["t"],
                                       nhwc(z["noise"]))
     for key in ("loss", "mse", "vb"):
         assert_allclose(losses[key], z[key], rtol=2e-5, err_msg=key)
@@ -78,14 +78,14 @@ def test_losses_and_gradients(golden, network):
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params)
-        losses = gaussian.training_losses(FULL, lambda x, t: model(x, t, z["y"]), nhwc(z["x0"]), z["t"],
+        losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, z["y"]), nhwc(z["x0"]), z["t"],
                                           nhwc(z["noise"]))
         return losses["loss"].mean(), losses
 
     (_, losses), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     for key in ("loss", "mse", "vb"):
         assert_allclose(losses[key], z[key], rtol=1e-4, err_msg=key)
-    grads = convert.to_published(grads, args)
+    grads = published.to_published(grads, args)
     assert not grads.pop("pos_embed").any()
     for key in z:
         if key.startswith("grad:"):
@@ -106,7 +106,7 @@ def test_three_optimizer_steps_with_ema(golden, network):
     def step(state, x0, t, y, noise):
         def loss_fn(params):
             model = nnx.merge(graphdef, params)
-            losses = gaussian.training_losses(FULL, lambda x, t: model(x, t, y), x0, t, noise)
+            losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, y), x0, t, noise)
             return losses["loss"].mean(), dict(loss=losses["loss"].mean())
         return update(state, loss_fn, optimizer, settings["ema_decay"])
 
@@ -114,9 +114,9 @@ def test_three_optimizer_steps_with_ema(golden, network):
         state, metrics = step(state, nhwc(z["x0"][i]), z["t"][i], z["y"][i], nhwc(z["noise"][i]))
         assert_allclose(metrics["loss"], z["losses"][i], rtol=1e-5)
     assert state.step == len(z["t"])
-    before = convert.to_published(params, args)
+    before = published.to_published(params, args)
     for kind, tree in (("param:", state.params), ("ema:", state.ema)):
-        flat = convert.to_published(tree, args)
+        flat = published.to_published(tree, args)
         for key in z:
             if key.startswith(kind):
                 name = key.removeprefix(kind)

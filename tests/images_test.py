@@ -12,14 +12,15 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import GOLDEN, ROOT, tar
 from PIL import Image
 
-from conftest import GOLDEN, ROOT, tar
-from dit_jax.config import UserError
-from dit_jax.data import images
+from dit_jax.data import decode as decode_
+from dit_jax.data.decode import BadImage, center_crop, decode
 from dit_jax.data.imagenet import TARS, prepare
-from dit_jax.data.images import BadImage, center_crop, decode
-from dit_jax.data.pictures import Folder, Pictures, Tfds
+from dit_jax.data.pictures import Pictures
+from dit_jax.data.records import Folder, Tfds
+from dit_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # which pytest turns on again
 RNG = np.random.default_rng(0)
@@ -247,7 +248,8 @@ def test_no_warnings(tmp_path):
     for i, data in enumerate((broken_exif, no_frames, palette, large)):
         (tmp_path / str(i)).write_bytes(data)
     code = """import sys
-from dit_jax.data.images import BadImage, decode
+from dit_jax.data.decode import BadImage
+from dit_jax.data.decode import decode
 for file in sys.argv[1:]:
     try:
         print(decode(open(file, "rb").read()).size)
@@ -372,7 +374,7 @@ def test_photographs(tmp_path):
         image = image.resize((320, 213), Image.Resampling.BOX).resize((160, 106), Image.Resampling.BOX)
         image = image.resize((97, 64), Image.Resampling.BICUBIC).crop((16, 0, 80, 64))
         np.testing.assert_array_equal(batch["x"][i], np.asarray(image))
-    assert batch["y"].tolist() == [0, 1] and len(images.EXTENSIONS) == len(set(images.EXTENSIONS))
+    assert batch["y"].tolist() == [0, 1] and len(decode_.EXTENSIONS) == len(set(decode_.EXTENSIONS))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, one_error
 
-from dit_jax.convert import published_shapes
+from dit_jax.weights.published import published_shapes
 
 SCRIPT = ROOT / "launch/tpu_pod.sh"
 

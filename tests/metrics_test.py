@@ -6,10 +6,11 @@ from conftest import GOLDEN
 from scipy import linalg
 
 from dit_jax.data import sources
-from dit_jax.metrics import judge, precision_recall as pr
-from dit_jax.metrics.frechet import Moments, frechet_distance, statistics
-from dit_jax.metrics.inception_score import inception_score
-from dit_jax.metrics.kid import kid
+from dit_jax.evaluation import classifier
+from dit_jax.evaluation import precision_recall as pr
+from dit_jax.evaluation.frechet import Moments, frechet_distance, statistics
+from dit_jax.evaluation.inception_score import inception_score
+from dit_jax.evaluation.kid import kid
 
 
 @pytest.mark.parametrize("n", [500, 20])  # 20: singular covariances
@@ -26,15 +27,15 @@ def test_the_judge_tells_good_samples_from_bad():
     train, held_out = sources.digits()
     real, rng = (train.x, train.y), np.random.default_rng(0)
     # As samples: the held-out pictures themselves, the same with wrong labels, with noise, one class only.
-    good = judge.report(real, (held_out.x, held_out.y), held_out.x, held_out.y)
+    good = classifier.report(real, (held_out.x, held_out.y), held_out.x, held_out.y)
     assert good["judge_accuracy"] >= 0.97 and good["recognised"] == good["judge_accuracy"]
     assert abs(good["frechet"]) < 1e-3 < good["frechet_floor"] < good["frechet_noise"]
-    wrong = judge.report(real, (held_out.x, held_out.y), held_out.x, (held_out.y + 1) % 10)
+    wrong = classifier.report(real, (held_out.x, held_out.y), held_out.x, (held_out.y + 1) % 10)
     assert wrong["recognised"] < 0.03
     noisy = held_out.x + rng.normal(0, 0.5, held_out.x.shape).astype(np.float32)
-    assert judge.report(real, (held_out.x, held_out.y), noisy, held_out.y)["frechet"] > 3 * good["frechet_floor"]
+    assert classifier.report(real, (held_out.x, held_out.y), noisy, held_out.y)["frechet"] > 3 * good["frechet_floor"]
     ones = train.x[train.y == 1]
-    collapsed = judge.report(real, (held_out.x, held_out.y), ones, np.ones(len(ones)))
+    collapsed = classifier.report(real, (held_out.x, held_out.y), ones, np.ones(len(ones)))
     assert collapsed["recognised"] > 0.97 and collapsed["frechet"] > 10 * good["frechet_floor"]
 
 
@@ -47,14 +48,14 @@ def test_a_judge_whose_fit_is_interrupted_is_none():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt, match="^$"):
-            judge.Judge(images, np.arange(len(images)) % 10)
+            classifier.Judge(images, np.arange(len(images)) % 10)
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
 def test_judge_features_are_those_it_decides_by():
     train, held_out = sources.digits()
-    j = judge.Judge(train.x, train.y)
+    j = classifier.Judge(train.x, train.y)
     logits = j.features(held_out.x) @ j.network.coefs_[-1] + j.network.intercepts_[-1]
     np.testing.assert_array_equal(logits.argmax(1), j.recognise(held_out.x))
 
@@ -133,7 +134,7 @@ def test_the_metrics_against_torch_fidelity():
 
 
 def test_kid_pair_by_pair(monkeypatch):
-    from dit_jax.metrics import kid as module
+    from dit_jax.evaluation import kid as module
     monkeypatch.setattr(module, "ROWS", 16)
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((50, 7)), 0.3 + rng.standard_normal((35, 7))

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from dit_jax import flops
-from dit_jax.convert import published_shapes
-from dit_jax.models import dit
+from dit_jax.models import dit, flops
 from dit_jax.models.blocks import BLOCKS
+from dit_jax.weights.published import published_shapes
 
 SMALL = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 

@@ -16,9 +16,8 @@ import pytest
 from conftest import TINY, TOY, losses, records, write_cache
 from numpy.testing import assert_allclose
 
-from dit_jax import hosts
 from dit_jax.data import pipeline
-from dit_jax.runtime import meeting
+from dit_jax.runtime import hosts, meeting
 
 RUN = [*TINY, "--config.steps=24", "--config.checkpoint.every=4"]
 # First: every row that is read is noted, and `fault` is done.
@@ -193,7 +192,7 @@ def test_a_checkpoint_that_one_host_cannot_read(start, uninterrupted, alone, tmp
     lines = (uninterrupted / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 8))
     fault = """
-from dit_jax import checkpoint
+from dit_jax.weights import checkpoint
 meta = checkpoint.Checkpoints.meta
 def unreadable(self, step):
     if step == 8:
@@ -215,7 +214,7 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_pa
     [(status, _, err)] = ends(start(1, *flags, f"--out={tmp_path}/one", name="sample"))
     assert status == 0, err
     # On two, where host 1 is gone after two of the five parts.
-    killed = "from dit_jax.generate import Generator\ncall, calls = Generator.__call__, []\n" \
+    killed = "from dit_jax.sampling.generator import Generator\ncall, calls = Generator.__call__, []\n" \
              "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
     processes = start(2, *flags, f"--out={tmp_path}/again", name="sample", faults={1: killed})
     (status, _, err), _ = ends(processes)
@@ -363,7 +362,7 @@ def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
     assert hosts.tpu_slice() == (1, None)
-    monkeypatch.setattr(hosts, "tpu_attached", lambda: True)
+    monkeypatch.setattr(hosts.process, "tpu_attached", lambda: True)
     assert hosts.tpu_slice() == (4, "gcetpu")
     attributes.clear()
     assert hosts.tpu_slice()[0] == 1

@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, one_error, start
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
-from dit_jax import config as configs, flops, hlo, layout, preflight, sharding
-from dit_jax.hlo import Program, replica_groups
-from dit_jax.layout import CHIPS
+from dit_jax import config as configs
+from dit_jax.aot import estimate, hlo, slices
+from dit_jax.aot.hlo import Program, replica_groups
+from dit_jax.models import flops
+from dit_jax.parallel import layout, sharding
+from dit_jax.parallel.chips import CHIPS
 
 
 def compiled(topology, f, *shapes, names=("x",), sizes=(-1,)):
     """f, with the mesh of the slice as its first argument -> (its Program, the compiled program)."""
-    devices = np.array(preflight.find_devices(topology)).reshape(sizes)
+    devices = np.array(slices.find_devices(topology)).reshape(sizes)
     mesh = jax.sharding.Mesh(devices, names)
     places = [tuple(d.coords) for d in devices.flat]
     number = {place: i for i, place in enumerate(dict.fromkeys(places))}
@@ -98,7 +102,7 @@ def check_costs(r, topology, depth=3):
     # The gradients of what is gathered travel in bfloat16: 12 of a block's 18 squares of the width. The rest is split
     # and stays, or is small and float32.
     width, config = 256, tiny_config(**{"model.depth": depth})
-    params = flops.num_params(**configs.dit_args(layout.settle(config, jax.devices())))[0]
+    params = flops.num_params(**configs.dit_args(layout.resolve_auto(config, jax.devices())))[0]
     reduced = sum(r["collectives"].get(k, {"bytes": 0})["bytes"] for k in ("all-reduce", "reduce-scatter"))
     assert 2 * 12 * depth * width**2 <= reduced < 4 * params
     gathered = r["collectives"]["all-gather"]["bytes"]
@@ -106,7 +110,7 @@ def check_costs(r, topology, depth=3):
 
 
 def test_the_train_step_costs_what_the_model_costs():
-    r = preflight.examine(tiny_config(**{"model.scan": True}), "v3-8")
+    r = estimate.examine(tiny_config(**{"model.scan": True}), "v3-8")
     check_costs(r, "v3-8")
     assert r["flops_per_device"] > 1.5 * r["xla_flops_per_device"]  # XLA counts a loop's body once
 
@@ -115,7 +119,7 @@ def test_the_train_step_costs_what_the_model_costs():
 @pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v6e-8"])
 def test_every_generation(topology):
     """Their programs are written differently."""
-    r = preflight.examine(tiny_config(**{"model.scan": False, "model.depth": 2}), topology)
+    r = estimate.examine(tiny_config(**{"model.scan": False, "model.depth": 2}), topology)
     check_costs(r, topology, depth=2)
     assert r["flops_per_device"] == pytest.approx(r["xla_flops_per_device"], rel=0.03)
     # XLA's count of bytes leaves out custom calls, and is larger for operands that a fusion uses more than once.
@@ -141,11 +145,11 @@ def test_what_the_command_says(command, tmp_path):
     spec.loader.exec_module(digits)
     c = digits.get_config()
     c.update_from_flattened_dict({"batch_size": 8, "model.depth": 2, "model.hidden_size": 32, "model.scan": False})
-    devices = preflight.find_devices("v3-8")
-    config = layout.settle(configs.resolve(c), devices)
-    from dit_jax import train
+    devices = slices.find_devices("v3-8")
+    config = layout.resolve_auto(configs.resolve(c), devices)
+    from dit_jax.training import setup
     mesh = sharding.make_mesh(**config["mesh"], devices=devices)
-    _, step, target = train.make_programs(config, mesh)
+    _, step, target = setup.make_programs(config, mesh)
     across = sharding.batch_sharding(mesh)
     batch = {"x": jax.ShapeDtypeStruct((8, 8, 8, 1), np.float32, sharding=across),
              "y": jax.ShapeDtypeStruct((8,), np.int32, sharding=across)}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import TINY, one_error
 
-from dit_jax.config import UserError
-from dit_jax.profiling import Trace
+from dit_jax.runtime.errors import UserError
+from dit_jax.training.trace import Trace
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_debug_nans_names_the_line(command, tmp_path):
 
 def test_compiled_programs_are_kept_apart_by_kind_of_cpu(tmp_path, monkeypatch):
     """In the user's cache, unless JAX was told another folder."""
-    from dit_jax.profiling import keep_compiled
+    from dit_jax.runtime.process import keep_compiled
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:

@@ -11,8 +11,10 @@ from conftest import TINY, one_error
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from dit_jax import pictures, sample, sharding
-from dit_jax.generate import Generator
+from dit_jax.parallel import sharding
+from dit_jax.runtime import images as images_
+from dit_jax.sampling import output
+from dit_jax.sampling.generator import Generator
 
 FAST = ["--sampler=ddim", "--steps=4", "--cfg_scale=2"]
 
@@ -105,7 +107,7 @@ def test_parts_are_what_they_say_or_made_again(tmp_path):
     images, settings = np.random.default_rng(0).integers(256, size=(8, 4, 4, 3), dtype=np.uint8), "settings"
 
     def parts(settings=settings):
-        return sample.Parts(str(tmp_path), settings, images.shape, images.dtype)
+        return output.Parts(str(tmp_path), settings, images.shape, images.dtype)
 
     def first(change):
         path = sorted((tmp_path / "parts").iterdir())[0]
@@ -128,12 +130,12 @@ def test_parts_are_what_they_say_or_made_again(tmp_path):
     npz = str(tmp_path / "samples.npz")
     parts().write_npz(npz, "arr_0")
     with open(npz, "rb") as f:
-        data, digest = f.read(), sample.sha256_of(npz)
-    assert np.load(npz)["arr_0"].tobytes() == images.tobytes() and sample.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
+        data, digest = f.read(), output.sha256_of(npz)
+    assert np.load(npz)["arr_0"].tobytes() == images.tobytes() and output.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
     for i in range(len(data)):  # older ones, without a digest, are looked at by the zip file's own checksum
         with open(npz, "wb") as f:
             f.write(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
-        assert not sample.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
+        assert not output.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
 
 
 def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
@@ -145,7 +147,7 @@ def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
 
 @pytest.mark.slow
 def test_latents_are_written_as_they_are(command, network, tmp_path):
-    from dit_jax.convert import write_weights
+    from dit_jax.weights.files import write as write_weights
     write_weights(str(tmp_path / "a.npz"), network("a")[3])
     flags = [f"--weights={tmp_path}/a.npz", "--num_heads=4", f"--out={tmp_path}/out", "--num=3", *FAST]
     one_error(command("sample", *flags, "--png"), "--png", "latents")
@@ -214,11 +216,11 @@ def test_a_file_that_is_not_whole_is_made_again(command, run, tmp_path):
 def test_any_number_of_channels_can_be_shown(channels):
     x = np.random.default_rng(0).uniform(-1, 1, (3, 4, 4, channels)).astype(np.float32)
     x[0] = np.nan
-    shown = pictures.to_uint8(x)
+    shown = images_.to_uint8(x)
     assert shown.shape == (3, 4, 4, 3) and (shown[0] == 128).all() and shown[1].std() > 5
-    assert pictures.grid(shown, 2).shape[2] == 3
+    assert images_.grid(shown, 2).shape[2] == 3
 
 
 def test_uint8_is_truncated_as_published():
     x = np.array([-1.2, -1, -0.999, 0, 0.5, 0.9999, 1, 3], np.float32).reshape(-1, 1, 1, 1)
-    assert_array_equal(pictures.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1))
+    assert_array_equal(images_.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dit_jax import pictures
-from dit_jax.data import samples
+from dit_jax.evaluation import samples
+from dit_jax.runtime import images as images_
 from dit_jax.runtime.files import write_aside
 
 
@@ -21,7 +21,7 @@ def test_the_same_pictures_from_every_kind_of_file(images, tmp_path):
     np.savez(tmp_path / "stored.npz", labels=np.arange(7), arr_0=images)
     np.savez_compressed(tmp_path / "compressed.npz", images)
     for i, image in enumerate(images):
-        write_aside(str(tmp_path / "png" / f"{i:06d}.png"), pictures.png(image))
+        write_aside(str(tmp_path / "png" / f"{i:06d}.png"), images_.png(image))
     for name in ("stored.npz", "compressed.npz", "png"):
         assert samples.load(str(tmp_path / name)).shape == images.shape
         for size in (1, 3, 7, 100):
@@ -69,10 +69,10 @@ def test_what_is_not_there_is_named(images, tmp_path):
 
 def test_a_folder_with_a_damaged_picture_or_of_two_sizes(images, tmp_path):
     for i in range(2):
-        (tmp_path / f"{i}.png").write_bytes(pictures.png(images[i]))
-    (tmp_path / "2.png").write_bytes(pictures.png(images[2][:5]))
+        (tmp_path / f"{i}.png").write_bytes(images_.png(images[i]))
+    (tmp_path / "2.png").write_bytes(images_.png(images[2][:5]))
     with pytest.raises(ValueError, match="2.png: is of 6 x 5 pixels, and 0.png of 6 x 6"):
         read(tmp_path)
-    (tmp_path / "2.png").write_bytes(pictures.png(images[2])[:60])
+    (tmp_path / "2.png").write_bytes(images_.png(images[2])[:60])
     with pytest.raises(ValueError, match="2.png: "):
         read(tmp_path)

@@ -13,8 +13,10 @@ from conftest import ROOT, TINY, losses, one_error
 from numpy.testing import assert_allclose
 
 from dit_jax import config as configs
-from dit_jax import layout, sharding, train
-from dit_jax.checkpoint import Checkpoints
+from dit_jax.parallel import layout, sharding
+from dit_jax.training import setup
+from dit_jax.training.step import from_items, to_items
+from dit_jax.weights.checkpoint import Checkpoints
 
 sys.path.insert(0, str(ROOT / "configs"))
 
@@ -23,14 +25,15 @@ def tiny(**changes):
     import digits
     c = digits.get_config()
     c.update_from_flattened_dict({"batch_size": 8, "model.depth": 2, "model.hidden_size": 32, **changes})
-    return layout.settle(configs.resolve(c), jax.devices()[:1])
+    return layout.resolve_auto(configs.resolve(c), jax.devices()[:1])
 
 
 def final_state(workdir):
     """Every array of the newest checkpoint, and its step."""
     config = tiny()
-    _, _, target = train.make_programs(config, sharding.make_mesh(devices=jax.devices()[:1]))
-    state, _ = Checkpoints(str(workdir), read_only=True).restore_latest(target, lambda meta: None)
+    _, _, target = setup.make_programs(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    items, _ = Checkpoints(str(workdir), read_only=True).restore_latest(to_items(target), lambda meta: None)
+    state = from_items(items)
     return int(state.step), [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -121,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
 
 
 def test_damaged_metrics_are_read_up_to_the_damage(tmp_path):
-    from dit_jax.logging import read_records
+    from dit_jax.training.metrics import read_records
     path = tmp_path / "metrics.jsonl"
     for tail in (b'{"step": 2, "lo', b"3\n", b"\xff\xfe\n", b""):
         path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + tail)
@@ -183,7 +186,7 @@ def run_steps(devices, steps=20, **mesh):
 
     config = tiny(**{"model.hidden_size": 128, "model.remat": "none", "batch_size": 16})
     mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
-    init, step, target = train.make_programs(config, mesh)
+    init, step, target = setup.make_programs(config, mesh)
     state, out = init(jax.random.key(0)), []
     source, across = sources.digits()[0], sharding.batch_sharding(mesh)
     for s in range(steps):

@@ -15,10 +15,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-from dit_jax.config import UserError
-from dit_jax.data.images import MAX_BYTES
-from dit_jax.logging import Progress, say
+from dit_jax.data.decode import MAX_BYTES
+from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import check_regular, reading, write_aside
+from dit_jax.runtime.progress import Progress, say
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 COUNTS = {"train": 1_281_167, "validation": 50_000}

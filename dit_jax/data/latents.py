@@ -17,14 +17,15 @@ import hashlib
 import json
 import math
 import os
-import resource
 import threading
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dit_jax.config import UserError
+from dit_jax.runtime.arrays import aligned_empty
+from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import check_file, naming, reading, write_aside
+from dit_jax.runtime.process import allow_open_files
 
 FORMAT = 3
 TAIL = np.dtype([("label", "<i4"), ("checksum", "<u8")])  # of a record
@@ -47,7 +48,7 @@ def seal(fields):
 
 
 def read_manifest(path):
-    """The manifest of the cache in the folder `path`. Raises ValueError naming the file where there is none, where a
+    """The manifest of the cache in the folder `path`. Raises UserError naming the file where there is none, where a
     byte of it has changed, or where it is of another version."""
     file = os.path.join(path, MANIFEST)
     if not os.path.exists(file):
@@ -58,7 +59,7 @@ def read_manifest(path):
             data = f.read(2**26)  # of a million pictures it takes a hundredth
         manifest = json.loads(data)
         if to_bytes(seal({key: value for key, value in manifest.items() if key != "sha256"})) != data:
-            raise ValueError("it does not match its own checksum")
+            raise UserError("it does not match its own checksum")
         if manifest["format"] != FORMAT:
             raise UserError(f"{file}: format {repr(manifest['format'])[:20]}, and this program reads format {FORMAT}: "
                             "encode anew, into another folder")
@@ -90,15 +91,7 @@ def _check_fields(m):
              and all(text(value) for key, value in vae.items() if key != "scale")),
             ("skipped", all(count(s["index"]) and text(s["name"]) and text(s["reason"]) for s in m["skipped"]))):
         if not good:
-            raise ValueError(f"{field} is not what a cache can have")
-
-
-def empty(shape, dtype):
-    """np.empty at a multiple of 64 bytes: on a CPU, JAX takes such an array without copying it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start: start + size].view(dtype).reshape(shape)
+            raise UserError(f"{field} is not what a cache can have")
 
 
 def record_length(shape, dtype):
@@ -129,7 +122,7 @@ def sizes(path):
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def misfit(entry, there):
+def size_problem(entry, there):
     """What is wrong with a shard of the manifest by the sizes that are there, or None."""
     size = there.get(entry["file"])
     if size is None:
@@ -201,7 +194,7 @@ def _read(fds, records, length):
     """Records (n,) of the shards open as the descriptors fds (n,) -> their posteriors (n, length - 12) uint8 and labels
     (n,) int32, and the rows of them that are not as they were written. Raises OSError."""
     n, width = len(records), length - TAIL.itemsize
-    x, tails = empty((n, width), np.uint8), np.empty(n, TAIL)
+    x, tails = aligned_empty((n, width), np.uint8), np.empty(n, TAIL)
     places = _places(np.asarray(records, np.int64), length)
     blocks = places // _BLOCK
     firsts, rooms = (places + _HEADER * (blocks + 1)).tolist(), (_BLOCK * (blocks + 1) - places).tolist()
@@ -260,7 +253,7 @@ class LatentCache:
 
     Attributes: manifest; vae (its identity) and scale, by which a latent is multiplied; size, of the pictures; shape
     (h, w, C) and dtype of the latents; class_names (or None), num_classes; identity; can_flip. Opening looks whether
-    the manifest and all shards are there, of their sizes; check_shard looks at the bytes. Raises ValueError naming the
+    the manifest and all shards are there, of their sizes; check_shard looks at the bytes. Raises UserError naming the
     file.
     """
 
@@ -269,10 +262,10 @@ class LatentCache:
     def __init__(self, path):
         self.path, self.manifest = path, read_manifest(path)
         there = sizes(path)
-        bad = [(entry["file"], what) for entry in self.manifest["shards"] if (what := misfit(entry, there))]
+        bad = [(entry["file"], what) for entry in self.manifest["shards"] if (what := size_problem(entry, there))]
         if bad:
             more = f" (and {len(bad) - 1} more like it)" if bad[1:] else ""
-            raise ValueError(f"{os.path.join(path, bad[0][0])}: {bad[0][1]}{more}; the encode command that made the "
+            raise UserError(f"{os.path.join(path, bad[0][0])}: {bad[0][1]}{more}; the encode command that made the "
                              "cache makes it again")
         m = self.manifest
         self.vae, self.scale, self.size = m["vae"], m["vae"]["scale"], m["size"]
@@ -289,7 +282,7 @@ class LatentCache:
 
     def examples(self, indices, flips):
         """{"x": (n, h, w, 2C) [mean, std] as stored, "y": (n,) int32} of these examples, or of their mirror images.
-        Raises ValueError naming the shard and the examples that cannot be read."""
+        Raises UserError naming the shard and the examples that cannot be read."""
         indices, flips = np.asarray(indices, np.int64), np.asarray(flips, bool)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"examples {indices.min()} to {indices.max()} of {len(self)} in {self.path}")
@@ -298,11 +291,11 @@ class LatentCache:
         try:
             x, labels, bad = _read([self._open(shard) for shard in shards.tolist()], records, self._length)
         except OSError as e:
-            raise ValueError(f"{e.filename or self.path}: cannot be read ({e.strerror})") from None
+            raise UserError(f"{e.filename or self.path}: cannot be read ({e.strerror})") from None
         if bad:
             shard = shards[bad[0]]
             which = ", ".join(str(indices[i]) for i in bad if shards[i] == shard)
-            raise ValueError(f"{self._file(shard)}: is damaged: example {which} is not as it was written; look "
+            raise UserError(f"{self._file(shard)}: is damaged: example {which} is not as it was written; look "
                              "for more with encode --verify")
         h, w, channels = self.shape
         return {"x": x.view(self.dtype).reshape(-1, h, w, 2 * channels), "y": labels}
@@ -318,24 +311,12 @@ class LatentCache:
         return self._files[shard].fileno()
 
 
-def allow_open_files(count):
-    """Room for `count` open shards, which readers keep open; often no more than 1024 are allowed where nobody asks.
-    Raises ValueError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"{count} shards are to be kept open, and this system lets a process open {hard} files: raise "
-                             f"the limit (ulimit -Hn) to {wanted}, or make larger shards")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def check_shard(path, manifest, index, there):
     """What is wrong with a shard, every byte of it read, or None. there: sizes(path)."""
     entry = manifest["shards"][index]
     file = os.path.join(path, entry["file"])
     try:
-        if problem := misfit(entry, there):
+        if problem := size_problem(entry, there):
             return problem
         if sha256(file) == entry["sha256"]:
             return None

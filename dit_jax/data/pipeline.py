@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from dit_jax.autoencoder import batch_size
+from dit_jax.runtime.errors import UserError
+from dit_jax.vae.autoencoder import batch_size
 
 
 @functools.lru_cache(maxsize=2)
@@ -44,14 +45,14 @@ def _check_labels(source, indices, y, num_classes):
     wrong = (y < 0) | (y >= num_classes)
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise ValueError(f"{source.identity}: example {indices[at]} has the label {y[at]}, but model.num_classes="
+        raise UserError(f"{source.identity}: example {indices[at]} has the label {y[at]}, but model.num_classes="
                          f"{num_classes} has 0 to {num_classes - 1}")
 
 
 def global_batch(source, step, *, seed, flip, batch_size, sharding, num_classes=0):
     """The batch of `step` as global arrays {"x": (B, ...) as the source stores it, "y": (B,) int32}.
 
-    num_classes: labels are checked against it, where it is not 0. Raises ValueError naming the example.
+    num_classes: labels are checked against it, where it is not 0. Raises UserError naming the example.
     """
     held = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = sorted({r for (part,) in held for r in range(*part.indices(batch_size))})
@@ -100,7 +101,7 @@ def model_input(mesh, sharding, *, seed, scale=None, vae=None):
     """run(batch, step) -> the same batch with x (B, H, W, C) float32 as the model takes it, on the devices.
 
     scale: of a source of posteriors [mean, std], of which latents are drawn anew at every step, as in the paper; the
-    noise is a function of (seed, step). vae: an autoencoder.Autoencoder that makes posteriors of uint8 pictures.
+    noise is a function of (seed, step). vae: an vae.autoencoder.Autoencoder that makes posteriors of uint8 pictures.
     """
     def draw(mean, std, step):
         # The fourth key of the step: the training step splits the first three off.

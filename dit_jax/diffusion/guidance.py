@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+MAX_SCALE = 1000  # far beyond what makes pictures, and far below where float32 ends
+
 
 def forward_with_cfg(model_fn, x, t, y, cfg_scale, channels=3):
     """One guided evaluation of a doubled batch, as published.

@@ -7,7 +7,8 @@ noise of schedule step i.
 import jax
 import jax.numpy as jnp
 
-from dit_jax.diffusion.gaussian import p_mean_variance, table
+from dit_jax.diffusion.ddpm import p_mean_variance, table
+from dit_jax.runtime.errors import UserError
 
 
 def ddpm_step(schedule, model_output, x_t, t, noise):
@@ -32,7 +33,7 @@ def ddim_step(schedule, model_output, x_t, t, noise, eta=0.0):
 def step(schedule, model_fn, x_t, i, noise_fn, sampler="ddpm", eta=0.0):
     """x_t (B, H, W, C) after step i of `schedule`, of which the last comes first. The arguments are those of sample."""
     if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"unknown sampler {sampler!r}: 'ddpm' or 'ddim'")
+        raise UserError(f"unknown sampler {sampler!r}: 'ddpm' or 'ddim'")
     t = jnp.full((len(x_t),), i)
     out = model_fn(x_t, jnp.asarray(schedule.timestep_map)[t])
     if sampler == "ddpm":

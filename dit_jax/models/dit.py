@@ -13,7 +13,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from dit_jax.models.blocks import HERE, layer_norm, make_block, modulate, xavier, zeros
+from dit_jax.models.blocks import NO_SHARDING, layer_norm, make_block, modulate, xavier, zeros
+from dit_jax.runtime.errors import UserError
 
 # Paper, table 1.
 SIZES = {
@@ -41,7 +42,7 @@ normal = nnx.initializers.normal(0.02)
 def model_args(name):
     """{patch_size, depth, hidden_size, num_heads} of a model of the paper, by its name."""
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
     return dict(MODELS[name])
 
 
@@ -106,28 +107,28 @@ class DiT(nnx.Module):
       dtype: of the matrix products and activations; parameters are float32 always.
       scan: run the stacked blocks as one loop; False unrolls it, with the same parameters and result.
       remat: one of REMAT.
-      place: where activations and gathered weights lie (blocks.Here).
+      sharding: lays out activations and gathered weights (blocks.NoSharding).
     Raises: ValueError naming the argument, where the geometry is impossible.
     """
 
     def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
-                 null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", place=HERE, rngs):
+                 null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", sharding=NO_SHARDING, rngs):
         for field, value in dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth,
                                  hidden_size=hidden_size, num_heads=num_heads).items():
             if value < 1:
-                raise ValueError(f"{field}={value}: must be at least 1")
+                raise UserError(f"{field}={value}: must be at least 1")
         if num_classes < 0 or num_classes + null_class < 1:
-            raise ValueError(f"num_classes={num_classes}: must be at least {0 if null_class else 1}")
+            raise UserError(f"num_classes={num_classes}: must be at least {0 if null_class else 1}")
         if input_size % patch_size:
-            raise ValueError(f"patch_size={patch_size} does not divide input_size={input_size}")
+            raise UserError(f"patch_size={patch_size} does not divide input_size={input_size}")
         if hidden_size % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
+            raise UserError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
         if hidden_size % 4:
-            raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, as the position embedding needs")
+            raise UserError(f"hidden_size={hidden_size} is not a multiple of 4, as the position embedding needs")
         if remat not in REMAT:
-            raise ValueError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT)}")
+            raise UserError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT)}")
         self.patch_size, self.block, self.scan, self.remat, self.dtype = patch_size, block, scan, remat, dtype
-        self.place = place
+        self.sharding = sharding
 
         patch_dim = patch_size * patch_size * in_channels
         self.x_embedder = nnx.Linear(patch_dim, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs)
@@ -136,7 +137,7 @@ class DiT(nnx.Module):
         self.y_embedder = nnx.Embed(num_classes + null_class, hidden_size, embedding_init=normal, rngs=rngs)
         # One Block whose parameters carry a leading axis of size `depth`.
         self.blocks = nnx.vmap(
-            lambda key: make_block(block, hidden_size, num_heads, dtype=dtype, place=place, rngs=nnx.Rngs(key))
+            lambda key: make_block(block, hidden_size, num_heads, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
         )(jax.random.split(rngs.params(), depth))
         self.final_layer = FinalLayer(hidden_size, 2 * patch_dim, adaptive=block.startswith("adaln"), dtype=dtype,
                                       rngs=rngs)
@@ -162,12 +163,12 @@ class DiT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, params):
-            params = self.place.weights(nnx.to_pure_dict(params), self.dtype)
-            return self.place(nnx.merge(graphdef, params)(x, condition), "batch", "tokens", None), None
+            params = self.sharding.gather_weights(nnx.to_pure_dict(params), self.dtype)
+            return self.sharding.constrain(nnx.merge(graphdef, params)(x, condition), "batch", "tokens", None), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        x = self.place(x, "batch", "tokens", None)
+        x = self.sharding.constrain(x, "batch", "tokens", None)
         return jax.lax.scan(body, x, stacked, unroll=1 if self.scan else True)[0]
 
 
@@ -178,5 +179,5 @@ def split(model):
 
 
 def abstract(**args):
-    """(graphdef, params) of DiT(**args) with shapes in place of arrays: nothing is allocated."""
+    """(graphdef, params) of DiT(**args) with shapes in sharding of arrays: nothing is allocated."""
     return split(nnx.eval_shape(lambda: DiT(**args, rngs=nnx.Rngs(0))))

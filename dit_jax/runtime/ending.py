@@ -14,10 +14,8 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
-import traceback
 
 AGAIN = 75
 GOES_ON = "the same command goes on from what is whole, or starts over"
@@ -104,7 +102,7 @@ def _watch(pipe):
 def is_command():
     """Whether this process is a command of this package, python -m dit_jax.X."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return bool(spec and re.fullmatch(r"dit_jax\.\w+", spec.name))
+    return bool(spec and re.fullmatch(r"(dit_jax|benchmarks)\.\w+(\.__main__)?", spec.name))
 
 
 def begin():
@@ -131,35 +129,3 @@ def start_anew(environment):
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execve(sys.executable, sys.orig_argv, environment)
 
-
-def chain(error):
-    """The exception and those that it came of."""
-    errors = []
-    while error is not None:
-        errors.append(error)
-        error = error.__cause__ or error.__context__
-    return errors
-
-
-def line_of(error):
-    """An exception -> the line that says what is wrong and what to do."""
-    from dit_jax.config import UserError
-    from dit_jax.runtime import files
-
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more; the same command goes on"
-    if isinstance(error, OSError):
-        return files.problem(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
-        return f"out of memory ({first or type(error).__name__}): a smaller batch or model needs less"
-    # A defect of this program. The traceback is for whoever mends it; for a user it would bury the line.
-    where = "its traceback, for which there is no room"
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="dit_jax-", suffix=".txt", delete=False) as f:
-        f.writelines(traceback.format_exception(error))
-        where = f.name
-    return f"{type(error).__name__}: {first} (a defect of dit_jax: please report it with {where})"

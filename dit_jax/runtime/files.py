@@ -12,17 +12,10 @@ import shutil
 import stat
 import time
 
-from dit_jax.config import UserError
 from dit_jax.runtime import ending
+from dit_jax.runtime.errors import ADVICE, UserError, chain, first_line
 
 LOCK, PROBE = ".dit_jax.lock", ".dit_jax.probe"
-ADVICE = {
-    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-    errno.EACCES: "change the permissions", errno.EPERM: "change the permissions",
-    errno.EROFS: "name a folder that can be written", errno.ENAMETOOLONG: "name a shorter one",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)", errno.ENOENT: "put back what was removed",
-    errno.ENOTDIR: "move the file away that stands in a folder's place", errno.EISDIR: "move the folder away",
-}
 
 
 def user_path(text):
@@ -35,13 +28,6 @@ def user_path(text):
     if text == "-" or path.startswith("~"):
         raise ValueError(f"is taken for no file or folder: ./{text} is one of that name")
     return path
-
-
-def problem(error):
-    """What an OSError says to a user: the path, the reason, what to do, what was kept."""
-    path = "the output" if error.filename is None else os.fsdecode(error.filename)
-    return (f"{path}: {error.strerror or error}: {ADVICE.get(error.errno, 'look at this path')}; what is whole is kept, and "
-            "the same command goes on or starts over")
 
 
 def check_file(path):
@@ -83,8 +69,7 @@ def reading(path, what, says="cannot be read as {what} ({reason}): is it whole?"
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e:  # parsers raise nearly everything on damaged files
-        first = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:200]
-        reason = "".join(c if c.isprintable() else "?" for c in first)
+        reason = "".join(c if c.isprintable() else "?" for c in first_line(e))
         raise UserError(f"{path}: {says.format(what=what, reason=reason)}") from None
 
 
@@ -131,7 +116,7 @@ def naming(path):
         e.filename = path if e.filename is None else e.filename
         raise
     except Exception as e:
-        text = " ".join(map(str, ending.chain(e)))
+        text = " ".join(map(str, chain(e)))
         number = next((number for number in ADVICE if os.strerror(number) in text), None)
         if number is None:
             raise

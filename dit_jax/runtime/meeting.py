@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 
-from dit_jax.config import UserError
 from dit_jax.runtime import ending
 from dit_jax.runtime.ending import AGAIN
+from dit_jax.runtime.errors import UserError
 
 PULSE = 5  # seconds between the lines of process 0 to one that waits
 POLL = 0.5  # seconds between looks

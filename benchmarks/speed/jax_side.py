@@ -1,0 +1,177 @@
+"""The child that times dit_jax: the programs that `train` and `sample` run."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.speed import profile
+from benchmarks.speed.child import Timed, peak_memory, serve
+from dit_jax import cli, config as configs
+from dit_jax.diffusion import samplers
+from dit_jax.diffusion.process import linear_schedule, respace
+from dit_jax.models import dit, flops
+from dit_jax.parallel import chips, layout, sharding
+from dit_jax.runtime import process
+from dit_jax.runtime.errors import UserError
+from dit_jax.sampling.generator import Generator, guided
+from dit_jax.training.setup import make_programs
+from dit_jax.vae import files as vae_files, network
+from dit_jax.vae.autoencoder import DECODING, Autoencoder, batch_size
+
+
+def device_memory():
+    """Returns the peak bytes of one device; on CPU, of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_memory()
+
+
+def timed(call, compiled_in, dtype, flop, images, program=None, devices=None):
+    """Returns the Timed of a call.
+
+    flop: floating-point operations of a call, over all `devices`. program: the compiled one that a call runs, where it
+    is to be profiled, which works on a CPU.
+    """
+    dtype = jnp.dtype(dtype)
+    devices = jax.devices() if devices is None else devices
+    info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
+            "device": devices[0].device_kind, "platform": devices[0].platform,
+            "data_sheet": chips.data_sheet() * len(devices) if chips.data_sheet() and dtype == jnp.bfloat16 else None}
+    profiled = program is not None and devices[0].platform == "cpu"
+    return Timed(call, info, rate=lambda: chips.measured_flops(dtype) * len(devices), memory=device_memory,
+                 profile=lambda: profile.profile(program.as_text(), call) if profiled else None)
+
+
+def compiled(function, *shapes):
+    """Compiles a jitted function. Returns (the program, how many seconds that took)."""
+    start = time.perf_counter()
+    program = function.lower(*shapes).compile()
+    return program, time.perf_counter() - start
+
+
+def _setting(config, what="batch_size"):
+    """Returns (the config with every "auto" decided, its mesh). what: the flag or field that says its batch size."""
+    config = layout.resolve_auto(config, jax.devices())
+    mesh = sharding.make_mesh(**config["mesh"])
+    if config["batch_size"] % sharding.batch_shards(mesh):
+        raise UserError(f"{what}={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
+                        "does not divide it")
+    return config, mesh
+
+
+def train_step(config):
+    """Times the step of training.setup.make_programs, on one batch of noise that lies on the devices."""
+    config, mesh = _setting(config)
+    init, step, target = make_programs(config, mesh)
+    args, n = configs.dit_args(config), config["batch_size"]
+    rng = np.random.default_rng(0)
+    shape = (n, args["input_size"], args["input_size"], args["in_channels"])
+    batch = jax.device_put({"x": rng.standard_normal(shape, np.float32),
+                            "y": rng.integers(max(args["num_classes"], 1), size=n, dtype=np.int32)},
+                           sharding.batch_sharding(mesh))
+    program, seconds = compiled(step, target, batch)
+    state = init(jax.random.key(config["seed"]))
+
+    def call():
+        nonlocal state
+        state, values = program(state, batch)
+        return {"value": float(jax.block_until_ready((state, values))[1]["loss"])}
+
+    return timed(call, seconds, args["dtype"], n * flops.train_flops(**args), n, program)
+
+
+def _sampling(config, images):
+    """Returns (config, arguments of DiT, mesh, weights, their shardings, labels of `images`)."""
+    config, mesh = _setting(config | {"batch_size": images}, "--images")
+    args = configs.dit_args(config)
+    shapes = dit.abstract(**args)[1]
+    shardings = sharding.state_shardings(shapes, mesh)
+    # Any numbers, made in their place: random ones would take memory beside the weights, and peak memory is measured.
+    params = jax.tree.map(lambda a, where: jax.jit(
+        lambda: 0.02 * jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out_shardings=where)(),
+                          shapes, shardings)
+    return config, args, mesh, params, shardings, np.arange(images, dtype=np.int32) % args["num_classes"]
+
+
+def denoise(config, images, steps=1):
+    """Times guided denoising steps: the network on a doubled batch, guidance, the sampler's update with given noise.
+
+    steps: how many of the sampler's steps a call makes, one after the other. Each runs one compiled program.
+    """
+    config, args, mesh, params, _, labels = _sampling(config, images)
+    s, batch = config["sample"], sharding.batch_sharding(mesh)
+    graphdef = dit.abstract(**args | {"sharding": sharding.MeshSharding(mesh, args["num_heads"])})[0]
+    schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
+
+    def step(params, x, noise, labels, i):
+        model = guided(nnx.merge(graphdef, params), labels, args["num_classes"], s["cfg_scale"],
+                       s["cfg_channels"] or None)
+        return samplers.step(schedule, model, x, i, lambda _: noise, s["sampler"], s["eta"])
+
+    x, noise = (jax.device_put(a, batch) for a in np.random.default_rng(0).standard_normal(
+        (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32))
+    labels = jax.device_put(labels, batch)
+    program, seconds = compiled(jax.jit(step, out_shardings=batch), params, x, noise, labels, jnp.int32(0))
+    order = [jnp.int32(len(schedule) - 1 - k) for k in range(steps)]
+
+    def call():
+        x_t = x
+        for i in order:
+            x_t = program(params, x_t, noise, labels, i)
+        jax.block_until_ready(x_t)
+
+    return timed(call, seconds, args["dtype"], steps * images * 4 * flops.macs(**args), images, program)
+
+
+def sampler(config, images):
+    """Times a whole sampling run by sampling.generator.Generator, step after step as `sample` runs it."""
+    config, args, mesh, params, shardings, labels = _sampling(config, images)
+    s = config["sample"]
+    generator = Generator(args, mesh, shardings, timesteps=config["diffusion"]["timesteps"], steps=s["steps"],
+                          sampler=s["sampler"], eta=s["eta"], cfg_scale=s["cfg_scale"], seed=config["seed"],
+                          cfg_channels=s["cfg_channels"] or None, batch_size=images, on_step=lambda step: None)
+    indices = np.arange(images, dtype=np.uint32)
+    x = jax.ShapeDtypeStruct((images, args["input_size"], args["input_size"], args["in_channels"]), jnp.float32)
+    generator.step, seconds = compiled(generator.step, params, labels, indices, x, np.int32(0))
+    generator.whole(generator.start(indices)).block_until_ready()  # compiles these two as well, before a call is timed
+    return timed(lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())}, seconds, args["dtype"],
+                 len(generator.schedule) * images * 4 * flops.macs(**args), images)
+
+
+def decode(side, path):
+    """Times the decoding of as many latents as the VAE takes at once, on one device.
+
+    side: of a latent. path: of a VAE. Where it is empty, the VAE is of the published shape, and its weights are noise.
+    """
+    devices = jax.devices()[:1]
+    mesh = sharding.make_mesh(devices=devices)
+    if path:
+        vae = vae_files.load(path)
+    else:
+        rng = np.random.default_rng(0)
+        vae = Autoencoder(network.PUBLISHED, jax.tree.map(
+            lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), network.abstract(**network.PUBLISHED)[1]))
+    params = jax.device_put(vae.only(DECODING), sharding.replicated(mesh))
+    images = batch_size(side * vae.factor)
+    latents = np.random.default_rng(0).standard_normal((images, side, side, vae.latent_channels), np.float32)
+    program, seconds = compiled(sharding.over_devices(vae.decode, mesh), params, latents)
+
+    def call():
+        jax.block_until_ready(program(params, latents))
+
+    return timed(call, seconds, "float32", program.cost_analysis()["flops"], images, program, devices)
+
+
+def make(spec):
+    """Returns a Timed. spec: what, the name of one of the functions above, and its arguments."""
+    jax.config.update("jax_enable_compilation_cache", False)  # how long compiling takes is to be seen
+    process.one_step_at_a_time()  # as in train and sample
+    what = {"train": train_step, "denoise": denoise, "sampler": sampler, "decode": decode}[spec.pop("what")]
+    return what(**spec)
+
+
+if __name__ == "__main__":
+    cli.parse()
+    cli.run(lambda: serve(make))

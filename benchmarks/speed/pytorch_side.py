@@ -1,0 +1,218 @@
+"""The child that times PyTorch on the diffusers package's DiT. Nothing of JAX is imported here.
+
+That package's class is made the paper's network. The timesteps' frequencies divide by 128, not 127. The second norm's
+eps is 1e-6, not 1e-5. The embeddings of timestep and label, of which it keeps a copy in every block, are computed once
+for all blocks, as the paper has it. Labels are dropped outside. Otherwise it is what its user runs: eager, with scaled
+dot product attention, fused AdamW, the EMA in one call for all arrays, inference mode while denoising.
+"""
+
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from diffusers.models import AutoencoderKL, DiTTransformer2DModel
+
+from benchmarks.speed.child import Timed, serve
+from dit_jax.diffusion.process import linear_schedule, respace
+
+
+class Condition(torch.nn.Module):
+    """Stands where the blocks look for their embeddings, and returns what was computed for all of them."""
+
+    def forward(self, *_, **__):
+        return self.value
+
+
+def network(*, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
+    """Returns that package's DiT of these arguments, which are those of dit_jax's DiT."""
+    return DiTTransformer2DModel(
+        num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=in_channels,
+        out_channels=2 * in_channels, num_layers=depth, sample_size=input_size, patch_size=patch_size,
+        num_embeds_ada_norm=num_classes, norm_eps=1e-6)
+
+
+class DiT(torch.nn.Module):
+    """model(x, t, y) of images (B, C, H, W) returns (B, 2C, H, W). args: of dit_jax's DiT."""
+
+    def __init__(self, **args):
+        super().__init__()
+        self.net = network(**args)
+        self.embed, self.condition = self.net.transformer_blocks[0].norm1.emb, Condition()
+        self.embed.time_proj.downscale_freq_shift = 0
+        self.embed.class_embedder.dropout_prob = 0
+        for block in self.net.transformer_blocks:
+            block.norm1.emb = self.condition
+
+    def forward(self, x, t, y):
+        self.condition.value = self.embed(t, y, hidden_dtype=x.dtype)
+        return self.net(x, t, y, return_dict=False)[0]
+
+
+class Diffusion:
+    """dit_jax/diffusion/ddpm.py in PyTorch, for images (B, C, H, W). schedule: a diffusion.process.Schedule, of which
+    training and sampling take float32 tables."""
+
+    def __init__(self, schedule):
+        def table(values):
+            return torch.tensor(np.asarray(values, np.float32))[:, None, None, None]
+
+        s = schedule
+        self.steps, self.told = len(s), torch.tensor(s.timestep_map)
+        self.sqrt, self.sqrt_1m = table(np.sqrt(s.alphas_cumprod)), table(np.sqrt(1 - s.alphas_cumprod))
+        self.recip, self.recip_m1 = table(np.sqrt(1 / s.alphas_cumprod)), table(np.sqrt(1 / s.alphas_cumprod - 1))
+        self.of_start, self.of_t = table(s.posterior_mean_coef1), table(s.posterior_mean_coef2)
+        self.log_beta, self.log_posterior = table(np.log(s.betas)), table(s.posterior_log_variance_clipped)
+
+    def p(self, out, x_t, t):
+        """Returns mean and log variance of p(x_{t-1} | x_t)."""
+        eps, v = out.chunk(2, dim=1)
+        f = (v + 1) / 2
+        start = self.recip[t] * x_t - self.recip_m1[t] * eps
+        return self.of_start[t] * start + self.of_t[t] * x_t, f * self.log_beta[t] + (1 - f) * self.log_posterior[t]
+
+    def losses(self, model, x, t, noise, y):
+        """Returns the hybrid loss of each image (B,)."""
+        x_t = self.sqrt[t] * x + self.sqrt_1m[t] * noise
+        out = model(x_t, self.told[t], y)
+        eps, v = out.chunk(2, dim=1)
+        mean, log_variance = self.p(torch.cat([eps.detach(), v], dim=1), x_t, t)
+        true_mean, true_log_variance = self.of_start[t] * x + self.of_t[t] * x_t, self.log_posterior[t]
+        kl = 0.5 * (-1 + log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
+                    + (true_mean - mean) ** 2 * torch.exp(-log_variance))
+        nll = -log_likelihood(x, mean, 0.5 * log_variance)
+        vb = torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
+        return ((noise - eps) ** 2).mean((1, 2, 3)) + vb
+
+    def guided_step(self, model, x, noise, y, i, scale, channels):
+        """Returns x_{t-1} of x_t at step i.
+
+        y: labels, then as many of the null class. channels: how many are guided; None is all.
+        """
+        t = torch.full((len(x),), i)
+        out = model(torch.cat([x, x]), self.told[torch.cat([t, t])], y)
+        conditional, unconditional = out.chunk(2)
+        eps = (unconditional + scale * (conditional - unconditional))[:, : min(channels or x.shape[1], x.shape[1])]
+        mean, log_variance = self.p(torch.cat([eps, conditional[:, eps.shape[1]:]], dim=1), x, t)
+        return mean + (torch.exp(0.5 * log_variance) * noise if i else 0)
+
+
+def log_likelihood(x, mean, log_scale):
+    """Returns that of x under a Gaussian, discretised in bins of 2/255 (DDPM equation 13)."""
+    def cdf(z):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    def log(p):
+        return torch.log(p.clamp(min=1e-12))
+
+    upper, lower = (cdf(torch.exp(-log_scale) * (x - mean + d)) for d in (1 / 255, -1 / 255))
+    return torch.where(x < -0.999, log(upper), torch.where(x > 0.999, log(1 - lower), log(upper - lower)))
+
+
+class Trainer:
+    """step() is what dit_jax/training/step.py does: forward, backward, AdamW, EMA. It returns the mean loss."""
+
+    def __init__(self, args, *, batch_size, timesteps, label_dropout, optimizer, ema_decay):
+        self.model, self.diffusion = DiT(**args), Diffusion(linear_schedule(timesteps))
+        self.params = list(self.model.parameters())
+        self.ema = [p.detach().clone() for p in self.params]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=optimizer["learning_rate"], betas=(optimizer["b1"], optimizer["b2"]), eps=optimizer["eps"],
+            weight_decay=optimizer["weight_decay"], fused=True)
+        self.x = torch.randn(batch_size, args["in_channels"], args["input_size"], args["input_size"])
+        self.y = torch.randint(args["num_classes"], (batch_size,))
+        self.num_classes, self.label_dropout, self.ema_decay = args["num_classes"], label_dropout, ema_decay
+
+    def step(self):
+        dropped = torch.rand(len(self.y)) < self.label_dropout
+        return self.update(self.x, torch.randint(self.diffusion.steps, (len(self.x),)), torch.randn_like(self.x),
+                           torch.where(dropped, self.num_classes, self.y))
+
+    def update(self, x, t, noise, y):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.diffusion.losses(self.model, x, t, noise, y).mean()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.params, 1 - self.ema_decay)
+        return {"value": loss.item()}
+
+
+def train_step(config):
+    """Returns a call that makes a training step on one batch of noise."""
+    return Trainer(config["model"], batch_size=config["batch_size"], timesteps=config["diffusion"]["timesteps"],
+                   label_dropout=config["diffusion"]["label_dropout"], optimizer=config["optimizer"],
+                   ema_decay=config["ema_decay"]).step
+
+
+def denoise(config, images):
+    """Returns a call that makes one guided denoising step."""
+    args, s = config["model"], config["sample"]
+    model = DiT(**args).eval().requires_grad_(False)
+    diffusion = Diffusion(respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"]))
+    x, noise = torch.randn(2, images, args["in_channels"], args["input_size"], args["input_size"])
+    y = torch.cat([torch.arange(images) % args["num_classes"], torch.full((images,), args["num_classes"])])
+
+    @torch.inference_mode()
+    def call():
+        diffusion.guided_step(model, x, noise, y, diffusion.steps - 1, s["cfg_scale"], s["cfg_channels"])
+
+    return call
+
+
+def decode(images, side, args, scale):
+    """Returns a call that decodes latents. args: of dit_jax's VAE."""
+    levels = len(args["block_out_channels"])
+    vae = AutoencoderKL(**args | {"in_channels": 3}, out_channels=3, down_block_types=["DownEncoderBlock2D"] * levels,
+                        up_block_types=["UpDecoderBlock2D"] * levels).eval().requires_grad_(False)
+    vae.encoder = None
+    latents = torch.randn(images, args["latent_channels"], side, side)
+
+    @torch.inference_mode()
+    def call():
+        vae.decode(latents / scale, return_dict=False)
+
+    return call
+
+
+def make_weights(config, folder):
+    """Writes weights of `network` into a folder, in that package's format."""
+    network(**config["model"]).save_pretrained(f"{folder}.part")
+    os.replace(f"{folder}.part", folder)
+
+
+@torch.inference_mode()
+def first_picture(folder, steps, threads):
+    """Makes the latent of a picture of weights on disk, in so many guided steps, as a user of that package would."""
+    torch.set_num_threads(threads)
+    net = DiTTransformer2DModel.from_pretrained(folder).eval()
+    diffusion, c = Diffusion(respace(linear_schedule(1000), str(steps))), net.config
+    x, y = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([0, c.num_embeds_ada_norm])
+    for i in reversed(range(steps)):
+        x = diffusion.guided_step(lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, i,
+                                  4.0, 3)
+    assert x.isfinite().all()
+
+
+def matrix_rate():
+    """Returns FLOP/s of PyTorch's large float32 matrix product, measured as parallel.chips.measured_flops does."""
+    n, best = 1536, math.inf
+    a = torch.ones(n, n)
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def make(spec):
+    """Returns a Timed. spec: what, "train", "denoise" or "decode"; threads; and the arguments of that function."""
+    torch.set_num_threads(spec.pop("threads"))
+    torch.manual_seed(0)
+    return Timed({"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")](**spec),
+                 {"dtype": "float32", "threads": torch.get_num_threads()}, rate=matrix_rate)
+
+
+if __name__ == "__main__":
+    serve(make)

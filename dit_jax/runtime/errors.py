@@ -1,0 +1,60 @@
+"""Errors that are a user's to mend, and the one line in which a command reports any error."""
+
+import contextlib
+import errno
+import os
+import tempfile
+import traceback
+
+ADVICE = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EACCES: "change the permissions", errno.EPERM: "change the permissions",
+    errno.EROFS: "name a folder that can be written", errno.ENAMETOOLONG: "name a shorter one",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)", errno.ENOENT: "put back what was removed",
+    errno.ENOTDIR: "move the file away that stands in a folder's place", errno.EISDIR: "move the folder away",
+}
+
+
+class UserError(ValueError):
+    """Bad input. The text is one line that names the file, field or flag and says what to do."""
+
+
+def first_line(error, limit=200):
+    """The first line of an exception's text that is not empty, or the exception's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:limit]
+
+
+def chain(error):
+    """An exception and those that caused it, the latest first."""
+    errors = []
+    while error is not None:
+        errors.append(error)
+        error = error.__cause__ or error.__context__
+    return errors
+
+
+def os_problem(error):
+    """The line about an OSError: the path, the reason, what to do."""
+    path = "the output" if error.filename is None else os.fsdecode(error.filename)
+    return (f"{path}: {error.strerror or error}: {ADVICE.get(error.errno, 'look at this path')}; what is whole is kept, and "
+            "the same command goes on or starts over")
+
+
+def line_of(error):
+    """The line about any exception: what is wrong and what to do. The traceback of a defect goes to a file."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; the same command goes on"
+    if isinstance(error, OSError):
+        return os_problem(error)
+    first = first_line(error, 300) if str(error).strip() else ""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
+        return f"out of memory ({first or type(error).__name__}): a smaller batch or model needs less"
+    where = "its traceback, for which there is no room"
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="dit_jax-", suffix=".txt", delete=False) as f:
+        f.writelines(traceback.format_exception(error))
+        where = f.name
+    return f"{type(error).__name__}: {first} (a defect of dit_jax: please report it with {where})"
