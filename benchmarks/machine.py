@@ -12,7 +12,7 @@ PACKAGES = "jax", "jaxlib", "flax", "numpy", "scipy", "torch", "diffusers"
 
 def cores():
     """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks it
 
 
 def machine(packages=PACKAGES):
@@ -27,8 +27,12 @@ def machine(packages=PACKAGES):
         cpu += next((f" with {name}" for name, flag in (("AVX-512", "avx512f"), ("AVX2", "avx2")) if flag in text), "")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     versions = {name: installed.get(name) for name in packages}
-    return {"cpu": cpu, "cores": cores(), "system": platform.platform(terse=True),
-            "versions": {"python": platform.python_version(), **versions}}
+    return {
+        "cpu": cpu,
+        "cores": cores(),
+        "system": platform.platform(terse=True),
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
 def commit():

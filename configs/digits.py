@@ -7,8 +7,9 @@ def get_config():
     c = paper(model="")
     c.steps = 1200
     c.batch_size = 64
-    c.model.update(patch_size=2, depth=4, hidden_size=96, num_heads=4, input_size=8, in_channels=1, num_classes=10,
-                   remat="dots")  # halves the step on CPU, where XLA recomputes inside its fusions otherwise
+    c.model.update(
+        patch_size=2, depth=4, hidden_size=96, num_heads=4, input_size=8, in_channels=1, num_classes=10, remat="dots"
+    )  # halves the step on CPU, where XLA recomputes inside its fusions otherwise
     c.optimizer.learning_rate = 2e-3
     c.ema_decay = 0.99
     c.data.update(source="digits", flip=False)  # a mirrored digit is none

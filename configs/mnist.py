@@ -13,8 +13,16 @@ def get_config(size=""):
     size = int(size or (16 if jax.default_backend() == "cpu" else 32))
     c.steps = 6000
     c.batch_size = 64
-    c.model.update(patch_size=2 if size == 16 else 4, depth=4, hidden_size=96, num_heads=4, input_size=size,
-                   in_channels=1, num_classes=10, remat="dots")
+    c.model.update(
+        patch_size=2 if size == 16 else 4,
+        depth=4,
+        hidden_size=96,
+        num_heads=4,
+        input_size=size,
+        in_channels=1,
+        num_classes=10,
+        remat="dots",
+    )
     c.optimizer.learning_rate = 2e-3
     c.ema_decay = 0.995
     c.data.update(source="mnist", flip=False)

@@ -1,19 +1,21 @@
 """What the commands share: flags, configs from files, and errors in one line.
 
-A command imports this before all else, since from here on a signal is one line, and defines and parses its flags above
-the imports: JAX takes most of a second to import, for which --help and a mistaken flag need not wait. So nothing here
-imports it before `run`.
+A command imports this module first: from then on a signal ends it with one line. It defines and parses its flags above
+its other imports, because --help and a wrong flag should not wait for JAX, which takes most of a second to import. So
+this module does not import JAX before `run`.
 """
 
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dit_jax.runtime import ending, process
 
 if ending.is_command():  # before the imports that take time
     process.before_imports()
-    ending.begin()
+    ending.catch_signals()
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -22,93 +24,110 @@ from dit_jax.config import unknown_field
 from dit_jax.runtime import files
 from dit_jax.runtime.errors import UserError, line_of
 
-flags.disclaim_key_flags()  # --help shows the flags that are defined here as the command's own
+if TYPE_CHECKING:
+    from dit_jax.sampling.model import Samples
+
+flags.disclaim_key_flags()  # --help lists the flags that are defined here under the command itself
 
 
-def define_config(required=True):
-    """The flags --config=FILE and --config.a.b=c."""
+def define_config(required: bool = True) -> None:
+    """Defines the flags --config=FILE and --config.a.b=c."""
     config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.a.b=c sets a field", lock_config=True)
     if required:
-        flags.register_validator("config", lambda c: c is not None,
-                                 "is missing: name a file, e.g. --config=configs/digits.py")
+        flags.register_validator(
+            "config", lambda c: c is not None, "is missing: name a file, e.g. --config=configs/digits.py"
+        )
 
 
-def define_hosts():
-    """The flags of hosts.join."""
-    flags.DEFINE_string("coordinator", None, "several hosts that are no TPU slice: HOST:PORT of process 0")
-    flags.DEFINE_integer("process_count", None, "how many processes there are; 1: this host alone, also on a TPU slice")
-    flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
-    flags.DEFINE_float("host_timeout", 60, "seconds without a sign of a host after which it is lost", lower_bound=1, upper_bound=86_400)
+def define_hosts() -> None:
+    """Defines the flags of hosts.join."""
+    flags.DEFINE_string("coordinator", None, "for several hosts that are no TPU slice: HOST:PORT of process 0")
+    flags.DEFINE_integer("process_count", None, "number of processes, one a host; 1: this host alone, also on a slice")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0")
+    timeout_help = "seconds without a sign of a host after which it counts as lost"
+    flags.DEFINE_float("host_timeout", 60, timeout_help, lower_bound=1, upper_bound=86_400)
     flags.register_validator("host_timeout", lambda seconds: seconds == seconds, "is no number of seconds")
 
 
-def define_samples(num, classes, cfg_scale):
-    """The flags of samples(); the arguments are defaults."""
-    define_path("workdir", None, "a run's folder")
-    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    define_path("weights", None, "instead of a run: a .pt or .npz file of the published format")
-    flags.DEFINE_integer("num_heads", None, "of --weights whose width is none of the paper's", lower_bound=1)
-    flags.DEFINE_integer("num_classes", None, "of --weights without a null class: as many as they have labels",
-                         lower_bound=1)
+def define_samples(num: int, classes: str, cfg_scale: float) -> None:
+    """Defines the flags of samples(), with these defaults of --num, --classes and --cfg_scale."""
+    define_path("workdir", None, "run directory")
+    flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
+    weights_help = (
+        "instead of --workdir: a .pt, .npz or .safetensors file of the published names, a diffusers folder, or a "
+        "published name such as DiT-XL/2-256"
+    )
+    define_path("weights", None, weights_help)
+    heads_help = "attention heads of --weights, if their width is none of the paper's"
+    flags.DEFINE_integer("num_heads", None, heads_help, lower_bound=1)
+    table_help = "classes of --weights, if they have no null class: the rows of their label table"
+    flags.DEFINE_integer("num_classes", None, table_help, lower_bound=1)
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    define_path("vae", None, "the decoder of latents: a file, a folder, or a published name, as in "
-                        "stabilityai/sd-vae-ft-ema; by default the run's; empty: none")
-    flags.DEFINE_integer("num", num, "how many images")
-    flags.DEFINE_string("classes", classes, "balanced (all in turn), random, or numbers as in 3,7 (in turn)")
-    flags.DEFINE_float("cfg_scale", cfg_scale, "classifier-free guidance; 1 is none")
+    vae_help = (
+        "the decoder of latents: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema; by default "
+        "the run's; empty: none"
+    )
+    define_path("vae", None, vae_help)
+    flags.DEFINE_integer("num", num, "number of images")
+    classes_help = "balanced (all in turn), random, or class numbers or names as in 3,7 (in turn)"
+    flags.DEFINE_string("classes", classes, classes_help)
+    flags.DEFINE_float("cfg_scale", cfg_scale, "scale of classifier-free guidance; 1: none")
     flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
     flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
     flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
-    flags.DEFINE_float("eta", 0.0, "of ddim: 0 deterministic, 1 as noisy as ddpm")
-    flags.DEFINE_integer("seed", 0, "of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_float("eta", 0.0, "for ddim: 0 is deterministic, 1 as noisy as ddpm")
+    flags.DEFINE_integer("seed", 0, "seed of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
     flags.DEFINE_integer("fsdp", 1, "devices that share the weights")
     flags.DEFINE_integer("tensor", 1, "devices that share a layer")
     define_hosts()
 
 
-def samples():
-    """What the flags of define_samples ask for -> sampling.model.Samples. Raises UserError naming the flag."""
+def samples() -> "Samples":
+    """Returns the samples that the flags of define_samples ask for. Raises UserError naming the flag."""
     from dit_jax.parallel import sharding
-    from dit_jax.sampling.model import Samples, Settings
+    from dit_jax.sampling.generator import Settings
+    from dit_jax.sampling.model import Model, Samples, check_batch, choose_labels
     from dit_jax.vae.files import load as load_vae
     from dit_jax.weights import load
 
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
-        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+        raise UserError("name either --workdir=RUN or --weights=FILE")
     if f.workdir is not None and not f.workdir.strip():
         raise UserError("--workdir is empty: name a run's folder")
     if f.weights and f.step is not None:
-        raise UserError("--step is of a run's checkpoints: it goes with --workdir")
+        raise UserError("--step names a checkpoint of a run: give it with --workdir")
     mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
     if f.workdir is not None:
         loaded = load.from_run(f.workdir, mesh, f.which, f.step)
     else:
-        loaded = load.from_file(f.weights, mesh, f.which, f.num_heads, f.num_classes)
+        loaded = load.from_source(load.open_source(f.weights, f.which), mesh, f.which, f.num_heads, f.num_classes)
+    check_batch(loaded.args, f.num, f.batch_size)
     vae = loaded.vae if f.vae is None else f.vae
+    model = Model(loaded, mesh, load_vae(vae) if vae else None)
     settings = Settings(f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels)
-    return Samples(loaded, mesh, load_vae(vae) if vae else None, num=f.num, classes=f.classes, settings=settings,
-                   batch_size=f.batch_size)
+    labels = choose_labels(f.classes, f.num, model.args["num_classes"], f.seed, model.class_names)
+    return Samples(model, settings, f.classes, labels, f.batch_size)
 
 
-def define_source():
-    """The flags of data.pictures.open_pictures."""
+def define_source() -> None:
+    """Defines the flags of data.pictures.open_pictures."""
     flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "a folder of class folders, or a tensorflow-datasets set")
     define_path("path", None, "the folder of class folders, or the data_dir of tensorflow-datasets")
-    flags.DEFINE_string("name", None, "of tfds: which data set")
-    flags.DEFINE_string("split", "train", "of tfds: which part of it")
-    flags.DEFINE_integer("size", 256, "of the pictures, in pixels", lower_bound=8, upper_bound=4096)
-    flags.DEFINE_integer("max_skipped", 100, "so many pictures that cannot be used are left out", lower_bound=0)
+    flags.DEFINE_string("name", None, "for tfds: the data set")
+    flags.DEFINE_string("split", "train", "for tfds: the split")
+    flags.DEFINE_integer("size", 256, "height and width of the pictures, in pixels", lower_bound=8, upper_bound=4096)
+    flags.DEFINE_integer("max_skipped", 100, "how many unusable pictures may be left out", lower_bound=0)
 
 
-def define_features():
-    """The flags of evaluation.features.load."""
-    flags.DEFINE_enum("features", "inception", ["inception", "efflite0"],
-                      "the network: the paper's evaluator's, or one that a package carries, for FD-EffLite0")
+def define_features() -> None:
+    """Defines the flags of evaluation.features.load."""
+    features_help = "the network: inception, of the paper's evaluator; efflite0, from a Python package, for FD-EffLite0"
+    flags.DEFINE_enum("features", "inception", ["inception", "efflite0"], features_help)
     define_path("inception", None, "the weights of InceptionV3, pt_inception-2015-12-05-6726825d.pth")
-    flags.DEFINE_integer("features_batch_size", 32, "pictures a device through the network at a time", lower_bound=1,
-                         upper_bound=4096)
+    batch_help = "pictures that go through the network at once on each device"
+    flags.DEFINE_integer("features_batch_size", 32, batch_help, lower_bound=1, upper_bound=4096)
 
 
 class _Path(flags.ArgumentParser):
@@ -116,8 +135,8 @@ class _Path(flags.ArgumentParser):
         return files.user_path(text)
 
 
-def define_path(name, default, help, **settings):
-    """A flag that names a file or folder."""
+def define_path(name: str, default: str | None, help: str, **settings: Any) -> None:
+    """Defines a flag that names a file or folder. settings: of absl's flags.DEFINE."""
     flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **settings)
 
 
@@ -145,8 +164,8 @@ def _parse_flags(argv):
         rest = flags.FLAGS(argv)
     except flags.Error as e:
         raise UserError(_last_line(e)) from None
-    except Exception as e:  # whatever a config file raises while it is read
-        if isinstance(e, OSError) and e.filename is None:  # of stdout, where --help goes
+    except Exception as e:  # a config file can raise anything
+        if isinstance(e, OSError) and e.filename is None:  # --help could not write to stdout
             raise
         raise UserError(f"--config={path}: cannot be read ({type(e).__name__}: {_last_line(e)})") from None
     if len(rest) > 1:
@@ -158,7 +177,10 @@ def _parse_flags(argv):
 
 
 def _on_hosts(main):
-    """main(), where other hosts may take part: they are told of its errors, or it is told of theirs."""
+    """Joins the other hosts, if the flags name any, calls main() and ends this process.
+
+    An error on one host ends all of them.
+    """
     from dit_jax.runtime import hosts  # imports JAX
 
     process.cpu_without_accelerator()
@@ -169,51 +191,58 @@ def _on_hosts(main):
         status = main()
         hosts.finish()
         ending.finish(status or 0)
-    except FloatingPointError:  # of --debug_nans, whose user asks for the traceback
+    except FloatingPointError:  # --debug_nans asks for the traceback
         traceback.print_exc()
         os._exit(1)
     except (Exception, KeyboardInterrupt) as e:
         hosts.fail(e)
 
 
-def parse():
-    """Parses the flags; --help ends here. A UserError is one line, and status 1."""
-    ending.begin()
+def parse() -> None:
+    """Parses the flags. --help ends the process; a wrong flag ends it with one line and status 1."""
+    ending.catch_signals()
     app.define_help_flags()
     try:
         try:
             _parse_flags(sys.argv)
         finally:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # --help, perhaps | head
+    except (BrokenPipeError, SystemExit):  # --help, or --help | head
         os._exit(0)
     except (UserError, OSError) as e:
         ending.end(1, line_of(e))
 
 
-def run(main):
-    """Calls main(), whose value is the exit status. An exception is one line, and status 1."""
+def run(main: Callable[[], int | None]) -> None:
+    """Calls main(), which returns the exit status, and ends the process. An exception is one line and status 1."""
     process.quiet_libtpu()
     process.enough_threads()
     process.return_memory_after_compiling()
     process.quiet_logs()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
+    # File names may not be UTF-8.
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
 
 
-def make_workdir(path, flag="workdir", files_in=(), folders_in=()):
-    """Makes the folder, and makes sure that it can be written, and in it these files and folders."""
+def make_workdir(
+    path: str, flag: str = "workdir", files_in: Sequence[str] = (), folders_in: Sequence[str] = ()
+) -> None:
+    """Creates the folder and checks that these files and folders in it can be written.
+
+    Raises UserError naming the flag.
+    """
     if not path.strip():
         raise UserError(f"--{flag} is empty: name a folder")
-    _look(path, flag, path, files_in, folders_in)
+    _make_folder(path, flag, path, files_in, folders_in)
 
 
-def make_way(path, flag="out"):
-    """Makes the folder of this file, and makes sure that the file can be written."""
-    _look(path, flag, os.path.dirname(os.path.abspath(path)), [os.path.basename(path)], [])
+def make_parent(path: str, flag: str = "out") -> None:
+    """Creates the folder of this file and checks that the file can be written. Raises UserError naming the flag."""
+    _make_folder(path, flag, os.path.dirname(os.path.abspath(path)), [os.path.basename(path)], [])
 
 
-def _look(path, flag, folder, files_in, folders_in):
+def _make_folder(path, flag, folder, files_in, folders_in):
+    """Creates `folder` and checks what it is for. path: the value of the flag."""
     try:
         os.makedirs(folder, exist_ok=True)
         files.probe(folder)
@@ -223,5 +252,6 @@ def _look(path, flag, folder, files_in, folders_in):
             files.check_folder(os.path.join(folder, name))
     except OSError as e:
         where = "" if e.filename in (path, os.path.abspath(path)) else f"{e.filename}: "
-        raise UserError(f"--{flag}={path}: cannot be written ({where}{e.strerror}): name another, or move away what is there"
-                        ) from None
+        raise UserError(
+            f"--{flag}={path}: cannot be written ({where}{e.strerror}): name another, or move away what is there"
+        ) from None

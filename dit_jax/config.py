@@ -1,12 +1,14 @@
-"""Every field of a config, its default (the paper's recipe) and its check.
+"""Every field of a config, with its default (the paper's recipe) and its check.
 
-A config is plain data: a file of configs/ starts from `paper()` and changes what its run changes. Commands read it
-and hand plain arguments down; nothing below them sees one.
+A config is plain data: a file of configs/ starts from `paper()` and changes the fields of its run. Commands read it and
+pass plain arguments on; the modules below them see no config.
 """
 
 import difflib
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -15,100 +17,142 @@ from dit_jax.runtime import files
 from dit_jax.runtime.errors import UserError
 
 
-def paper(model="DiT-XL/2"):
-    """The paper's run of `model` (section 4): 256 px, 400 K steps."""
+def paper(model: str = "DiT-XL/2") -> ConfigDict:
+    """Returns the config of the paper's run of `model` (section 4): 256 px, 400 K steps."""
     c = ConfigDict()
-    c.seed = 0
+    c.seed = 0  # of the initial weights, the data order, timesteps, noise and label drops
     c.steps = 400_000
     c.batch_size = 256  # global, over all devices and hosts
 
     c.model = ConfigDict()
-    c.model.name = model  # gives the four fields below that are left unset
+    c.model.name = model  # as in "DiT-B/4"; sets those of the next four fields that are unset; "": none
     c.model.patch_size = placeholder(int)
     c.model.depth = placeholder(int)
     c.model.hidden_size = placeholder(int)
     c.model.num_heads = placeholder(int)
-    c.model.block = "adaln_zero"  # or adaln, cross_attention, in_context
-    c.model.input_size = 32  # of the latents (256 px / 8), or of the pictures
+    c.model.block = "adaln_zero"  # or "adaln", "cross_attention", "in_context"
+    c.model.input_size = 32  # height and width of the latents (256 px / 8) or pictures
     c.model.in_channels = 4
-    c.model.num_classes = 1000  # 0: unconditional, labels are ignored: every example is of the null class
-    c.model.dtype = "auto"  # compute: bfloat16 on TPU, float32 elsewhere; or say which
-    c.model.scan = placeholder(bool)  # the blocks as one loop, or unrolled; unset: dit_jax/layout.py decides
-    c.model.remat = "auto"  # or none, dots, full: what the backward pass recomputes
+    c.model.num_classes = 1000  # 0: unconditional; labels are ignored, and every example is of the null class
+    c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 on TPU, float32 elsewhere
+    c.model.scan = placeholder(bool)  # whether the blocks are one loop; unset: dit_jax/parallel/layout.py decides
+    c.model.remat = "auto"  # what the backward pass recomputes: "none", "dots", "full"; "auto": layout.py decides
 
-    c.init = ConfigDict()  # what a new run starts from; one that has checkpoints goes on from them
-    c.init.weights = ""  # a .pt or .npz file of the published format, or another run's workdir; empty: none
-    c.init.which = "ema"  # or raw: of a run, or of the published code's training checkpoint
+    c.init = ConfigDict()  # the weights that a new run starts from; a run with checkpoints resumes from them instead
+    # The workdir of another run, a file (.pt, .npz, .safetensors), a diffusers folder, or a published name such as
+    # "DiT-XL/2-256"; "": random weights.
+    c.init.weights = ""
+    c.init.which = "ema"  # or "raw": of a run, or of a training checkpoint of the published code
 
     c.diffusion = ConfigDict()
     c.diffusion.timesteps = 1000
-    c.diffusion.label_dropout = 0.1  # 0: no null class, and no guidance; of no effect where num_classes is 0
+    c.diffusion.label_dropout = 0.1  # 0: no null class, so no guidance; ignored if num_classes is 0
 
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-4  # constant, no warmup
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 1e-4  # constant, without warmup
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
-    c.ema_decay = 0.9999  # from the initial weights on
+    c.ema_decay = 0.9999  # the EMA starts as a copy of the initial weights
 
     c.data = ConfigDict()
-    c.data.source = "latents"  # or folder, tfds, arrays, digits, mnist, synthetic: see dit_jax/data/sources.py
-    c.data.path = ""  # the cache that `encode` made; the folder; the data_dir of tfds
-    c.data.name = ""  # of tfds: the data set, as in imagenet2012
-    c.data.split = "train"  # of tfds
-    c.data.flip = True  # horizontally, every other time
-    c.data.max_skipped = 100  # unreadable pictures of a folder or of tfds, replaced by the next and named, before the end
+    c.data.source = "latents"  # or digits, mnist, synthetic, arrays, folder, tfds: see dit_jax/data/sources.py
+    c.data.path = ""  # latents: the cache that `encode` made; folder, arrays: the folder; tfds: the data_dir
+    c.data.name = ""  # tfds: the data set, as in "imagenet2012"
+    c.data.split = "train"  # tfds: the split
+    c.data.flip = True  # mirror each example horizontally with probability 1/2
+    # folder, tfds: this many unreadable pictures are named and replaced by the next; one more ends the run.
+    c.data.max_skipped = 100
 
-    c.vae = ConfigDict()  # turns latents into pictures for the grids, and pictures of folder and tfds into latents
-    c.vae.path = ""  # a file, a folder, or a published name (dit_jax/autoencoder.py); empty: none
+    c.vae = ConfigDict()  # decodes latents for sample grids, and encodes the pictures of folder and tfds
+    c.vae.path = ""  # a file, a folder, or a published name such as "stabilityai/sd-vae-ft-ema"; "": none
 
-    c.mesh = ConfigDict()  # devices along each axis; one may be -1: what is left. Unset: dit_jax/layout.py decides
+    c.mesh = ConfigDict()  # devices along each axis; -1 on one axis: the rest; unset: layout.py decides
     c.mesh.data = -1
-    c.mesh.fsdp = placeholder(int)
-    c.mesh.tensor = placeholder(int)
+    c.mesh.fsdp = placeholder(int)  # devices that share the weights and the optimizer state
+    c.mesh.tensor = placeholder(int)  # devices that share each layer
 
-    c.log_every = 100
+    c.log_every = 100  # steps
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10_000
-    c.checkpoint.keep = 3  # newest; 0 keeps all
-    c.checkpoint.keep_every = 50_000  # and, for good, those of such steps; 0: none
+    c.checkpoint.every = 10_000  # steps
+    c.checkpoint.keep = 3  # the newest ones; 0: all
+    c.checkpoint.keep_every = 50_000  # also keep, for good, those at multiples of this step; 0: none
 
-    c.sample = ConfigDict()  # the grids drawn during training, with the EMA weights
-    c.sample.every = 50_000  # 0: none
+    c.sample = ConfigDict()  # the sample grids during training, with the EMA weights
+    c.sample.every = 50_000  # steps; 0: none
     c.sample.per_class = 4
-    c.sample.classes = 8  # the first so many
-    c.sample.cfg_scale = 4.0
-    c.sample.cfg_channels = 3  # guided channels of epsilon, as published; 0: all
-    c.sample.sampler = "ddpm"  # or ddim
-    c.sample.steps = "250"
-    c.sample.eta = 0.0  # of ddim
+    c.sample.classes = 8  # the first ones
+    c.sample.cfg_scale = 4.0  # classifier-free guidance; 1: none
+    c.sample.cfg_channels = 3  # how many channels of epsilon are guided; 3 as published; 0: all
+    c.sample.sampler = "ddpm"  # or "ddim"
+    c.sample.steps = "250"  # a number, "a,b,c" or "ddimN"
+    c.sample.eta = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
 
-    c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights, by sample's sampler
+    c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights and the sampler of c.sample
     c.eval.every = 0  # steps, and at the end; 0: none
-    c.eval.num = 5_000  # all classes in turn
+    c.eval.num = 5_000  # samples, of all classes in turn
     c.eval.reference = ""  # an .npz or a folder of PNGs, as for dit_jax.evaluate
-    c.eval.features = "inception"  # or efflite0, for FD-EffLite0, which is no FID
-    c.eval.inception = ""  # the weights of InceptionV3
+    c.eval.features = "inception"  # or "efflite0": FD-EffLite0, which is no FID
+    c.eval.inception = ""  # the file of InceptionV3's weights
     c.eval.cfg_scale = 1.0
     c.eval.batch_size = 256  # images at a time, over all devices
 
-    c.judge = ConfigDict()  # the closing measurement, on the embedded data
+    c.judge = ConfigDict()  # the closing measurement of a run on digits or MNIST, by a classifier of the real pictures
     c.judge.samples = 0  # 0: none
     return c
 
 
-# What a checkpoint's arrays, or the sameness of a resumed run, hang on. Everything else may change on resume.
-FIXED = ("seed", "batch_size", "model.patch_size", "model.depth", "model.hidden_size", "model.num_heads",
-         "model.block", "model.input_size", "model.in_channels", "model.num_classes", "diffusion.timesteps",
-         "diffusion.label_dropout", "data.source", "data.flip")
-
+# The fields that must not change when a run resumes: the checkpoint's arrays or the sameness of the run depend on them.
+FIXED = (
+    "seed",
+    "batch_size",
+    "model.patch_size",
+    "model.depth",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.block",
+    "model.input_size",
+    "model.in_channels",
+    "model.num_classes",
+    "diffusion.timesteps",
+    "diffusion.label_dropout",
+    "data.source",
+    "data.flip",
+)
 
 DTYPES = ("auto", "float32", "bfloat16")
 PATHS = ("init.weights", "data.path", "vae.path", "eval.reference", "eval.inception")
+AT_LEAST_ONE = (
+    "steps",
+    "batch_size",
+    "log_every",
+    "checkpoint.every",
+    "model.patch_size",
+    "model.depth",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.input_size",
+    "model.in_channels",
+    "sample.per_class",
+    "sample.classes",
+    "eval.batch_size",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "model.num_classes",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "sample.every",
+    "sample.cfg_channels",
+    "eval.every",
+    "optimizer.weight_decay",
+    "data.max_skipped",
+)
 
 
-def _flatten(tree, prefix=""):
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("model.depth", value) of each field."""
     for key, value in tree.items():
         if isinstance(value, (dict, ConfigDict)):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -121,8 +165,8 @@ def _known_fields():
     return [name for name, _ in _flatten(paper())]
 
 
-def unknown_field(field):
-    """None where `field` ("model.depth") exists, else what to say."""
+def unknown_field(field: str) -> str | None:
+    """Returns None if the field exists ("model.depth"), otherwise the error's text."""
     known = _known_fields()
     if field in known:
         return None
@@ -131,22 +175,35 @@ def unknown_field(field):
     return f"unknown config field {field!r}: {hint}"
 
 
-def resolve(config):
-    """The config as a plain nested dict with every field set, and checked. Raises UserError naming the field."""
-    # Not above: a config file is read before --help is answered, and JAX takes its time.
-    from dit_jax.diffusion.guidance import MAX_SCALE
-    from dit_jax.models.blocks import BLOCKS
-    from dit_jax.models.dit import MODELS, REMAT, model_args
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as a plain nested dict, with the model's fields set, paths expanded, and every field checked.
 
-    config = config.to_dict()
-    for name, _ in _flatten(config):
+    What is "auto" or unset for the devices stays so, for layout.resolve_auto. Raises UserError naming the field.
+    """
+    resolved = config.to_dict()
+    _check_names(resolved)
+    _set_model_fields(resolved["model"])
+    _expand_paths(resolved)
+    _check_values(dict(_flatten(resolved)))
+    _check_combinations(resolved)
+    return resolved
+
+
+def _check_names(config):
+    given = dict(_flatten(config))
+    for name in given:
         if problem := unknown_field(name):
             raise UserError(problem)
-    given = dict(_flatten(config))
     for name in _known_fields():
         if name not in given:
             raise UserError(f"config field {name} is missing: start from dit_jax.config.paper()")
-    model = config["model"]
+
+
+def _set_model_fields(model):
+    """Sets the unset fields that the model's name determines."""
+    # Not at the top: a config file is read before --help is answered, and JAX takes long to import.
+    from dit_jax.models.dit import MODELS, model_args
+
     if model["name"]:
         if model["name"] not in MODELS:
             raise UserError(f"model.name: unknown model {model['name']!r}: one of {', '.join(MODELS)}")
@@ -154,91 +211,130 @@ def resolve(config):
             if model[key] is None:
                 model[key] = value
 
+
+def _expand_paths(config):
     for name in PATHS:
-        *parents, leaf = name.split(".")
-        section = functools.reduce(dict.__getitem__, parents, config)
+        section, leaf = name.split(".")
         try:
-            section[leaf] = files.user_path(section[leaf])
+            config[section][leaf] = files.user_path(config[section][leaf])
         except ValueError as e:
-            raise UserError(f"{name}={section[leaf]}: {e}") from None
+            raise UserError(f"{name}={config[section][leaf]}: {e}") from None
 
-    values = dict(_flatten(config))
 
-    def check(field, ok, must):
-        value = values[field]
-        try:
-            good = ok(value)
-        except TypeError:
-            good = False
-        if not good:
-            raise UserError(f"{field}={value!r}: must be {must}")
+def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any], bool], str]]:
+    """Returns [(fields, whether a value is good, what it must be)], in the order in which they are checked.
 
-    for field in ("steps", "batch_size", "log_every", "checkpoint.every", "model.patch_size", "model.depth",
-                  "model.hidden_size", "model.num_heads", "model.input_size", "model.in_channels",
-                  "sample.per_class", "sample.classes", "eval.batch_size"):
-        check(field, lambda v: v >= 1, "at least 1")
-    for field in ("seed", "model.num_classes", "checkpoint.keep", "checkpoint.keep_every", "sample.every",
-                  "sample.cfg_channels", "eval.every", "optimizer.weight_decay", "data.max_skipped"):
-        check(field, lambda v: 0 <= v < math.inf, "0 or more")
-    for field in ("optimizer.learning_rate", "optimizer.eps"):
-        check(field, lambda v: 0 < v < math.inf, "positive")
-    for field, value in values.items():
-        if isinstance(value, float):
-            check(field, lambda v: abs(v) < 3.4e38, "a number of float32")
-    check("seed", lambda v: v < 2**32, "below 2**32")
-    check("judge.samples", lambda v: v == 0 or v >= 2, "0, or at least 2")
-    check("sample.eta", lambda v: 0 <= v <= 1, "between 0 and 1")
-    for field in ("sample.cfg_scale", "eval.cfg_scale"):
-        check(field, lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}")
-    for field in ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"):
-        check(field, lambda v: 0 <= v < 1, "in [0, 1)")
-    check("diffusion.timesteps", lambda v: 20 < v <= 1_000_000, "more than 20, and a million at most")
-    check("model.block", BLOCKS.__contains__, f"one of {', '.join(BLOCKS)}")
-    check("model.remat", ("auto", *REMAT).__contains__, f"one of auto, {', '.join(REMAT)}")
-    check("model.dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}")
-    check("sample.sampler", ("ddpm", "ddim").__contains__, "ddpm or ddim")
-    check("eval.features", ("inception", "efflite0").__contains__, "inception or efflite0")
-    check("eval.num", lambda v: v >= 4, "at least 4")
-    if config["eval"]["every"]:
-        check("eval.reference", bool, "the .npz to compare with, or a folder of PNGs; or set eval.every=0")
-        if config["eval"]["features"] == "inception":
-            check("eval.inception", bool, "the file of InceptionV3's weights; or set eval.features=efflite0, for "
-                  "FD-EffLite0, which is no FID")
-    check("init.which", ("ema", "raw").__contains__, "ema or raw")
-    if model["input_size"] % model["patch_size"]:
-        raise UserError(f"model.patch_size={model['patch_size']} does not divide "
-                        f"model.input_size={model['input_size']}")
-    if model["hidden_size"] % model["num_heads"]:
-        raise UserError(f"model.num_heads={model['num_heads']} does not divide "
-                        f"model.hidden_size={model['hidden_size']}")
+    values: {field: value} of all fields.
+    """
+    from dit_jax.diffusion.guidance import MAX_SCALE  # not at the top, as above
+    from dit_jax.models.blocks import BLOCKS
+    from dit_jax.models.dit import REMAT
+
+    def one_of(*choices):
+        return choices.__contains__
+
+    floats = tuple(field for field, value in values.items() if isinstance(value, float))
+    reference = ("eval.reference",) if values["eval.every"] else ()
+    inception = ("eval.inception",) if values["eval.every"] and values["eval.features"] == "inception" else ()
+    return [
+        (AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
+        (("optimizer.learning_rate", "optimizer.eps"), lambda v: 0 < v < math.inf, "positive"),
+        (floats, lambda v: abs(v) < 3.4e38, "a number of float32"),
+        (("seed",), lambda v: v < 2**32, "below 2**32"),
+        (("judge.samples",), lambda v: v == 0 or v >= 2, "0, or at least 2"),
+        (("sample.eta",), lambda v: 0 <= v <= 1, "between 0 and 1"),
+        (("sample.cfg_scale", "eval.cfg_scale"), lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}"),
+        (
+            ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"),
+            lambda v: 0 <= v < 1,
+            "in [0, 1)",
+        ),
+        (("diffusion.timesteps",), lambda v: 20 < v <= 1_000_000, "more than 20, and a million at most"),
+        (("model.block",), one_of(*BLOCKS), f"one of {', '.join(BLOCKS)}"),
+        (("model.remat",), one_of("auto", *REMAT), f"one of auto, {', '.join(REMAT)}"),
+        (("model.dtype",), one_of(*DTYPES), f"one of {', '.join(DTYPES)}"),
+        (("sample.sampler",), one_of("ddpm", "ddim"), "ddpm or ddim"),
+        (("eval.features",), one_of("inception", "efflite0"), "inception or efflite0"),
+        (("eval.num",), lambda v: v >= 4, "at least 4"),
+        (reference, bool, "the .npz to compare with, or a folder of PNGs; or set eval.every=0"),
+        (
+            inception,
+            bool,
+            "the file of InceptionV3's weights; or set eval.features=efflite0, for FD-EffLite0, which is no FID",
+        ),
+        (("init.which",), one_of("ema", "raw"), "ema or raw"),
+    ]
+
+
+def _check_values(values):
+    """Checks each field by itself."""
+    for fields, is_good, must in _checks(values):
+        for field in fields:
+            try:
+                good = is_good(values[field])
+            except TypeError:
+                good = False
+            if not good:
+                raise UserError(f"{field}={values[field]!r}: must be {must}")
+
+
+def _check_combinations(config):
+    """Checks the fields that must fit each other."""
+    model = config["model"]
+    for divisor, size in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
+        if model[size] % model[divisor]:
+            raise UserError(f"model.{divisor}={model[divisor]} does not divide model.{size}={model[size]}")
     if config["judge"]["samples"] and not model["num_classes"]:
-        raise UserError(f"judge.samples={config['judge']['samples']}: the judge looks for the class asked for, and "
-                        "model.num_classes=0 has none; set judge.samples=0")
-    for field, used in (("sample", config["sample"]["every"] or config["judge"]["samples"]),
-                        ("eval", config["eval"]["every"])):
-        scale = config[field]["cfg_scale"]
+        raise UserError(
+            f"judge.samples={config['judge']['samples']}: the judge looks for the class asked for, and "
+            "model.num_classes=0 has none; set judge.samples=0"
+        )
+    for section, used in (
+        ("sample", config["sample"]["every"] or config["judge"]["samples"]),
+        ("eval", config["eval"]["every"]),
+    ):
+        scale = config[section]["cfg_scale"]
         if used and scale != 1 and not model["num_classes"]:
-            raise UserError(f"{field}.cfg_scale={scale}: guidance needs classes, and model.num_classes=0 has none; set "
-                            f"{field}.cfg_scale=1")
+            raise UserError(
+                f"{section}.cfg_scale={scale}: guidance needs classes, and model.num_classes=0 has none; set "
+                f"{section}.cfg_scale=1"
+            )
         if used and scale != 1 and not config["diffusion"]["label_dropout"]:
-            raise UserError(f"{field}.cfg_scale={scale}: guidance needs a null class, which diffusion.label_dropout=0 "
-                            f"does not train; set {field}.cfg_scale=1")
-    return config
+            raise UserError(
+                f"{section}.cfg_scale={scale}: guidance needs a null class, which diffusion.label_dropout=0 "
+                f"does not train; set {section}.cfg_scale=1"
+            )
 
 
-def dit_args(config):
-    """The arguments of models.dit.DiT of a config that layout.settle has settled."""
+def dit_args(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of models.dit.DiT of a config that layout.resolve_auto has returned."""
     from jax.numpy import dtype
 
-    fields = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels",
-              "num_classes", "scan", "remat")
-    return dict({field: config["model"][field] for field in fields}, dtype=dtype(config["model"]["dtype"]),
-                null_class=config["diffusion"]["label_dropout"] > 0 or config["model"]["num_classes"] == 0)
+    model = config["model"]
+    fields = (
+        "patch_size",
+        "depth",
+        "hidden_size",
+        "num_heads",
+        "block",
+        "input_size",
+        "in_channels",
+        "num_classes",
+        "scan",
+        "remat",
+    )
+    return {field: model[field] for field in fields} | {
+        "dtype": dtype(model["dtype"]),
+        "null_class": config["diffusion"]["label_dropout"] > 0 or model["num_classes"] == 0,
+    }
 
 
-def stored_problem(config):
-    """What is wrong with a resolved config that was read from a file, or None. Fields that are newer than the file may be
-    missing, but for those that cannot change."""
+def stored_problem(config: Any) -> str | None:
+    """Returns what is wrong with a resolved config that was read from a file, or None.
+
+    Fields that are newer than the file may be missing, except those that must not change.
+    """
     if not isinstance(config, dict):
         return "no config"
     given, checked = dict(_flatten(config)), paper()
@@ -251,13 +347,13 @@ def stored_problem(config):
     try:
         checked.update_from_flattened_dict({field: given[field] for field in given if field in _known_fields()})
         resolve(checked)
-    except Exception as e:  # what does not fit is anything
+    except Exception as e:  # values of a damaged file raise anything
         return f"a config that does not hold ({str(e).partition(chr(10))[0]:.150})"
     return None
 
 
-def differences(old, new):
-    """(field, old, new) of every field on which two resolved configs differ."""
-    old, new = dict(_flatten(old)), dict(_flatten(new))
-    return [(field, old.get(field), new.get(field)) for field in sorted({*old, *new})
-            if old.get(field) != new.get(field)]
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (field, old, new) of every field on which two resolved configs differ."""
+    olds, news = dict(_flatten(old)), dict(_flatten(new))
+    fields = sorted({*olds, *news})
+    return [(field, olds.get(field), news.get(field)) for field in fields if olds.get(field) != news.get(field)]

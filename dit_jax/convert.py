@@ -1,56 +1,119 @@
-"""Published weights in, our weights out: python -m dit_jax.convert
+"""Converts weights between formats: python -m dit_jax.convert
 
     python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz
-    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt     # a run's EMA weights; .pt needs torch (the extra)
+    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt   # a run's EMA weights; .pt needs the extra `torch`
+    python -m dit_jax.convert --workdir=runs/xl2 --out=xl2_diffusers   # a folder for diffusers, with the VAE
 
-A weights file is a flat mapping from the published names to float32 arrays: `.pt` as published, `.npz` the same
-names as plain NumPy arrays.
+A weights file (.pt, .npz or .safetensors) maps the published names to float32 arrays. A folder is for
+`diffusers.DiTPipeline.from_pretrained`. The network of diffusers differs from the published one in a constant that the
+folder cannot set: timestep frequencies divide by 127, not 128. So its pictures differ slightly.
 """
 
-from dit_jax import cli
+from dit_jax import cli  # before all else: from here on a signal is one line
 
+# isort: split
 from absl import flags
 
 if __name__ == "__main__":
-    cli.define_path("weights", None, "a .pt or .npz file of the published format")
-    cli.define_path("workdir", None, "instead: a run's folder")
+    cli.define_path(
+        "weights",
+        None,
+        "a .pt, .npz or .safetensors file of the published names, a diffusers folder, or a published name such as "
+        "DiT-XL/2-256",
+    )
+    cli.define_path("workdir", None, "instead: a run's directory")
     flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
     flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_integer("num_heads", None, "of weights whose width is none of the paper's", lower_bound=1)
-    cli.define_path("out", None, "the .pt or .npz file to write", required=True)
+    flags.DEFINE_integer("num_heads", None, "of weights of a width that is not in the paper", lower_bound=1)
+    cli.define_path(
+        "vae",
+        None,
+        "the VAE of a diffusers folder: a file, a folder or a published name such as stabilityai/sd-vae-ft-ema; by "
+        "default that of the run or of the weights",
+    )
+    cli.define_path(
+        "out", None, "the .pt, .npz or .safetensors file to write; any other name is a diffusers folder", required=True
+    )
     cli.parse()  # above the imports that take time
 
 import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from dit_jax.parallel import sharding
 from dit_jax.runtime.errors import UserError
-from dit_jax.weights import files, load, published
+from dit_jax.vae import files as vae_files
+from dit_jax.weights import diffusers, files, load, published
+
+EXTENSIONS = (".pt", ".npz", ".safetensors")
 
 
-def main():
+def main() -> None:
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
         raise UserError("say --workdir=RUN or --weights=FILE, one of them")
-    if not f.out.endswith((".pt", ".npz")):
-        raise UserError(f"--out={f.out}: weights are .pt or .npz files")
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
-        raise UserError(f"--out={f.out}: there is no such folder")
-    cli.make_way(f.out)
+        raise UserError(f"--out={f.out}: there is no such folder: make it first")
+    folder = not f.out.endswith(EXTENSIONS)
+    if folder and os.path.splitext(f.out)[1]:
+        raise UserError(f"--out={f.out}: weights are .pt, .npz or .safetensors files, or a diffusers folder")
+    if folder:
+        if os.path.isdir(f.out) and os.listdir(f.out):
+            raise UserError(f"--out={f.out}: exists and is not empty: name another folder, or move this one away")
+        cli.make_workdir(f.out, "out")
+    else:
+        cli.make_parent(f.out)
     if f.weights:
-        flat = files.read(f.weights, f.which)
-        # Read in and written out again, so that nothing leaves that this package would not take.
-        args = published.infer_args(flat, f.num_heads)
-        flat = published.to_published(published.from_published(flat, args), args)
+        source = load.open_source(f.weights, f.which)
+        # Converted to our layout and back, so that the result is checked: this package can read it.
+        args = published.infer_args(source.flat, f.num_heads or source.num_heads, source.num_classes)
+        flat = published.to_published(published.from_published(source.flat, args), args)
+        class_names, vae, timesteps = source.class_names, source.vae, source.timesteps
     else:
         loaded = load.from_run(f.workdir, sharding.make_mesh(devices=jax.devices()[:1]), f.which, f.step)
         args, flat = loaded.args, published.to_published(loaded.params, loaded.args)
-    files.write(f.out, flat)
-    print(f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {args['input_size']}"
-          f" x {args['input_size']} x {args['in_channels']}, patch {args['patch_size']}, {args['depth']} blocks of width "
-          f"{args['hidden_size']}, {args['num_heads']} heads, "
-          + (f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"))
+        class_names, vae, timesteps = loaded.class_names, loaded.vae, loaded.timesteps
+    if folder:
+        save_folder(f.out, flat, args, class_names, timesteps, vae if f.vae is None else f.vae)
+    else:
+        files.write(f.out, flat)
+    size, channels = args["input_size"], args["in_channels"]
+    classes = f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"
+    print(
+        f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {size} x {size} x "
+        f"{channels}, patch {args['patch_size']}, {args['depth']} blocks of width {args['hidden_size']}, "
+        f"{args['num_heads']} heads, {classes}"
+    )
+
+
+def save_folder(
+    folder: str,
+    flat: Mapping[str, np.ndarray],
+    args: dict[str, Any],
+    class_names: Sequence[str] | None,
+    timesteps: int,
+    vae: str,
+) -> None:
+    """Writes a diffusers folder with the network and the VAE. Arguments: see weights.diffusers.save. Raises UserError.
+
+    vae: a file, folder or published name.
+    """
+    if not vae:
+        raise UserError(
+            "--vae is missing: a diffusers pipeline decodes latents: name a VAE's file, folder or published name"
+        )
+    codec, channels = vae_files.load(vae), args["in_channels"]
+    if codec.latent_channels != channels:
+        raise UserError(f"--vae={vae}: decodes {codec.latent_channels} channels, and the model makes {channels}")
+    aside = f"{folder}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    vae_files.save(os.path.join(aside, "vae"), codec.args, codec.params, codec.scale)
+    diffusers.save(aside, flat, args, class_names, timesteps)
+    os.replace(aside, folder)  # which exists and is empty
 
 
 if __name__ == "__main__":

@@ -5,23 +5,28 @@
     python -m dit_jax.preflight --config=configs/xl2_512.py --topology=v3-8 --what=decode
     python -m dit_jax.preflight --table=v3-8,v3-256 --models=DiT-XL/2,DiT-XL/2-512
 
-The program is the very one that `train` (or the sampler, or the VAE) runs, compiled ahead of time by libtpu's compiler.
-Whether it fits is the compiler's word. The times are bounds from the chip's peak figures, not timings: a real step takes
-longer. Exit status 1 where it does not fit.
+libtpu compiles the same program that `train` (or the sampler, or the VAE) runs, and says whether it fits. The times are
+bounds from the chip's peak figures, not timings: a real step takes longer. The exit status is 1 if the program does not
+fit.
 """
 
-from dit_jax import cli
+from dit_jax import cli  # before all else: from here on a signal is one line
 
+# isort: split
 from absl import flags
 
 if __name__ == "__main__":
     cli.define_config(required=False)
     flags.DEFINE_string("topology", None, "the slice: v3:8x16 or v3-256")
-    flags.DEFINE_enum("what", "train", ["train", "sample", "encode", "decode"],
-                      "the training step, the sampler with config.sample, or the published VAE at the size of the model")
+    flags.DEFINE_enum(
+        "what",
+        "train",
+        ["train", "sample", "encode", "decode"],
+        "the training step, the sampler with config.sample, or the published VAE at the size of the model",
+    )
     cli.define_path("out", None, "a JSON file for the report")
-    flags.DEFINE_list("table", None, "instead: a table in Markdown of these slices, or all, with the paper's models")
-    flags.DEFINE_list("models", ["all"], "of --table: which models")
+    flags.DEFINE_list("table", None, "prints a Markdown table of these slices (or all) and the paper's models instead")
+    flags.DEFINE_list("models", ["all"], "the models of --table")
     cli.parse()  # above the imports that take time
 
 import json
@@ -30,13 +35,13 @@ import jax
 
 from dit_jax import config as configs
 from dit_jax.aot import report
-from dit_jax.aot.estimate import examine
+from dit_jax.aot.estimate import estimate_run
 from dit_jax.runtime import process
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 
 
-def main():
+def main() -> int:
     f = flags.FLAGS
     process.cpu_only()  # an attached TPU is left alone
     jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, a TPU's program cannot be read back
@@ -45,19 +50,21 @@ def main():
     except ImportError:
         raise UserError("libtpu is missing: pip install -e '.[preflight]'") from None
     if f.table:
-        names = report.TABLE_SLICES if f.table == ["all"] else f.table
-        return report.table(names, report.TABLE_MODELS if f.models == ["all"] else f.models)
+        slices = report.TABLE_SLICES if f.table == ["all"] else f.table
+        models = report.TABLE_MODELS if f.models == ["all"] else f.models
+        report.table(slices, models)
+        return 0
     if f.config is None:
         raise UserError("flag --config is missing: name a file, e.g. --config=configs/xl2.py")
     if not f.topology:
         raise UserError("--topology is missing: name a slice, e.g. --topology=v3-256")
     if f.out:
-        cli.make_way(f.out)
-    found = examine(configs.resolve(f.config), f.topology, f.what)
-    print(report.text(found), flush=True)
+        cli.make_parent(f.out)
+    result = estimate_run(configs.resolve(f.config), f.topology, f.what)
+    print(report.text(result), flush=True)
     if f.out:
-        write_aside(f.out, (json.dumps(found, indent=2) + "\n").encode())
-    return 0 if found["fits"] else 1
+        write_aside(f.out, (json.dumps(result, indent=2) + "\n").encode())
+    return 0 if result["fits"] else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Trains a DiT: python -m dit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.a.b=c]
 
-The same command again goes on where the newest checkpoint stands, and ends with the same parameters to the bit.
+The same command resumes from the newest checkpoint, and ends with the same parameters to the bit.
 """
 
-from dit_jax import cli
+from dit_jax import cli  # before all else: from here on a signal is one line
 
+# isort: split
 from absl import flags
 
 if __name__ == "__main__":
@@ -16,6 +17,7 @@ if __name__ == "__main__":
     cli.parse()  # above the imports that take time
 
 import os
+from typing import Any
 
 import jax
 
@@ -30,35 +32,53 @@ from dit_jax.training.trace import Trace
 from dit_jax.weights.checkpoint import Checkpoints
 
 
-def main():
+def main() -> int | None:
     f = flags.FLAGS
     if f.workdir is None:
         raise UserError("--workdir is missing: name the run's folder")
     config = configs.resolve(f.config)
     process.one_step_at_a_time()
-    cli.make_workdir(f.workdir, files_in=("metrics.jsonl", "loss.png", "report.json"),
-                     folders_in=("checkpoints", "damaged", "samples", "tensorboard", "profile"))
+    cli.make_workdir(
+        f.workdir,
+        files_in=("metrics.jsonl", "loss.png", "report.json"),
+        folders_in=("checkpoints", "damaged", "samples", "tensorboard", "profile"),
+    )
     process.keep_compiled(os.path.join(f.workdir, "compiled"))
     with files.hold(f.workdir, "workdir"):
-        return train(config, f.workdir, hosts.Preemption(), debug_nans=f.debug_nans, profile=f.profile)
+        return train(config, f.workdir, preemption=hosts.Preemption(), debug_nans=f.debug_nans, profile=f.profile)
 
 
-def train(config, workdir, preemption, *, debug_nans=False, profile=None):
-    """Trains the run of a resolved config in a folder that is held; resumes it from its newest checkpoint -> exit status.
+def train(
+    config: dict[str, Any],
+    workdir: str,
+    *,
+    data: setup.Data | None = None,
+    preemption: hosts.Preemption | None = None,
+    debug_nans: bool = False,
+    profile: str | None = None,
+) -> int | None:
+    """Trains a run, or resumes it from its newest checkpoint. Returns the exit status; None is success.
 
-    preemption: hosts.Preemption. profile: "START:STOP" or None. Raises UserError.
+    Args:
+      config: of config.resolve.
+      workdir: the run directory, which exists and is held (runtime.files.hold).
+      data: images and labels of the source `arrays`, in place of data.path.
+      preemption: stops the run after a step when SIGTERM comes.
+      debug_nans: whether to stop at the first operation that makes a NaN.
+      profile: "START:STOP", the steps to trace.
+    Raises: UserError, OSError.
     """
     if debug_nans and jax.process_count() > 1:
-        raise UserError("--debug_nans: the step that failed is run again, operation by operation, which one host alone "
-                        "can")
-    run = setup.build(config)
+        raise UserError("--debug_nans: runs the failed step again operation by operation, which needs a single host")
+    run = setup.build(config, data)
     say(run.describe())
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
     state, meta = setup.restore_or_init(run, checkpoints)
     first, steps = int(state.step), config["steps"]
     trace = Trace(profile, os.path.join(workdir, "profile"), first + 1, steps)
     reports = Reports(run, workdir, checkpoints, first, meta)
-    preemption.begin(lambda: f"the same command goes on from step {checkpoints.settle(seconds=5)}")
+    if preemption:
+        preemption.begin(lambda: f"the same command goes on from step {checkpoints.wait_for_newest(seconds=5)}")
     batches = run.batches(first)
     if reports.evaluate_if_due(first, state.ema):
         reports.draw_curve()
@@ -73,12 +93,12 @@ def train(config, workdir, preemption, *, debug_nans=False, profile=None):
         reports.pending.append(values)
         reports.progress.update(step)
 
-        stop, last = preemption.reached(step), step == steps
+        stop, last = bool(preemption and preemption.reached(step)), step == steps
         log = last or step % config["log_every"] == 0
         save = last or stop or step % config["checkpoint"]["every"] == 0
         draw = config["sample"]["every"] and (last or step % config["sample"]["every"] == 0)
         if log or save:
-            reports.read(step)
+            reports.read_values(step)
         if log:
             reports.log(step, batches)
         if save:
@@ -96,7 +116,8 @@ def train(config, workdir, preemption, *, debug_nans=False, profile=None):
     trace.close()
     batches.close()
     checkpoints.close()
-    preemption.end()
+    if preemption:
+        preemption.end()
     if stop:
         say(f"preempted: step {step} of {steps} is saved in {workdir}, and the same command goes on from there")
         return ending.AGAIN

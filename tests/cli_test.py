@@ -8,7 +8,6 @@ import sys
 import pytest
 from conftest import ROOT, one_error
 
-from dit_jax import cli
 from dit_jax.runtime import process
 
 COMMANDS = sorted({p.stem for p in (ROOT / "dit_jax").glob("*.py") if "cli.run(main)" in p.read_text()})
@@ -16,26 +15,35 @@ COMMANDS = sorted({p.stem for p in (ROOT / "dit_jax").glob("*.py") if "cli.run(m
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_does_not_wait_for_jax(name):
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", f"dit_jax.{name}", "--help"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"dit_jax.{name}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert f"python -m dit_jax.{name}" in done.stdout and "Try --helpfull" in done.stdout, done.stderr[-1000:]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "dit_jax.cli" in imported and not imported & {"jax", "flax", "orbax", "torch", "sklearn", "matplotlib"}
 
 
 def test_help_shows_the_flags_that_commands_share():
-    done = subprocess.run([sys.executable, "-m", "dit_jax.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_jax.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     for flag in ("samples", "reference", "features", "workdir", "cfg_scale", "process_id"):
         assert f"--{flag}:" in done.stdout
 
 
 def test_interrupted_is_one_line():
     """While modules are imported, and later; a command that was started to ignore it, as by nohup, goes on."""
+
     def end_of(handler, then):  # set, as these tests may themselves be started to ignore it
         # As a module of the package, which a command is; what comes at once or never is waited for.
-        code = (f"import signal, sys, types, time\nsignal.signal(signal.SIGINT, signal.{handler})\n"
-                "__spec__ = types.SimpleNamespace(name='dit_jax.train')\nfrom dit_jax import cli\ncli.parse()\n"
-                f"{then}\ntime.sleep(1)\nprint('goes on')")
+        code = (
+            f"import signal, sys, types, time\nsignal.signal(signal.SIGINT, signal.{handler})\n"
+            "__spec__ = types.SimpleNamespace(name='dit_jax.train')\nfrom dit_jax import cli\ncli.parse()\n"
+            f"{then}\ntime.sleep(1)\nprint('goes on')"
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
@@ -51,8 +59,8 @@ def test_memory_of_the_compiler_is_given_back():
     """By any command, before the arrays of what was compiled are made."""
     code = """if True:
         import sys, jax, jax.numpy as jnp
-from dit_jax.runtime import process
-from dit_jax import cli
+        from dit_jax.runtime import process
+        from dit_jax import cli
         from dit_jax import config
         from dit_jax.parallel import layout
         from dit_jax.parallel import sharding
@@ -74,9 +82,18 @@ from dit_jax import cli
     """
     grown = {}
     for given_back in (True, False):
-        changed = code if given_back else code.replace(
-            "cli.run", "cli._give_back_after_compiling = int\n        cli.run")
-        out = subprocess.run([sys.executable, "-c", changed], cwd=ROOT, text=True, capture_output=True, check=True,
-                             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}).stdout
+        changed = (
+            code
+            if given_back
+            else code.replace("cli.run", "process.return_memory_after_compiling = int\n        cli.run")
+        )
+        out = subprocess.run(
+            [sys.executable, "-c", changed],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        ).stdout
         grown[given_back] = int(re.search(r"grown (-?\d+)", out)[1])
     assert grown[True] < 0.5 * grown[False], grown

@@ -10,8 +10,10 @@ os.environ["PJRT_NPROC"] = "16"  # see dit_jax.runtime.process.enough_threads
 # Two processes test side by side: threads of NumPy and PyTorch beside these would wait for each other.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # Both, the commands they start and later tests share what XLA has compiled.
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
-               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+}
 
 import forked
 import jax
@@ -46,8 +48,7 @@ def golden():
 def network(golden):
     """network("a") -> (arguments of DiT, graphdef, params, the published arrays)."""
     from dit_jax.models import dit
-    from dit_jax.weights import files as weight_files
-    from dit_jax.weights import published
+    from dit_jax.weights import files as weight_files, published
 
     def load(which):
         args = json.loads(str(golden(f"dit_{which}_forward.npz")["geometry"]))
@@ -59,8 +60,16 @@ def network(golden):
 
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--config=configs/digits.py", "--config.batch_size=8", "--config.model.depth=2", "--config.model.hidden_size=32",
-        "--config.log_every=1", "--config.sample.every=0", "--config.judge.samples=0", "--config.checkpoint.keep=0"]
+TINY = [
+    "--config=configs/digits.py",
+    "--config.batch_size=8",
+    "--config.model.depth=2",
+    "--config.model.hidden_size=32",
+    "--config.log_every=1",
+    "--config.sample.every=0",
+    "--config.judge.samples=0",
+    "--config.checkpoint.keep=0",
+]
 
 
 # Run before a command: in the place of Inception a network of a few numbers, with weights.
@@ -81,7 +90,11 @@ features.load_inception = toy
 def start(name, *flags, devices=1, code="", argv=(), **env):
     """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
     of the flags, which it is to take away."""
-    env = os.environ | env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": process.MALLOC}
+    env = (
+        os.environ
+        | env
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "GLIBC_TUNABLES": process.MALLOC}
+    )
     run = f"import runpy\n{code}\nrunpy.run_module('dit_jax.{name}', run_name='__main__', alter_sys=True)"
     return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(ROOT), env)
 
@@ -90,6 +103,7 @@ def start(name, *flags, devices=1, code="", argv=(), **env):
 def command():
     """command("train", *flags) runs python -m dit_jax.train -> (exit status, stdout, stderr). With wait=False: the process,
     started. code: run before it."""
+
     def run(name, *flags, wait=True, devices=1, code=""):
         process = start(name, *flags, devices=devices, code=code)
         if not wait:
@@ -135,7 +149,9 @@ def picture_folders(tmp_path_factory):
 def uninterrupted(command, tmp_path_factory):
     """The workdir of a run of 24 steps, of one process on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    status, out, err = command("train", *TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={workdir}")
+    status, out, err = command(
+        "train", *TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={workdir}"
+    )
     assert status == 0, err
     assert sorted(losses(workdir)) == list(range(1, 25))
     return workdir
@@ -163,14 +179,18 @@ def tar(files):
 
 def save_vae(path, seed, block_out_channels=(8, 8, 16, 16), scale=0.18215):
     """A small VAE of the published format with random weights, in the folder `path`, which is returned."""
-    from dit_jax.vae import files as vae_files
-    from dit_jax.vae import network
+    from dit_jax.vae import files as vae_files, network
 
-    args = dict(block_out_channels=block_out_channels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                in_channels=3)
+    args = dict(
+        block_out_channels=block_out_channels, layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3
+    )
     rng = np.random.default_rng(seed)
-    vae_files.save(str(path), args, jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32),
-                                                   network.abstract(**args)[1]), scale)
+    vae_files.save(
+        str(path),
+        args,
+        jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), network.abstract(**args)[1]),
+        scale,
+    )
     return path
 
 
@@ -187,7 +207,18 @@ def write_cache(path, count, mean=None, std=None, classes=10, scale=0.18215, enc
         writer = latents.ShardWriter(path, latents.shard_name(i, 2), "float32")
         writer.add(posteriors[rows], labels[rows])
         shards.append(writer.close())
-    latents.write_manifest(path, {
-        "format": latents.FORMAT, "shards": shards, "count": count, "num_classes": classes, "class_names": None,
-        "size": 64, "shape": [8, 8, 4], "dtype": "float32", "skipped": [],
-        "vae": {"name": encoder, "encoder": encoder, "decoder": encoder, "sha256": encoder, "scale": scale}})
+    latents.write_manifest(
+        path,
+        {
+            "format": latents.FORMAT,
+            "shards": shards,
+            "count": count,
+            "num_classes": classes,
+            "class_names": None,
+            "size": 64,
+            "shape": [8, 8, 4],
+            "dtype": "float32",
+            "skipped": [],
+            "vae": {"name": encoder, "encoder": encoder, "decoder": encoder, "sha256": encoder, "scale": scale},
+        },
+    )

@@ -8,8 +8,7 @@ from conftest import GOLDEN, one_error
 from numpy.testing import assert_array_equal
 
 from dit_jax.runtime.errors import UserError
-from dit_jax.weights import files as weight_files
-from dit_jax.weights import published
+from dit_jax.weights import files as weight_files, published
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
@@ -40,8 +39,15 @@ def test_training_checkpoints_of_the_published_code(network, tmp_path):
     flat = network("b")[3]
     tensors = {k: torch.from_numpy(v) for k, v in flat.items()}
     path = tmp_path / "0400000.pt"
-    torch.save({"model": {k: v + 1 for k, v in tensors.items()}, "ema": tensors, "opt": {"state": {}},
-                "args": argparse.Namespace(model="DiT-XL/2")}, path)
+    torch.save(
+        {
+            "model": {k: v + 1 for k, v in tensors.items()},
+            "ema": tensors,
+            "opt": {"state": {}},
+            "args": argparse.Namespace(model="DiT-XL/2"),
+        },
+        path,
+    )
     assert_array_equal(weight_files.read(str(path))["pos_embed"], flat["pos_embed"])
     assert_array_equal(weight_files.read(str(path), "raw")["pos_embed"], flat["pos_embed"] + 1)
 
@@ -49,9 +55,16 @@ def test_training_checkpoints_of_the_published_code(network, tmp_path):
 def test_pt_files_are_read_as_torch_reads_them(tmp_path):
     torch = pytest.importorskip("torch")
     whole = torch.arange(24.0).reshape(4, 6)
-    tensors = {"a": whole, "part": whole[1:3, ::2], "turned": whole.T, "half": whole.half() / 3,
-               "none": torch.zeros(0, 3), "bfloat16": (whole / 7).bfloat16(), "scalar": whole[3, 5],
-               "parameter": torch.nn.Parameter(whole.double())}
+    tensors = {
+        "a": whole,
+        "part": whole[1:3, ::2],
+        "turned": whole.T,
+        "half": whole.half() / 3,
+        "none": torch.zeros(0, 3),
+        "bfloat16": (whole / 7).bfloat16(),
+        "scalar": whole[3, 5],
+        "parameter": torch.nn.Parameter(whole.double()),
+    }
     torch.save(tensors, tmp_path / "a.pt")
     there = weight_files.read(str(tmp_path / "a.pt"))
     assert list(there) == list(tensors)
@@ -114,8 +127,15 @@ def test_wrong_weights_name_the_array(network, tmp_path):
         published.infer_args({"a": np.zeros(1)})
 
 
-@pytest.mark.parametrize("name, content", [("cut.npz", b"PK\x03\x04 cut short"), ("cut.pt", b"PK\x03\x04 cut short"),
-                                           ("text.npz", b"hello"), ("empty.pt", b"")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("cut.npz", b"PK\x03\x04 cut short"),
+        ("cut.pt", b"PK\x03\x04 cut short"),
+        ("text.npz", b"hello"),
+        ("empty.pt", b""),
+    ],
+)
 def test_unreadable_weights_get_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as e:
@@ -139,11 +159,15 @@ def test_files_of_something_else_are_refused(tmp_path):
         weight_files.read(str(tmp_path / "array.npz"))
 
 
-@pytest.mark.parametrize("change, heads, words", [
-    ({}, 5, "--num_heads=5 does not divide"), ({}, None, "width 32 is none of the paper's"),
-    ({"pos_embed": np.zeros(4)}, 2, "another shape"),
-    ({"y_embedder.embedding_table.weight": np.zeros((0, 32))}, 2, "0 rows of labels"),
-])
+@pytest.mark.parametrize(
+    "change, heads, words",
+    [
+        ({}, 5, "--num_heads=5 does not divide"),
+        ({}, None, "width 32 is none of the paper's"),
+        ({"pos_embed": np.zeros(4)}, 2, "another shape"),
+        ({"y_embedder.embedding_table.weight": np.zeros((0, 32))}, 2, "0 rows of labels"),
+    ],
+)
 def test_odd_geometry_is_refused(network, change, heads, words):
     with pytest.raises(UserError, match=words):
         published.infer_args({**network("b")[3], **change}, num_heads=heads)

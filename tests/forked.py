@@ -10,8 +10,17 @@ import tempfile
 from multiprocessing import forkserver
 from unittest import mock
 
-IMPORTED = ["jax", "flax.nnx", "optax", "orbax.checkpoint", "scipy.linalg", "scipy.special", "sklearn.datasets",
-            "matplotlib.figure", "matplotlib.backends.backend_agg"]
+IMPORTED = [
+    "jax",
+    "flax.nnx",
+    "optax",
+    "orbax.checkpoint",
+    "scipy.linalg",
+    "scipy.special",
+    "sklearn.datasets",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
 
@@ -38,7 +47,9 @@ class Forked:
         self._out, self._err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
         with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"):  # as dit_jax sets it for its commands
             forkserver.ensure_running()
-        self._process = CONTEXT.Process(target=_run, args=(code, argv, cwd, dict(env), self._out, self._err), daemon=True)
+        self._process = CONTEXT.Process(
+            target=_run, args=(code, argv, cwd, dict(env), self._out, self._err), daemon=True
+        )
         self._process.start()
         self.pid = self._process.pid
 

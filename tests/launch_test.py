@@ -46,7 +46,7 @@ UP = dict(states=["ACTIVE"], nodes=["READY"])
 # create, each with the states of the queued resource and of the TPU VM, look after look (the last one stays), or with
 # the service's refusal; "broken", the exit statuses of the first calls of ssh and scp. Those that work are done: a
 # command runs in the home directory of its host, hosts/N, and scp copies from and to there.
-GCLOUD = r'''
+GCLOUD = r"""
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 here, args = Path(__file__).resolve().parent.parent, sys.argv[1:]
@@ -131,22 +131,22 @@ else:
             for source in there[:-1]:
                 status |= subprocess.run(["cp", "-r", source, there[-1]]).returncode
     sys.exit(status)
-'''
+"""
 
 # On a host: python3 brings uv, which makes an environment whose python is a stand-in for training. That records its
 # arguments and ends with the next status of the folder's statuses.N, N being the host, or stays until SIGTERM, at which
 # it saves and ends with 75.
-PYTHON3 = r'''#!/usr/bin/env bash
+PYTHON3 = r"""#!/usr/bin/env bash
 mkdir -p "$HOME/.local/bin"
 cp "$HOME/../../uv" "$HOME/.local/bin/uv"
-'''
-UV = r'''#!/usr/bin/env bash
+"""
+UV = r"""#!/usr/bin/env bash
 echo "$*" >>"$HOME/installed"
 [[ $1 == venv ]] || exit 0
 mkdir -p "${@: -1}/bin"
 cp "$HOME/../../train" "${@: -1}/bin/python"
-'''
-TRAIN = r'''#!/usr/bin/env bash
+"""
+TRAIN = r"""#!/usr/bin/env bash
 echo "$*" >>"$HOME/trained"
 trap 'sleep 0.2; echo saved >>"$HOME/trained"; exit 75' TERM
 statuses=$HOME/../../statuses.${HOME##*/}
@@ -156,7 +156,7 @@ if [[ $status == 1 ]]; then echo "error: --config=x: is bad" >&2; fi
 if [[ -n $status && $status != stay ]]; then exit "$status"; fi
 touch "$HOME/up"
 while :; do sleep 0.05; done
-'''
+"""
 
 
 class Cloud:
@@ -171,7 +171,7 @@ class Cloud:
         for name, text in (("host-bin/python3", PYTHON3), ("uv", UV), ("train", TRAIN)):
             self.program(name, text)
         for name in ("gcsfuse", "sudo"):
-            self.program(f"host-bin/{name}", f"#!/bin/sh\necho {name} \"$@\" >>\"$HOME/mounted\"\n")
+            self.program(f"host-bin/{name}", f'#!/bin/sh\necho {name} "$@" >>"$HOME/mounted"\n')
         (path / "flags.json").write_text(json.dumps(FLAGS))
         self.plan()
 
@@ -188,12 +188,20 @@ class Cloud:
 
     def run(self, *args, **env):
         """-> (exit status, stdout, stderr) of tpu_pod.sh."""
-        env = dict(os.environ, PATH=f"{self.path}/bin:{os.environ['PATH']}", TPU_POD_BACKOFF="0",
-                   TMPDIR=str(self.path), **env)
+        env = dict(
+            os.environ, PATH=f"{self.path}/bin:{os.environ['PATH']}", TPU_POD_BACKOFF="0", TMPDIR=str(self.path), **env
+        )
         if args[0] == "watch":
             args = ("watch", "--poll=0", *args[1:])
-        done = subprocess.run(["bash", SCRIPT, *args], env=env, cwd=self.path, capture_output=True, text=True,
-                              timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["bash", SCRIPT, *args],
+            env=env,
+            cwd=self.path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
         return done.returncode, done.stdout, done.stderr
 
     def calls(self):
@@ -250,12 +258,26 @@ def test_dry_run_of_a_pod_prints_all_and_calls_nothing(cloud):
     status, out, err = cloud.run("watch", *flags, "--", "--config.data.path=/mnt/bucket/it's here")
     assert (status, err) == (0, "")
     create = next(c for c in printed(out) if "create" in c)
-    assert create == ["compute", "tpus", "queued-resources", "create", "dit", "--node-id=dit", *WHERE,
-                      "--accelerator-type=v3-256", "--runtime-version=tpu-ubuntu2204-base", "--spot", "--quiet"]
+    assert create == [
+        "compute",
+        "tpus",
+        "queued-resources",
+        "create",
+        "dit",
+        "--node-id=dit",
+        *WHERE,
+        "--accelerator-type=v3-256",
+        "--runtime-version=tpu-ubuntu2204-base",
+        "--spot",
+        "--quiet",
+    ]
     # What the hosts run, unpacked as their shell will: the quoting survives.
     train = shlex.split(next(a for a in printed(out)[-1] if a.startswith("--command=")))
-    assert train[-3:] == ["--config=configs/xl2.py", "--workdir=/mnt/bucket/runs/dit",
-                          "--config.data.path=/mnt/bucket/it's here"]
+    assert train[-3:] == [
+        "--config=configs/xl2.py",
+        "--workdir=/mnt/bucket/runs/dit",
+        "--config.data.path=/mnt/bucket/it's here",
+    ]
     commands = printed(out)
     for command in ("create", "install", "train", "status", "logs", "stop", "recover", "fetch", "delete"):
         status, out, err = cloud.run(command, *flags)
@@ -263,17 +285,33 @@ def test_dry_run_of_a_pod_prints_all_and_calls_nothing(cloud):
         commands += printed(out)
     commands += printed(cloud.run("fetch", "--workdir=/nfs/run", "--dry-run")[1])
     for command in commands:
-        name = next(name for name in FLAGS if command[:len(name.split())] == name.split())
+        name = next(name for name in FLAGS if command[: len(name.split())] == name.split())
         assert {a.partition("=")[0] for a in command if a.startswith("--")} <= set(FLAGS[name]), command
     assert cloud.calls() == []
     assert sorted(p.name for p in cloud.path.iterdir()) == [
-        "bin", "bucket", "calls.jsonl", "flags.json", "host-bin", "hosts", "plan.json", "train", "uv"]
+        "bin",
+        "bucket",
+        "calls.jsonl",
+        "flags.json",
+        "host-bin",
+        "hosts",
+        "plan.json",
+        "train",
+        "uv",
+    ]
 
 
-@pytest.mark.parametrize("type_, accelerator, runtime", [
-    ("v2-8", "v2-8", "tpu-ubuntu2204-base"), ("v4-32", "v4-32", "tpu-ubuntu2204-base"),
-    ("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5litepod-256", "v5litepod-256", "v2-alpha-tpuv5-lite"),
-    ("v5p-128", "v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v6e-16", "v2-alpha-tpuv6e")])
+@pytest.mark.parametrize(
+    "type_, accelerator, runtime",
+    [
+        ("v2-8", "v2-8", "tpu-ubuntu2204-base"),
+        ("v4-32", "v4-32", "tpu-ubuntu2204-base"),
+        ("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5litepod-256", "v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v5p-128", "v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-16", "v6e-16", "v2-alpha-tpuv6e"),
+    ],
+)
 def test_types(cloud, type_, accelerator, runtime):
     """Runtime versions: https://cloud.google.com/tpu/docs/runtimes, "PyTorch and JAX"."""
     create = printed(cloud.run("create", f"--type={type_}", "--dry-run")[1])[1]
@@ -293,10 +331,20 @@ def test_gcloud_parses_what_is_printed(cloud, tmp_path):
         lines += cloud.run(command, *flags)[1].splitlines()
     lines = {line for line in lines if line.startswith("gcloud ")}
     (tmp_path / "commands.json").write_text(json.dumps([{"command_string": line} for line in lines]))
-    env = dict(os.environ, CLOUDSDK_CONFIG=str(tmp_path / "empty"), CLOUDSDK_CORE_DISABLE_PROMPTS="1",
-               CLOUDSDK_CORE_DISABLE_USAGE_REPORTING="1", CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK="1")
-    done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={tmp_path}/commands.json"],
-                          env=env, capture_output=True, text=True, timeout=120)
+    env = dict(
+        os.environ,
+        CLOUDSDK_CONFIG=str(tmp_path / "empty"),
+        CLOUDSDK_CORE_DISABLE_PROMPTS="1",
+        CLOUDSDK_CORE_DISABLE_USAGE_REPORTING="1",
+        CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK="1",
+    )
+    done = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={tmp_path}/commands.json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     verdicts = json.loads(done.stdout)
     assert len(verdicts) == len(lines) > 10
     assert [v["error_message"] for v in verdicts if not v["success"]] == []
@@ -310,8 +358,14 @@ def test_from_create_to_delete(cloud):
     calls = cloud.calls()
     assert calls == printed(out)  # what is printed is what is called
     assert [c[3] for c in calls] == ["describe", "create", "describe", "describe", "describe"]
-    assert calls[1][4:] == ["dit", "--node-id=dit", *WHERE, "--accelerator-type=v5litepod-16",
-                            "--runtime-version=v2-alpha-tpuv5-lite", "--quiet"]
+    assert calls[1][4:] == [
+        "dit",
+        "--node-id=dit",
+        *WHERE,
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--quiet",
+    ]
     status, out, err = cloud.run("create", *WHERE, "--type=v5e-16")
     assert status == 0 and "dit is there already" in err and cloud.verbs() == ["describe", "describe"]
 
@@ -326,8 +380,9 @@ def test_from_create_to_delete(cloud):
     train = ["train", "--bucket=gs://my-bucket", "--config=configs/b2.py", "--", "--config.data.path=/mnt/bucket/it's"]
     assert cloud.run(*train)[0] == 0
     wait_for(lambda: cloud.host(1, "trained") and cloud.host(0, "trained"), "training starts on both hosts")
-    assert cloud.host(1, "trained") == ("-m dit_jax.train --config=configs/b2.py --workdir=/mnt/bucket/runs/dit "
-                                        "--config.data.path=/mnt/bucket/it's\n")
+    assert cloud.host(1, "trained") == (
+        "-m dit_jax.train --config=configs/b2.py --workdir=/mnt/bucket/runs/dit --config.data.path=/mnt/bucket/it's\n"
+    )
     assert re.search("^gcsfuse --implicit-dirs .* my-bucket /mnt/bucket$", cloud.host(1, "mounted"), re.M)
     status, _, err = cloud.run(*train)
     assert status == 0 and err.count("is training already") == 2
@@ -385,10 +440,14 @@ def test_quota(cloud):
 
 
 def test_watch_comes_back_after_preemptions_until_the_run_is_done(cloud):
-    cloud.plan(lives=[dict(states=["PROVISIONING", "SUSPENDED"]),
-                      dict(states=["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]),
-                      dict(states=["ACTIVE"], nodes=["READY", "unavailable", "READY", "REPAIRING", "PREEMPTED"]),
-                      UP])
+    cloud.plan(
+        lives=[
+            dict(states=["PROVISIONING", "SUSPENDED"]),
+            dict(states=["PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]),
+            dict(states=["ACTIVE"], nodes=["READY", "unavailable", "READY", "REPAIRING", "PREEMPTED"]),
+            UP,
+        ]
+    )
     for host in (0, 1):
         cloud.statuses(host, "stay", "stay", 75, 0)
     status, _, err = cloud.run("watch", *WHERE, "--type=v3-256", "--spot", "--bucket=gs://my-bucket")
@@ -407,8 +466,9 @@ def test_watch_ends_where_the_run_cannot_go_on(cloud):
     cloud.plan(life=UP)
     cloud.statuses(0, 1)
     status, _, err = cloud.run("watch", *flags)
-    assert status == 1 and err.splitlines()[-1].startswith("error: the run of dit ended for good: failed, status 1: "
-                                                           "error: --config=x: is bad")
+    assert status == 1 and err.splitlines()[-1].startswith(
+        "error: the run of dit ended for good: failed, status 1: error: --config=x: is bad"
+    )
     # A host that has started anew has no run, but says that there was one: it goes on.
     pid = cloud.path / "hosts/0/dit_jax-run/pid"
     (pid.parent / "status").write_text("running, start 1\n")
@@ -431,8 +491,17 @@ def test_recover_once(cloud):
     assert cloud.verbs() == ["describe", "describe vm"]
     cloud.plan(lives=[UP], life=dict(states=["SUSPENDING", "SUSPENDED"], nodes=["NONE"]))
     assert cloud.run("recover", *flags, "--poll=0")[0] == 0
-    assert cloud.verbs() == ["describe", "describe", "delete", "describe", "create", "describe", "scp all", "ssh all",
-                             "ssh all"]
+    assert cloud.verbs() == [
+        "describe",
+        "describe",
+        "delete",
+        "describe",
+        "create",
+        "describe",
+        "scp all",
+        "ssh all",
+        "ssh all",
+    ]
 
 
 @pytest.mark.slow
@@ -464,25 +533,28 @@ def test_broken_connections(cloud):
         assert cloud.verbs() == ["describe"] * 6
 
 
-@pytest.mark.parametrize("args, words", [
-    (["create"], ["--type is missing", "--type=v3-256"]),
-    (["watch", "--type=v3-256"], ["--workdir or --bucket is missing"]),
-    (["recover", "--type=v3-256", "--workdir=/nfs/run", "--config=configs/none.py"], ["--config=configs/none.py"]),
-    (["create", "--type=v9x-8"], ["--type=v9x-8", "--runtime-version"]),
-    (["create", "--type=big"], ["--type=big"]),
-    (["create", "--typ=v4-8"], ["--typ=v4-8"]),
-    (["create", "--type"], ["--type", "--flag=VALUE"]),
-    (["train", "--config.steps=3", "--workdir=/x"], ["--config.steps=3", "--"]),
-    (["train"], ["--workdir or --bucket is missing", "all hosts"]),
-    (["train", "--workdir=gs://b/x"], ["--workdir=gs://b/x", "--bucket"]),
-    (["train", "--workdir=runs/x"], ["--workdir=runs/x", "absolute"]),
-    (["train", "--workdir=/x", "--config=configs/none.py"], ["--config=configs/none.py", "no such file"]),
-    (["train", "--bucket=my-bucket"], ["--bucket=my-bucket", "gs://"]),
-    (["logs", "--worker=all"], ["--worker=all"]),
-    (["create", "--type=v4-8", "--name=Big Pod"], ["--name=Big Pod"]),
-    (["watch", "--poll=often"], ["--poll=often"]),
-    (["launch"], ["launch: unknown command", "--help"]),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["create"], ["--type is missing", "--type=v3-256"]),
+        (["watch", "--type=v3-256"], ["--workdir or --bucket is missing"]),
+        (["recover", "--type=v3-256", "--workdir=/nfs/run", "--config=configs/none.py"], ["--config=configs/none.py"]),
+        (["create", "--type=v9x-8"], ["--type=v9x-8", "--runtime-version"]),
+        (["create", "--type=big"], ["--type=big"]),
+        (["create", "--typ=v4-8"], ["--typ=v4-8"]),
+        (["create", "--type"], ["--type", "--flag=VALUE"]),
+        (["train", "--config.steps=3", "--workdir=/x"], ["--config.steps=3", "--"]),
+        (["train"], ["--workdir or --bucket is missing", "all hosts"]),
+        (["train", "--workdir=gs://b/x"], ["--workdir=gs://b/x", "--bucket"]),
+        (["train", "--workdir=runs/x"], ["--workdir=runs/x", "absolute"]),
+        (["train", "--workdir=/x", "--config=configs/none.py"], ["--config=configs/none.py", "no such file"]),
+        (["train", "--bucket=my-bucket"], ["--bucket=my-bucket", "gs://"]),
+        (["logs", "--worker=all"], ["--worker=all"]),
+        (["create", "--type=v4-8", "--name=Big Pod"], ["--name=Big Pod"]),
+        (["watch", "--poll=often"], ["--poll=often"]),
+        (["launch"], ["launch: unknown command", "--help"]),
+    ],
+)
 def test_bad_input_is_one_line(cloud, args, words):
     one_error(cloud.run(*args), *words)
     assert cloud.calls() == []
@@ -492,8 +564,12 @@ def test_without_gcloud(cloud, tmp_path):
     (tmp_path / "empty").mkdir()
     for program in ("bash", "dirname"):
         (tmp_path / "empty" / program).symlink_to(shutil.which(program))
-    done = subprocess.run([shutil.which("bash"), SCRIPT, "status"], env={"PATH": str(tmp_path / "empty"), "HOME": "/"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [shutil.which("bash"), SCRIPT, "status"],
+        env={"PATH": str(tmp_path / "empty"), "HOME": "/"},
+        capture_output=True,
+        text=True,
+    )
     one_error((done.returncode, done.stdout, done.stderr), "gcloud", "https://cloud.google.com/sdk/docs/install")
 
 
@@ -503,19 +579,27 @@ def test_without_gcloud(cloud, tmp_path):
 def supervise(home, program, backoff=0, **env):
     """The loop around a shell program that finds the number of its start in $n."""
     env = dict(os.environ, HOME=str(home), TPU_POD_BACKOFF=str(backoff), **env)
-    count = f'n=$(($(cat {home}/n 2>/dev/null || echo 0) + 1)); echo $n >{home}/n; '
-    return subprocess.Popen(["bash", SCRIPT, "on-host-supervise", "bash", "-c", count + program], env=env,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    count = f"n=$(($(cat {home}/n 2>/dev/null || echo 0) + 1)); echo $n >{home}/n; "
+    return subprocess.Popen(
+        ["bash", SCRIPT, "on-host-supervise", "bash", "-c", count + program],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize("statuses, starts, end", [
-    ("0", 1, "done"),
-    ("1 0", 1, "failed, status 1"),  # bad input: another start would not mend it
-    ("75 75 0", 3, "done"),
-    ("75 139 134 1", 4, "failed, status 1"),
-    ("75 " * 9, 4, "failed, status 75: gave up after 3 restarts"),
-    ("137 " * 9, 4, "failed, status 137: gave up after 3 restarts"),
-])
+@pytest.mark.parametrize(
+    "statuses, starts, end",
+    [
+        ("0", 1, "done"),
+        ("1 0", 1, "failed, status 1"),  # bad input: another start would not mend it
+        ("75 75 0", 3, "done"),
+        ("75 139 134 1", 4, "failed, status 1"),
+        ("75 " * 9, 4, "failed, status 75: gave up after 3 restarts"),
+        ("137 " * 9, 4, "failed, status 137: gave up after 3 restarts"),
+    ],
+)
 def test_supervisor_restarts_what_may_succeed(tmp_path, statuses, starts, end):
     process = supervise(tmp_path, f"s=({statuses}); exit ${{s[n - 1]}}", MAX_RESTARTS="3")
     err = process.communicate(timeout=20)[1]
@@ -534,9 +618,15 @@ SAVES = """trap 'trap - TERM; touch {0}/told; sleep 1.5; echo $n >>{0}/saved; ex
 while :; do sleep 0.05; done"""
 
 
-@pytest.mark.parametrize("told", [
-    "the supervisor", "both", pytest.param("the supervisor twice", marks=pytest.mark.slow),
-    pytest.param("before there is a handler", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "told",
+    [
+        "the supervisor",
+        "both",
+        pytest.param("the supervisor twice", marks=pytest.mark.slow),
+        pytest.param("before there is a handler", marks=pytest.mark.slow),
+    ],
+)
 def test_supervisor_passes_sigterm_on_once_and_ends(tmp_path, told):
     """The system, when a host goes down, tells both; a person tells the supervisor."""
     late = "touch {0}/late; sleep 2; " if told.startswith("before") else ""
@@ -558,8 +648,13 @@ def test_supervisor_passes_sigterm_on_once_and_ends(tmp_path, told):
 
 def test_supervisor_ends_while_it_waits(tmp_path):
     process = supervise(tmp_path, "exit 75", backoff=1000)
-    wait_for(lambda: (tmp_path / "dit_jax-run/status").exists()
-             and "waits 1000 s" in (tmp_path / "dit_jax-run/status").read_text(), "the back-off")
+    wait_for(
+        lambda: (
+            (tmp_path / "dit_jax-run/status").exists()
+            and "waits 1000 s" in (tmp_path / "dit_jax-run/status").read_text()
+        ),
+        "the back-off",
+    )
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
     assert (tmp_path / "dit_jax-run/status").read_text() == "stopped, status 75\n"
@@ -571,13 +666,18 @@ def test_supervisor_of_real_training(tmp_path):
     (tmp_path / "dit_jax").symlink_to(ROOT)
     (tmp_path / "dit_jax-venv/bin").mkdir(parents=True)
     python = tmp_path / "dit_jax-venv/bin/python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     env = dict(os.environ, HOME=str(tmp_path), JAX_PLATFORMS="cpu", XLA_FLAGS="")
 
     def host(command, *args):
-        return subprocess.run(["bash", SCRIPT, f"on-host-{command}", *args], env=env, capture_output=True, text=True,
-                              timeout=60).stdout.partition(": ")[2].strip()
+        return (
+            subprocess.run(
+                ["bash", SCRIPT, f"on-host-{command}", *args], env=env, capture_output=True, text=True, timeout=60
+            )
+            .stdout.partition(": ")[2]
+            .strip()
+        )
 
     def train(*args):
         host("start", *TINY, "--config.steps=3", f"--workdir={tmp_path}/run", *args)
@@ -602,7 +702,7 @@ def jobset():
 
 def test_manifest_asks_for_the_whole_slice(jobset):
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    job, = jobset["spec"]["replicatedJobs"]
+    (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     pod, container = spec["template"]["spec"], spec["template"]["spec"]["containers"][0]
     selectors = pod["nodeSelector"]
@@ -616,8 +716,12 @@ def test_manifest_asks_for_the_whole_slice(jobset):
     assert len(rows) == 5
     for _, per, topology, hosts in rows:
         assert np.prod([int(n) for n in topology.split("x")]) == int(per) * int(hosts)
-    assert (selectors["cloud.google.com/gke-tpu-accelerator"], str(per_host),
-            selectors["cloud.google.com/gke-tpu-topology"], str(spec["parallelism"])) in rows
+    assert (
+        selectors["cloud.google.com/gke-tpu-accelerator"],
+        str(per_host),
+        selectors["cloud.google.com/gke-tpu-topology"],
+        str(spec["parallelism"]),
+    ) in rows
     # A pod that is never started anew by itself, that has time to save, and whose bucket all hosts share.
     assert pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0 and spec["completionMode"] == "Indexed"
     assert pod["terminationGracePeriodSeconds"] >= 300
@@ -627,10 +731,17 @@ def test_manifest_asks_for_the_whole_slice(jobset):
     assert any(arg.startswith(f"--workdir={mount['mountPath']}/") for arg in container["command"])
 
 
-@pytest.mark.parametrize("end, action", [
-    (1, "FailJobSet"),
-    (75, "RestartJobSetAndIgnoreMaxRestarts"), ("DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
-    (2, "RestartJobSet"), (134, "RestartJobSet"), (137, "RestartJobSet")])
+@pytest.mark.parametrize(
+    "end, action",
+    [
+        (1, "FailJobSet"),
+        (75, "RestartJobSetAndIgnoreMaxRestarts"),
+        ("DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+        (2, "RestartJobSet"),
+        (134, "RestartJobSet"),
+        (137, "RestartJobSet"),
+    ],
+)
 def test_manifest_restarts_what_may_succeed(jobset, end, action):
     """The rules, played: the Job controller's (whose messages these are) and JobSet's, first match first. Fields and
     names: https://github.com/kubernetes-sigs/jobset config/components/crd/bases, keps/262-ConfigurableFailurePolicy."""
@@ -655,7 +766,8 @@ def test_manifest_restarts_what_may_succeed(jobset, end, action):
         assert set(rule) <= {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns"}
         assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
         if reason in rule["onJobFailureReasons"] and any(
-                re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", [""])):
+            re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", [""])
+        ):
             taken = rule["action"]
             break
     assert taken == action
@@ -685,8 +797,11 @@ def test_manifest_runs_a_command_that_the_image_holds(jobset, tmp_path):
 
 def pictures_of(cell):
     """The sizes of the pictures that a cell shows."""
-    return [PIL.Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).size
-            for output in cell["outputs"] if output["output_type"] == "display_data"]
+    return [
+        PIL.Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).size
+        for output in cell["outputs"]
+        if output["output_type"] == "display_data"
+    ]
 
 
 def text_of(cell):
@@ -722,15 +837,24 @@ def test_notebook_is_clean():
         assert not cell.metadata and cell.cell_type in ("code", "markdown")
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None and cell.source.startswith("#@title ")
-    sliders = re.findall(r"^(\w+) = ([\d.]+)  #@param {type:\"slider\", min:([\d.]+), max:([\d.]+), step:[\d.]+}$",
-                         "\n".join(cell.source for cell in book.cells), re.M)
+    sliders = re.findall(
+        r"^(\w+) = ([\d.]+)  #@param {type:\"slider\", min:([\d.]+), max:([\d.]+), step:[\d.]+}$",
+        "\n".join(cell.source for cell in book.cells),
+        re.M,
+    )
     assert len(sliders) == 9 and all(float(low) <= float(value) <= float(high) for _, value, low, high in sliders)
 
 
 @pytest.mark.slow
 def test_notebook_trains_the_small_model_and_samples(notebook, tmp_path):
-    small = [*TINY, "--config.steps=4", "--config.sample.every=4", "--config.sample.per_class=2",
-             "--config.sample.steps=5", "--config.judge.samples=20"]
+    small = [
+        *TINY,
+        "--config.steps=4",
+        "--config.sample.every=4",
+        "--config.sample.per_class=2",
+        "--config.sample.steps=5",
+        "--config.judge.samples=20",
+    ]
     cells = notebook(DIT_JAX_COLAB_FLAGS=shlex.join(small[1:]), DIT_JAX_COLAB_WEIGHTS="")
     assert "cannot be had (<urlopen error" in text_of(cells["Published weights, where they can be had"])
     run = tmp_path / "runs/colab"
@@ -739,7 +863,7 @@ def test_notebook_trains_the_small_model_and_samples(notebook, tmp_path):
     assert "done: step 4" in text_of(cells["Else: train the small model"])
     loss, grid = pictures_of(cells["Its loss, and samples on the way"])
     assert loss[0] > 400 and grid == (2 * 50 + 2, 10 * 50 + 2)  # two of each digit, six times enlarged
-    out, = (run / "out").iterdir()
+    (out,) = (run / "out").iterdir()
     with np.load(out / "samples.npz") as file:
         assert file["arr_0"].shape == (16, 8, 8, 3) and file["arr_0"].std() > 0
     assert json.loads((out / "manifest.json").read_text())["classes"] == "3"
@@ -756,7 +880,7 @@ def test_notebook_takes_published_weights(notebook, tmp_path):
     np.savez(tmp_path / "weights.npz", **flat)
     cells = notebook(DIT_JAX_COLAB_WEIGHTS=tmp_path / "weights.npz")
     assert not (tmp_path / "runs/colab").exists()
-    out, = (tmp_path / "runs/xl2").iterdir()
+    (out,) = (tmp_path / "runs/xl2").iterdir()
     with np.load(out / "samples.npz") as file:
         assert file["latents"].shape == (1, 8, 8, 4) and file["latents"].std() > 0
     cell = cells["ImageNet, with the published DiT-XL/2"]

@@ -6,8 +6,7 @@ from conftest import GOLDEN
 from scipy import linalg
 
 from dit_jax.data import sources
-from dit_jax.evaluation import classifier
-from dit_jax.evaluation import precision_recall as pr
+from dit_jax.evaluation import classifier, precision_recall as pr
 from dit_jax.evaluation.frechet import Moments, frechet_distance, statistics
 from dit_jax.evaluation.inception_score import inception_score
 from dit_jax.evaluation.kid import kid
@@ -44,18 +43,19 @@ def test_a_judge_whose_fit_is_interrupted_is_none():
         raise KeyboardInterrupt
 
     import sklearn.neural_network  # noqa: F401, which takes longer than the alarm
+
     before, images = signal.signal(signal.SIGALRM, interrupt), np.zeros((20_000, 8, 8, 1), np.float32)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt, match="^$"):
-            classifier.Judge(images, np.arange(len(images)) % 10)
+            classifier.Classifier(images, np.arange(len(images)) % 10)
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
 def test_judge_features_are_those_it_decides_by():
     train, held_out = sources.digits()
-    j = classifier.Judge(train.x, train.y)
+    j = classifier.Classifier(train.x, train.y)
     logits = j.features(held_out.x) @ j.network.coefs_[-1] + j.network.intercepts_[-1]
     np.testing.assert_array_equal(logits.argmax(1), j.recognise(held_out.x))
 
@@ -68,7 +68,7 @@ def test_moments_of_batches_are_those_of_all_at_once(mean):
         for order in (slice(None), slice(None, None, -1)):
             moments = Moments()
             for start in range(0, 500, size):
-                moments.add(x[order][start: start + size])
+                moments.add(x[order][start : start + size])
             np.testing.assert_allclose(moments.statistics()[0], mu, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(moments.statistics()[1], sigma, rtol=1e-9, atol=1e-9)
 
@@ -82,7 +82,7 @@ def test_whole_blocks_of_float32_are_multiplied_in_float32(dtype, tolerance, mon
     for size in (7, 150, 500):
         moments = Moments()
         for start in range(0, 500, size):
-            moments.add(x[start: start + size])
+            moments.add(x[start : start + size])
         np.testing.assert_allclose(moments.statistics()[0], x.mean(0, dtype=np.float64), rtol=1e-12)
         np.testing.assert_allclose(moments.statistics()[1] / scale, sigma / scale, atol=tolerance)
 
@@ -123,18 +123,20 @@ def test_the_metrics_against_torch_fidelity():
     g = np.load(GOLDEN / "eval" / "metrics_golden.npz")
     samples, reference, logits = g["samples"], g["reference"], g["logits"]
     np.testing.assert_allclose(frechet_distance(*statistics(samples), *statistics(reference)), g["fid"], rtol=1e-6)
-    few = samples[:40 if samples.shape[1] > 40 else 10]  # fewer than numbers: a singular covariance
-    np.testing.assert_allclose(frechet_distance(*statistics(few), *statistics(reference)), g["fid_first_40_samples"],
-                               rtol=1e-3)
+    few = samples[: 40 if samples.shape[1] > 40 else 10]  # fewer than numbers: a singular covariance
+    np.testing.assert_allclose(
+        frechet_distance(*statistics(few), *statistics(reference)), g["fid_first_40_samples"], rtol=1e-3
+    )
     split = len(logits) // int(g["inception_score_splits"])
     np.testing.assert_allclose(inception_score(logits, split), g["inception_score"], rtol=1e-6)
     np.testing.assert_allclose(pr.precision_recall(samples, reference), g["precision_recall"], rtol=1e-6)
     if "kid" in g:  # the first as many of both sets, in one subset
-        np.testing.assert_allclose(kid(samples[:len(reference)], reference), g["kid"], rtol=1e-6)
+        np.testing.assert_allclose(kid(samples[: len(reference)], reference), g["kid"], rtol=1e-6)
 
 
 def test_kid_pair_by_pair(monkeypatch):
     from dit_jax.evaluation import kid as module
+
     monkeypatch.setattr(module, "ROWS", 16)
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((50, 7)), 0.3 + rng.standard_normal((35, 7))

@@ -23,8 +23,11 @@ def random_like(params, seed=0):
 
 def inputs(args, batch=4):
     rng = np.random.default_rng(0)
-    return (rng.standard_normal((batch, args["input_size"], args["input_size"], args["in_channels"]), np.float32),
-            np.array([0, 1, 500, 999]), np.array([0, 4, 5, 2]))
+    return (
+        rng.standard_normal((batch, args["input_size"], args["input_size"], args["in_channels"]), np.float32),
+        np.array([0, 1, 500, 999]),
+        np.array([0, 4, 5, 2]),
+    )
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -61,14 +64,23 @@ def test_every_parameter_matters(block):
 
 
 def test_initial_values():
-    _, params = dit.split(dit.DiT(**dit.model_args("DiT-S/8"), input_size=32, in_channels=4, num_classes=1000,
-                                  rngs=nnx.Rngs(0)))
+    _, params = dit.split(
+        dit.DiT(**dit.model_args("DiT-S/8"), input_size=32, in_channels=4, num_classes=1000, rngs=nnx.Rngs(0))
+    )
     blocks = params["blocks"]
-    for zero in (blocks["adaLN_modulation"], params["final_layer"]["linear"], params["final_layer"]["adaLN_modulation"]):
+    for zero in (
+        blocks["adaLN_modulation"],
+        params["final_layer"]["linear"],
+        params["final_layer"]["adaLN_modulation"],
+    ):
         assert not zero["kernel"].any() and not zero["bias"].any()
     # Xavier-uniform of the matrix as a whole: qkv has fan-in 384 and fan-out 1152, the patches 256 and 384.
-    for kernel, fan in ((blocks["attn"]["qkv"]["kernel"], 384 + 1152), (blocks["attn"]["proj"]["kernel"], 384 + 384),
-                        (blocks["mlp"]["fc1"]["kernel"], 384 + 1536), (params["x_embedder"]["kernel"], 256 + 384)):
+    for kernel, fan in (
+        (blocks["attn"]["qkv"]["kernel"], 384 + 1152),
+        (blocks["attn"]["proj"]["kernel"], 384 + 384),
+        (blocks["mlp"]["fc1"]["kernel"], 384 + 1536),
+        (params["x_embedder"]["kernel"], 256 + 384),
+    ):
         bound = np.sqrt(6 / fan)
         assert 0.99 * bound < np.abs(kernel).max() <= bound
         assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.01)
@@ -87,13 +99,16 @@ def test_bfloat16_compute_keeps_float32_parameters_and_is_near():
     assert 1e-5 < error < 0.05
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(patch_size=3), "patch_size=3 does not divide input_size=8"),
-    (dict(num_heads=5), "num_heads=5 does not divide hidden_size=32"),
-    (dict(block="adaln-zero"), "unknown block design 'adaln-zero'"),
-    (dict(remat="some"), "unknown remat policy 'some'"),
-    (dict(depth=0), "depth=0"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(patch_size=3), "patch_size=3 does not divide input_size=8"),
+        (dict(num_heads=5), "num_heads=5 does not divide hidden_size=32"),
+        (dict(block="adaln-zero"), "unknown block design 'adaln-zero'"),
+        (dict(remat="some"), "unknown remat policy 'some'"),
+        (dict(depth=0), "depth=0"),
+    ],
+)
 def test_impossible_geometry_is_refused_by_name(change, words):
     with pytest.raises(ValueError, match=words):
         dit.abstract(**{**SMALL, **change})

@@ -48,8 +48,16 @@ def start():
             port = s.getsockname()[1]
         processes = []
         for i in range(count) if which is None else which:
-            among = [f"--coordinator=localhost:{port}", f"--process_count={count}", f"--process_id={i}",
-                     f"--host_timeout={timeout}"] if count > 1 else []
+            among = (
+                [
+                    f"--coordinator=localhost:{port}",
+                    f"--process_count={count}",
+                    f"--process_id={i}",
+                    f"--host_timeout={timeout}",
+                ]
+                if count > 1
+                else []
+            )
             argv = f"{rows}{i}" if rows != os.devnull else rows, faults.get(i, "")
             processes.append(conftest.start(name, *flags, *among, code=FIRST, argv=argv))
         started.extend(processes)
@@ -96,8 +104,13 @@ def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, tmp_path):
     """On a latent cache. SIGTERM to one of two processes: both save the same step. Each read its half of every batch and
     no more."""
     write_cache(tmp_path / "cache", 700)
-    flags = [*RUN, "--config.data.source=latents", f"--config.data.path={tmp_path}/cache", "--config.data.flip=true",
-             "--config.model.in_channels=4"]
+    flags = [
+        *RUN,
+        "--config.data.source=latents",
+        f"--config.data.path={tmp_path}/cache",
+        "--config.data.flip=true",
+        "--config.model.in_channels=4",
+    ]
     [(status, _, err)] = ends(start(1, *flags, f"--workdir={tmp_path}/alone"))
     assert status == 0, err
     workdir = tmp_path / "run"
@@ -127,7 +140,10 @@ def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, tmp_path):
 def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
     """4 processes, then 2 on another mesh: killed at the coordinator, and frozen; then one. (That another than the first
     is killed is a test of sampling, below.)"""
-    for count, mesh, victim, how, at in ((4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 6), (2, [], 1, signal.SIGSTOP, 14)):
+    for count, mesh, victim, how, at in (
+        (4, ["--config.mesh.fsdp=2"], 0, signal.SIGKILL, 6),
+        (2, [], 1, signal.SIGSTOP, 14),
+    ):
         before = max(map(int, os.listdir(tmp_path / "checkpoints")), default=0) if at > 6 else 0
         processes = start(count, *RUN, f"--workdir={tmp_path}", *mesh)
         wait_for(step_reached(tmp_path, at), processes)
@@ -149,11 +165,15 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
 def test_errors_of_one_host_end_all(start, tmp_path):
     flags = [*RUN, f"--workdir={tmp_path}/w"]
     broken = "sources.digits = lambda: (_ for _ in ()).throw(ValueError('no such data here'))"
-    at_step = "def noted(self, indices, flips, seen=[]):\n    seen.append(indices)\n" \
-              "    assert len(seen) < 10, 'disk'\n    return examples(self, indices, flips)\nsources.Arrays.examples = noted"
-    for victim, fault, word in ((0, broken, "no such data here"),
-                                (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
-                                (1, at_step, "AssertionError: disk")):
+    at_step = (
+        "def noted(self, indices, flips, seen=[]):\n    seen.append(indices)\n"
+        "    assert len(seen) < 10, 'disk'\n    return examples(self, indices, flips)\nsources.Arrays.examples = noted"
+    )
+    for victim, fault, word in (
+        (0, broken, "no such data here"),
+        (1, "sys.argv.append('--config.seed=3')", "seed (0 there, 3 here)"),
+        (1, at_step, "AssertionError: disk"),
+    ):
         results = ends(start(2, *flags, faults={victim: fault}), timeout=60)
         (status, _, err), (other, _, other_err) = results[victim], results[1 - victim]
         assert (status, other) == (1, 1), results
@@ -171,11 +191,15 @@ def test_a_host_that_never_comes(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, victim, flag, words", [
-    (2, 1, "--process_count=3", ["--process_count=2 at process 0", "and 3 at process 1"]),
-    (2, 0, "--process_count=3", ["--process_count=3 at process 0", "and 2 at process 1"]),
-    (3, 2, "--process_id=1", ["--process_id=1 was given to two processes"]),
-], ids=["2 and 3", "3 and 2", "an id twice"])
+@pytest.mark.parametrize(
+    "count, victim, flag, words",
+    [
+        (2, 1, "--process_count=3", ["--process_count=2 at process 0", "and 3 at process 1"]),
+        (2, 0, "--process_count=3", ["--process_count=3 at process 0", "and 2 at process 1"]),
+        (3, 2, "--process_id=1", ["--process_id=1 was given to two processes"]),
+    ],
+    ids=["2 and 3", "3 and 2", "an id twice"],
+)
 def test_flags_that_contradict_each_other(start, tmp_path, count, victim, flag, words):
     faults = {victim: f"sys.argv.append('{flag}')"}
     for status, _, err in ends(start(count, *RUN, f"--workdir={tmp_path}", faults=faults, timeout=60), timeout=15):
@@ -202,7 +226,9 @@ checkpoint.Checkpoints.meta = unreadable
 """
     results = ends(start(2, *flags, faults={1: fault}))
     assert [status for status, _, _ in results] == [0, 0], results
-    assert "checkpoints/8 cannot be read (input/output error)" in results[0][1] and "goes on from step 4" in results[0][1]
+    assert (
+        "checkpoints/8 cannot be read (input/output error)" in results[0][1] and "goes on from step 4" in results[0][1]
+    )
     assert os.listdir(tmp_path / "damaged") == ["8"]
     ours = losses(tmp_path)
     assert_allclose([ours[s] for s in range(1, 9)], [alone[s] for s in range(1, 9)], rtol=1e-4)
@@ -214,8 +240,10 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_pa
     [(status, _, err)] = ends(start(1, *flags, f"--out={tmp_path}/one", name="sample"))
     assert status == 0, err
     # On two, where host 1 is gone after two of the five parts.
-    killed = "from dit_jax.sampling.generator import Generator\ncall, calls = Generator.__call__, []\n" \
-             "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
+    killed = (
+        "from dit_jax.sampling.generator import Generator\ncall, calls = Generator.__call__, []\n"
+        "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
+    )
     processes = start(2, *flags, f"--out={tmp_path}/again", name="sample", faults={1: killed})
     (status, _, err), _ = ends(processes)
     assert status == hosts.AGAIN
@@ -229,13 +257,20 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_pa
 @pytest.mark.slow
 def test_evaluation_on_two_hosts_gives_the_same_numbers(start, picture_folders, tmp_path):
     """References, samples from a file and straight from the sampler; and FID during training. By a small network."""
+
     def run(count, name, *flags):
         results = ends(start(count, *flags, name=name, faults=dict.fromkeys(range(count), TOY)))
         assert {status for status, _, _ in results} == {0}, results
 
     run(1, "train", *TINY, "--config.steps=2", f"--workdir={tmp_path}/run")
-    sampling = ["--num=11", "--sampler=ddim", "--steps=3", "--cfg_scale=1.5", "--batch_size=4",
-                f"--workdir={tmp_path}/run"]
+    sampling = [
+        "--num=11",
+        "--sampler=ddim",
+        "--steps=3",
+        "--cfg_scale=1.5",
+        "--batch_size=4",
+        f"--workdir={tmp_path}/run",
+    ]
     run(1, "sample", *sampling, "--classes=random", f"--out={tmp_path}/out")
     network = ["--inception=toy", "--features_batch_size=4"]
     references = [f"{tmp_path}/{count}.npz" for count in (1, 2)]
@@ -252,8 +287,14 @@ def test_evaluation_on_two_hosts_gives_the_same_numbers(start, picture_folders, 
         assert one["samples"]["sha256"] == two["samples"]["sha256"] and one["metrics"]["kid"] is not None
         assert_allclose(list(two["metrics"].values()), list(one["metrics"].values()), rtol=1e-5)
 
-    during = ["--config.eval.every=2", "--config.eval.num=11", f"--config.eval.reference={references[0]}",
-              "--config.eval.inception=toy", "--config.sample.sampler=ddim", "--config.sample.steps=3"]
+    during = [
+        "--config.eval.every=2",
+        "--config.eval.num=11",
+        f"--config.eval.reference={references[0]}",
+        "--config.eval.inception=toy",
+        "--config.sample.sampler=ddim",
+        "--config.sample.steps=3",
+    ]
     found = []
     for count in (1, 2):
         run(count, "train", *TINY, "--config.steps=2", *during, f"--workdir={tmp_path}/during{count}")
@@ -263,11 +304,15 @@ def test_evaluation_on_two_hosts_gives_the_same_numbers(start, picture_folders, 
     assert_allclose(found[1]["fid_11"], found[0]["fid_11"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("flags, word", [
-    ({"count": 2}, "--coordinator and --process_id missing"),
-    ({"coordinator": "h:1", "count": 2, "index": 2}, "--process_id=2 --process_count=2"),
-    ({"coordinator": "host", "count": 2, "index": 1}, "HOST:PORT"),
-], ids=["missing", "out of range", "no port"])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ({"count": 2}, "--coordinator and --process_id missing"),
+        ({"coordinator": "h:1", "count": 2, "index": 2}, "--process_id=2 --process_count=2"),
+        ({"coordinator": "host", "count": 2, "index": 1}, "HOST:PORT"),
+    ],
+    ids=["missing", "out of range", "no port"],
+)
 def test_flags_that_do_not_fit_together(flags, word):
     with pytest.raises(hosts.UserError, match=word):
         hosts._arguments(**{"coordinator": None, "count": None, "index": None} | flags)
@@ -281,8 +326,15 @@ def test_a_port_that_is_taken_is_said():
             meeting._listen(f"localhost:{s.getsockname()[1]}")
 
 
-GREETING = {"protocol": 1, "command": "train.py", "process_count": 3, "process_id": 0, "host": "here", "pid": 7,
-            "key": "0"}
+GREETING = {
+    "protocol": 1,
+    "command": "train.py",
+    "process_count": 3,
+    "process_id": 0,
+    "host": "here",
+    "pid": 7,
+    "key": "0",
+}
 
 
 @pytest.fixture
@@ -304,8 +356,18 @@ def test_what_else_connects_does_not_disturb_the_meeting(at_meeting):
     address, thread = at_meeting
     port = int(address.split(":")[1])
     first = json.dumps(GREETING | {"process_id": 1, "key": "a"}).encode() + b"\n"
-    for text in (b"\n", b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", bytes(10**6), b"1\n", first[:-9],
-                 b"[1]\n", b'{"protocol": 1}\n', first.replace(b"3", b'"3"'), first):
+    for text in (
+        b"\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[" * 4000 + b"\n",
+        bytes(10**6),
+        b"1\n",
+        first[:-9],
+        b"[1]\n",
+        b'{"protocol": 1}\n',
+        first.replace(b"3", b'"3"'),
+        first,
+    ):
         with socket.create_connection(("localhost", port), timeout=5) as s:
             answer = b""
             with contextlib.suppress(OSError):
@@ -322,11 +384,19 @@ def test_what_else_connects_does_not_disturb_the_meeting(at_meeting):
     meeting._listen(address).close()
 
 
-@pytest.mark.parametrize("index, other, line", [
-    (1, {"process_count": 2}, "--process_count=3 at process 0 (pid 7 on here), and 2 at process 1 (pid 7 on there)"),
-    (1, {"command": "sample.py"}, "command=train.py at process 0 (pid 7 on here), and sample.py at process 1"),
-    (0, {}, "--process_id=0 was given to two processes: pid 7 on here and pid 7 on there"),
-], ids=["counts", "commands", "process 0 twice"])
+@pytest.mark.parametrize(
+    "index, other, line",
+    [
+        (
+            1,
+            {"process_count": 2},
+            "--process_count=3 at process 0 (pid 7 on here), and 2 at process 1 (pid 7 on there)",
+        ),
+        (1, {"command": "sample.py"}, "command=train.py at process 0 (pid 7 on here), and sample.py at process 1"),
+        (0, {}, "--process_id=0 was given to two processes: pid 7 on here and pid 7 on there"),
+    ],
+    ids=["counts", "commands", "process 0 twice"],
+)
 def test_what_the_meeting_says(index, other, line):
     one = GREETING | {"process_id": index, "key": "1", "host": "there"} | other
     status, text = meeting._verdict([GREETING, one], GREETING, late=False)
@@ -344,7 +414,10 @@ def test_another_program_at_the_port(text, error):
 
 def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):
     """A machine without a TPU asks nobody; GKE says it in variables, a TPU VM's metadata server says it."""
-    attributes = {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2", "tpu-env": "X: '1'\nMEGASCALE_NUM_SLICES: '2'\n"}
+    attributes = {
+        "worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2",
+        "tpu-env": "X: '1'\nMEGASCALE_NUM_SLICES: '2'\n",
+    }
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

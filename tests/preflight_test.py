@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, one_error, start
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
 
 from dit_jax import config as configs
-from dit_jax.aot import estimate, hlo, slices
-from dit_jax.aot.hlo import Program, replica_groups
+from dit_jax.aot import cost, estimate, slices
+from dit_jax.aot.cost import Program
+from dit_jax.aot.hlo import replica_groups
 from dit_jax.models import flops
 from dit_jax.parallel import layout, sharding
 from dit_jax.parallel.chips import CHIPS
@@ -27,16 +27,30 @@ def compiled(topology, f, *shapes, names=("x",), sizes=(-1,)):
     mesh = jax.sharding.Mesh(devices, names)
     places = [tuple(d.coords) for d in devices.flat]
     number = {place: i for i, place in enumerate(dict.fromkeys(places))}
-    program = jax.jit(partial(f, mesh)).lower(*[
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for shape, dtype, spec in shapes]).compile()
+    program = (
+        jax.jit(partial(f, mesh))
+        .lower(
+            *[jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)) for shape, dtype, spec in shapes]
+        )
+        .compile()
+    )
     return Program(program.as_text(), [number[p] for p in places]), program
 
 
 def tiny_config(**changes):
     c = configs.paper("")
-    c.update_from_flattened_dict({
-        "model.patch_size": 2, "model.depth": 3, "model.hidden_size": 256, "model.num_heads": 4, "batch_size": 64,
-        "data.source": "synthetic", "model.remat": "none", **changes})
+    c.update_from_flattened_dict(
+        {
+            "model.patch_size": 2,
+            "model.depth": 3,
+            "model.hidden_size": 256,
+            "model.num_heads": 4,
+            "batch_size": 64,
+            "data.source": "synthetic",
+            "model.remat": "none",
+            **changes,
+        }
+    )
     return configs.resolve(c)
 
 
@@ -62,14 +76,21 @@ def test_collectives_of_a_loop_are_counted_by_kind_and_bytes():
         return jax.lax.ppermute(summed[:own], "x", [(i, (i + 1) % n) for i in range(n)])
 
     def f(mesh, x):
-        return jax.shard_map(lambda x: jax.lax.fori_loop(0, trips, body, x), mesh=mesh, in_specs=P("x"),
-                             out_specs=P("x"), check_vma=False)(x)
+        return jax.shard_map(
+            lambda x: jax.lax.fori_loop(0, trips, body, x),
+            mesh=mesh,
+            in_specs=P("x"),
+            out_specs=P("x"),
+            check_vma=False,
+        )(x)
 
     cost = compiled("v3-8", f, ((n * own,), jnp.float32, P("x")))[0].cost()
     whole = 4 * n * own
     assert {kind: tuple(found) for kind, found in cost.collectives.items()} == {
-        "all-gather": (trips, trips * whole), "all-reduce": (trips, trips * whole),
-        "collective-permute": (trips, trips * 4 * own)}
+        "all-gather": (trips, trips * whole),
+        "all-reduce": (trips, trips * whole),
+        "collective-permute": (trips, trips * 4 * own),
+    }
     # Into a chip with two cores: what its own two do not hold (3/4), once for both; a sum goes there and back; of the
     # ring every other step is to the neighbour on the chip.
     assert_allclose(cost.chip_bytes, trips * (whole * 3 / 4 + 2 * whole * 3 / 4 + 4 * own))
@@ -78,17 +99,24 @@ def test_collectives_of_a_loop_are_counted_by_kind_and_bytes():
 def test_taps_of_a_window_against_counting_each():
     rng = np.random.default_rng(0)
     for taps, outputs, inputs, stride, pad, dilate, step in zip(
-            *(rng.integers(low, high, 1000).tolist() for low, high in
-              ((1, 9), (1, 9), (1, 9), (1, 4), (-6, 12), (1, 6), (1, 4)))):
+        *(
+            rng.integers(low, high, 1000).tolist()
+            for low, high in ((1, 9), (1, 9), (1, 9), (1, 4), (-6, 12), (1, 6), (1, 4))
+        )
+    ):
         at = np.arange(outputs)[:, None] * stride - pad + np.arange(taps) * step
         expected = np.sum((at >= 0) & (at <= (inputs - 1) * dilate) & (at % dilate == 0))
-        assert hlo._meetings(taps, outputs, inputs, stride, pad, dilate, step) == expected
+        assert cost.window_pairs(taps, outputs, inputs, stride, pad, dilate, step) == expected
 
 
 def test_replica_groups_in_all_notations():
     same = np.array([[0, 2], [1, 3]])
-    for text in ("replica_groups={{0,2},{1,3}}", "replica_groups=[2,2]<=[2,2]T(1,0)",
-                 "replica_groups=mesh['a'=2,'b'=2] {'a'}", "replica_groups=mesh['a'=4] {'a':(1)2}"):
+    for text in (
+        "replica_groups={{0,2},{1,3}}",
+        "replica_groups=[2,2]<=[2,2]T(1,0)",
+        "replica_groups=mesh['a'=2,'b'=2] {'a'}",
+        "replica_groups=mesh['a'=4] {'a':(1)2}",
+    ):
         assert replica_groups(text, 4).tolist() == same.tolist(), text
     assert replica_groups("replica_groups={}", 3).tolist() == [[0, 1, 2]]
     assert replica_groups("replica_groups=mesh['a'=4] {'a':(2)2}", 4).tolist() == [[0, 1], [2, 3]]
@@ -110,7 +138,7 @@ def check_costs(r, topology, depth=3):
 
 
 def test_the_train_step_costs_what_the_model_costs():
-    r = estimate.examine(tiny_config(**{"model.scan": True}), "v3-8")
+    r = estimate.estimate_run(tiny_config(**{"model.scan": True}), "v3-8")
     check_costs(r, "v3-8")
     assert r["flops_per_device"] > 1.5 * r["xla_flops_per_device"]  # XLA counts a loop's body once
 
@@ -119,7 +147,7 @@ def test_the_train_step_costs_what_the_model_costs():
 @pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v6e-8"])
 def test_every_generation(topology):
     """Their programs are written differently."""
-    r = estimate.examine(tiny_config(**{"model.scan": False, "model.depth": 2}), topology)
+    r = estimate.estimate_run(tiny_config(**{"model.scan": False, "model.depth": 2}), topology)
     check_costs(r, topology, depth=2)
     assert r["flops_per_device"] == pytest.approx(r["xla_flops_per_device"], rel=0.03)
     # XLA's count of bytes leaves out custom calls, and is larger for operands that a fusion uses more than once.
@@ -134,12 +162,22 @@ def test_what_the_command_says(command, tmp_path):
     assert status == 0 and not err, err
     report = json.loads(out.read_text())
     assert report["devices"] == 8 and report["chips"] == 4 and report["fits"] is True
-    for field in ("hbm_capacity_bytes", "step_time_bound_s", "flops_per_device", "bytes_per_device", "collectives",
-                  "compile_seconds", "images_per_s_bound", "days_to_400k_steps_bound", "days_to_7m_steps_bound"):
+    for field in (
+        "hbm_capacity_bytes",
+        "step_time_bound_s",
+        "flops_per_device",
+        "bytes_per_device",
+        "collectives",
+        "compile_seconds",
+        "images_per_s_bound",
+        "days_to_400k_steps_bound",
+        "days_to_7m_steps_bound",
+    ):
         assert report[field] or report[field] == 0
     assert "lower bounds" in text and "not timings" in text and "CACM" in text
 
     import importlib.util
+
     spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
     digits = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(digits)
@@ -148,11 +186,14 @@ def test_what_the_command_says(command, tmp_path):
     devices = slices.find_devices("v3-8")
     config = layout.resolve_auto(configs.resolve(c), devices)
     from dit_jax.training import setup
+
     mesh = sharding.make_mesh(**config["mesh"], devices=devices)
     _, step, target = setup.make_programs(config, mesh)
     across = sharding.batch_sharding(mesh)
-    batch = {"x": jax.ShapeDtypeStruct((8, 8, 8, 1), np.float32, sharding=across),
-             "y": jax.ShapeDtypeStruct((8,), np.int32, sharding=across)}
+    batch = {
+        "x": jax.ShapeDtypeStruct((8, 8, 8, 1), np.float32, sharding=across),
+        "y": jax.ShapeDtypeStruct((8,), np.int32, sharding=across),
+    }
     program = step.lower(target, batch).compile()
     memory = program.memory_analysis()
     assert report["hbm_peak_bytes"] == memory.peak_memory_in_bytes
@@ -167,8 +208,16 @@ def test_what_the_command_says(command, tmp_path):
 
 def test_the_sampler_costs_its_steps(command, tmp_path):
     out = tmp_path / "report.json"
-    status, text, err = command("preflight", *TINY, "--topology=v3-8", "--what=sample", f"--out={out}",
-                                "--config.sample.steps=10", "--config.sample.cfg_scale=2", "--config.model.hidden_size=256")
+    status, text, err = command(
+        "preflight",
+        *TINY,
+        "--topology=v3-8",
+        "--what=sample",
+        f"--out={out}",
+        "--config.sample.steps=10",
+        "--config.sample.cfg_scale=2",
+        "--config.model.hidden_size=256",
+    )
     assert status == 0, err
     report = json.loads(out.read_text())
     # Two branches, ten steps; and the table of labels is looked up by a matrix product.
@@ -179,7 +228,9 @@ def test_the_sampler_costs_its_steps(command, tmp_path):
 
 def test_bad_input(command, tmp_path):
     xl2 = "--config=configs/xl2.py"
-    one_error(command("preflight", xl2, "--topology=v7-8"), "--topology=v7-8: unknown", "v3-256 = v3:8x16", "v6e-16 = v6e:4x4")
+    one_error(
+        command("preflight", xl2, "--topology=v7-8"), "--topology=v7-8: unknown", "v3-256 = v3:8x16", "v6e-16 = v6e:4x4"
+    )
     one_error(command("preflight", xl2), "--topology is missing")
     one_error(command("preflight", "--topology=v3-8"), "--config is missing")
 

@@ -15,8 +15,13 @@ def test_a_trace_holds_the_steps_asked_for(command, tmp_path):
     status, out, err = command("train", *flags, "--profile=3:5")
     assert status == 0 and not err and f"xprof --logdir={tmp_path}/profile" in out, err
     [path] = (tmp_path / "profile").rglob("*.xplane.pb")
-    steps = [dict(event.stats)["step_num"] for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-             for line in plane.lines for event in line.events if event.name == "train"]
+    steps = [
+        dict(event.stats)["step_num"]
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
     assert steps == [3, 4, 5]
     # The same command, as after a preemption, must go on.
     status, out, err = command("train", *flags, "--config.steps=8", "--profile=5:7")
@@ -35,16 +40,24 @@ def test_debug_nans_names_the_line(command, tmp_path):
     images[20] = np.nan
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "labels.npy", np.zeros(64, np.int64))
-    flags = [*TINY, "--config.steps=12", "--config.data.source=arrays", "--config.data.flip=False",
-             f"--config.data.path={tmp_path}"]
+    flags = [
+        *TINY,
+        "--config.steps=12",
+        "--config.data.source=arrays",
+        "--config.data.flip=False",
+        f"--config.data.path={tmp_path}",
+    ]
     one_error(command("train", *flags, f"--workdir={tmp_path}/a"), "the loss is nan", "no checkpoint was written")
     status, _, err = command("train", *flags, f"--workdir={tmp_path}/b", "--debug_nans")
-    assert status == 1 and "in q_sample" in err and "FloatingPointError: invalid value (nan) encountered in mul" in err, err
+    assert (
+        status == 1 and "in q_sample" in err and "FloatingPointError: invalid value (nan) encountered in mul" in err
+    ), err
 
 
 def test_compiled_programs_are_kept_apart_by_kind_of_cpu(tmp_path, monkeypatch):
     """In the user's cache, unless JAX was told another folder."""
     from dit_jax.runtime.process import keep_compiled
+
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
+from dit_jax.runtime.errors import UserError
 from dit_jax.sampling import output
-from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.generator import Generator, Settings
 
 FAST = ["--sampler=ddim", "--steps=4", "--cfg_scale=2"]
 
@@ -40,8 +41,14 @@ def test_pictures_do_not_depend_on_batch_size_or_devices(network):
     labels, results = np.arange(12) % 10, []
     for batch_size, devices, mesh in ((12, 1, {}), (5, 1, {}), (3, 4, {}), (8, 4, dict(data=1, fsdp=2, tensor=2))):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
-        generator = Generator(args, mesh, sharding.state_shardings(params, mesh), timesteps=1000, steps="20",
-                              sampler="ddpm", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=7, batch_size=batch_size)
+        generator = Generator(
+            args,
+            mesh,
+            sharding.state_shardings(params, mesh),
+            timesteps=1000,
+            settings=Settings(7, "ddpm", "20", 0.0, 1.5, 3),
+            batch_size=batch_size,
+        )
         results.append(generator(params, labels, np.arange(12)))
         # A part of the run alone, as after a restart.
         assert_array_equal(generator(params, labels[4:7], np.arange(4, 7)).shape, (3, 8, 8, 4))
@@ -56,17 +63,21 @@ def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
     """On a mesh; with a call after every step."""
     args, _, params, _ = network("a")
     args, mesh, seen = dict(args, null_class=True), sharding.make_mesh(data=1, fsdp=2, tensor=2), []
-    settings = dict(timesteps=1000, steps="7", sampler=sampler, eta=eta, cfg_scale=1.5, cfg_channels=3, seed=7,
-                    batch_size=4)
-    whole, steps = (Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=on_step)(
-        params, np.arange(5), np.arange(5)) for on_step in (None, seen.append))
+    settings = dict(timesteps=1000, settings=Settings(7, sampler, "7", eta, 1.5, 3), batch_size=4)
+    whole, steps = (
+        Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=on_step)(
+            params, np.arange(5), np.arange(5)
+        )
+        for on_step in (None, seen.append)
+    )
     np.testing.assert_allclose(steps, whole, atol=2e-4 * np.abs(whole).max())
     assert seen == 2 * list(range(1, 8))
 
 
 def test_npz_grid_pngs_and_manifest(command, run, tmp_path):
-    status, out, err = command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--batch_size=5",
-                               "--classes=3,7", "--png", *FAST)
+    status, out, err = command(
+        "sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--batch_size=5", "--classes=3,7", "--png", *FAST
+    )
     assert status == 0, err
     array = images(tmp_path)
     assert array.shape == (13, 8, 8, 3) and array.dtype == np.uint8
@@ -76,11 +87,18 @@ def test_npz_grid_pngs_and_manifest(command, run, tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (2 * 50 + 2, 7 * 50 + 2)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["step"] == 4 and manifest["classes"] == "3,7" and manifest["which"] == "ema"
-    one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--classes=3,8", *FAST),
-              "classes ('3,7' there, '3,8' here)", "--out")
+    one_error(
+        command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=13", "--classes=3,8", *FAST),
+        "classes ('3,7' there, '3,8' here)",
+        "--out",
+    )
     raw = tmp_path / "raw"
-    assert command("sample", f"--workdir={run}", f"--out={raw}", "--num=13", "--which=raw", "--step=2", "--classes=3,7",
-                   *FAST)[0] == 0
+    assert (
+        command(
+            "sample", f"--workdir={run}", f"--out={raw}", "--num=13", "--which=raw", "--step=2", "--classes=3,7", *FAST
+        )[0]
+        == 0
+    )
     assert (images(raw) != array).any()
 
 
@@ -113,9 +131,15 @@ def test_parts_are_what_they_say_or_made_again(tmp_path):
         path = sorted((tmp_path / "parts").iterdir())[0]
         change(path)
 
-    for change in (lambda p: p.rename(p.parent / p.name.replace("-2-", "-4-")), lambda p: p.write_bytes(p.read_bytes()[:-1]),
-                   lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), os.remove,
-                   lambda p: (p.unlink(), p.mkdir()), lambda p: p.rename(p.parent / "000000000.npy")):
+    for change in (
+        lambda p: p.rename(p.parent / p.name.replace("-2-", "-4-")),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"),
+        os.remove,
+        lambda p: (p.unlink(), p.mkdir()),
+        lambda p: p.rename(p.parent / "000000000.npy"),
+    ):
         made = parts()
         made.append(images[:2])
         made.append(images[2:4])
@@ -131,23 +155,29 @@ def test_parts_are_what_they_say_or_made_again(tmp_path):
     parts().write_npz(npz, "arr_0")
     with open(npz, "rb") as f:
         data, digest = f.read(), output.sha256_of(npz)
-    assert np.load(npz)["arr_0"].tobytes() == images.tobytes() and output.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
+    assert np.load(npz)["arr_0"].tobytes() == images.tobytes() and output.is_whole(
+        npz, "arr_0", images.shape, np.uint8, digest
+    )
     for i in range(len(data)):  # older ones, without a digest, are looked at by the zip file's own checksum
         with open(npz, "wb") as f:
-            f.write(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+            f.write(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
         assert not output.is_whole(npz, "arr_0", images.shape, np.uint8, digest)
 
 
 def test_weights_give_the_pictures_of_their_run(command, run, tmp_path):
     assert command("convert", f"--workdir={run}", f"--out={tmp_path}/w.npz")[0] == 0
     assert command("sample", f"--workdir={run}", f"--out={tmp_path}/a", "--num=6", *FAST)[0] == 0
-    assert command("sample", f"--weights={tmp_path}/w.npz", "--num_heads=4", f"--out={tmp_path}/b", "--num=6", *FAST)[0] == 0
+    assert (
+        command("sample", f"--weights={tmp_path}/w.npz", "--num_heads=4", f"--out={tmp_path}/b", "--num=6", *FAST)[0]
+        == 0
+    )
     assert_array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
 
 
 @pytest.mark.slow
 def test_latents_are_written_as_they_are(command, network, tmp_path):
     from dit_jax.weights.files import write as write_weights
+
     write_weights(str(tmp_path / "a.npz"), network("a")[3])
     flags = [f"--weights={tmp_path}/a.npz", "--num_heads=4", f"--out={tmp_path}/out", "--num=3", *FAST]
     one_error(command("sample", *flags, "--png"), "--png", "latents")
@@ -157,45 +187,70 @@ def test_latents_are_written_as_they_are(command, network, tmp_path):
 
 
 def test_a_class_out_of_range(command, run, tmp_path):
-    one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, "--classes=3,10"), "--classes",
-              "10", "0 to 9")
+    one_error(
+        command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, "--classes=3,10"),
+        "--classes",
+        "10",
+        "0 to 9",
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, words", [
-    (["--classes=-1"], ["--classes", "-1"]),
-    (["--classes=cat"], ["--classes=cat"]),
-    (["--steps=0"], ["steps='0'"]),
-    (["--steps=-4"], ["steps='-4'"]),
-    (["--steps=1001"], ["steps='1001'"]),
-    (["--num=0"], ["--num=0"]),
-    (["--batch_size=-1"], ["--batch_size=-1"]),
-    (["--step=3"], ["--step=3", "2, 4"]),
-    (["--sampler=euler"], ["sampler"]),
-    (["--workdir=/tmp/none"], ["/tmp/none"]),
-    (["--weights=x.pt"], ["--workdir", "--weights"]),
-    (["--tensor=3"], ["mesh"]),
-], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--classes=-1"], ["--classes", "-1"]),
+        (["--classes=cat"], ["--classes=cat"]),
+        (["--steps=0"], ["steps='0'"]),
+        (["--steps=-4"], ["steps='-4'"]),
+        (["--steps=1001"], ["steps='1001'"]),
+        (["--num=0"], ["--num=0"]),
+        (["--batch_size=-1"], ["--batch_size=-1"]),
+        (["--step=3"], ["--step=3", "2, 4"]),
+        (["--sampler=euler"], ["sampler"]),
+        (["--workdir=/tmp/none"], ["/tmp/none"]),
+        (["--weights=x.pt"], ["--workdir", "--weights"]),
+        (["--tensor=3"], ["mesh"]),
+    ],
+    ids=lambda v: v[0] if v and v[0].startswith("--") else "",
+)
 def test_bad_input_gets_one_line(command, run, tmp_path, flags, words):
     one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, *flags), *words)
 
 
 @pytest.mark.slow
 def test_guidance_without_a_null_class_is_refused(command, tmp_path):
-    assert command("train", *TINY, "--config.steps=1", "--config.diffusion.label_dropout=0", f"--workdir={tmp_path}")[0] == 0
+    assert (
+        command("train", *TINY, "--config.steps=1", "--config.diffusion.label_dropout=0", f"--workdir={tmp_path}")[0]
+        == 0
+    )
     one_error(command("sample", f"--workdir={tmp_path}", "--num=2", *FAST), "cfg_scale=2.0", "null class")
     assert command("sample", f"--workdir={tmp_path}", "--num=2", "--cfg_scale=1", "--steps=2")[0] == 0
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(eta=5.0), "eta=5.0"), (dict(eta=-1.0), "eta=-1.0"), (dict(cfg_scale=np.nan), "cfg_scale=nan"),
-    (dict(cfg_channels=-1), "cfg_channels=-1"), (dict(steps="0"), "steps='0'")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(eta=5.0), "eta=5.0"),
+        (dict(eta=-1.0), "eta=-1.0"),
+        (dict(cfg_scale=np.nan), "cfg_scale=nan"),
+        (dict(cfg_channels=-1), "cfg_channels=-1"),
+        (dict(steps="0"), "steps='0'"),
+    ],
+)
 def test_settings_that_make_no_pictures_are_refused(network, change, words):
     args, _, params, _ = network("a")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    settings = dict(timesteps=1000, steps="4", sampler="ddim", eta=0.0, cfg_scale=1.5, cfg_channels=3, seed=0, batch_size=2)
-    with pytest.raises(ValueError, match=words):
-        Generator(dict(args, null_class=True), mesh, sharding.state_shardings(params, mesh), **settings | change)
+    settings = Settings(**dict(steps="4", sampler="ddim", cfg_scale=1.5) | change)
+    with pytest.raises(UserError, match=words):
+        Generator(
+            dict(args, null_class=True),
+            mesh,
+            sharding.state_shardings(params, mesh),
+            timesteps=1000,
+            settings=settings,
+            batch_size=2,
+        )
 
 
 @pytest.mark.slow
@@ -223,4 +278,6 @@ def test_any_number_of_channels_can_be_shown(channels):
 
 def test_uint8_is_truncated_as_published():
     x = np.array([-1.2, -1, -0.999, 0, 0.5, 0.9999, 1, 3], np.float32).reshape(-1, 1, 1, 1)
-    assert_array_equal(images_.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1))
+    assert_array_equal(
+        images_.to_uint8(x)[:, 0, 0], np.repeat([[0], [0], [0], [128], [191], [255], [255], [255]], 3, 1)
+    )

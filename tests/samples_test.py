@@ -34,7 +34,7 @@ def test_a_changed_byte_and_every_cut_are_noticed(save, images, tmp_path):
     save(file, images)
     whole = file.read_bytes()
     for at in range(40, len(whole) - 200, 31):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         try:
             same = np.array_equal(read(file), images)  # a byte of the zip's own book-keeping, say a time
         except ValueError as e:
@@ -46,10 +46,16 @@ def test_a_changed_byte_and_every_cut_are_noticed(save, images, tmp_path):
             read(file)
 
 
-@pytest.mark.parametrize("array, words", [
-    (np.zeros((3, 4, 4, 3), np.float32), "arr_0 is float32"), (np.zeros((3, 3, 4, 4), np.uint8), "(3, 3, 4, 4)"),
-    (np.zeros((4, 4, 3), np.uint8), "(4, 4, 3)"), (np.asfortranarray(np.zeros((3, 4, 4, 3), np.uint8)), "uint8 of"),
-    (np.array([{}]), "object")])
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.zeros((3, 4, 4, 3), np.float32), "arr_0 is float32"),
+        (np.zeros((3, 3, 4, 4), np.uint8), "(3, 3, 4, 4)"),
+        (np.zeros((4, 4, 3), np.uint8), "(4, 4, 3)"),
+        (np.asfortranarray(np.zeros((3, 4, 4, 3), np.uint8)), "uint8 of"),
+        (np.array([{}]), "object"),
+    ],
+)
 def test_other_arrays_are_refused(array, words, tmp_path):
     np.savez(tmp_path / "a.npz", array)
     with pytest.raises(ValueError) as e:

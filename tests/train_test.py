@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "configs"))
 
 def tiny(**changes):
     import digits
+
     c = digits.get_config()
     c.update_from_flattened_dict({"batch_size": 8, "model.depth": 2, "model.hidden_size": 32, **changes})
     return layout.resolve_auto(configs.resolve(c), jax.devices()[:1])
@@ -101,8 +102,11 @@ def test_damaged_checkpoints_fall_back_and_say_so(command, uninterrupted, tmp_pa
 @pytest.mark.slow
 def test_another_run_is_refused_naming_the_fields(command, uninterrupted):
     flags = [*TINY, "--config.steps=24", "--config.checkpoint.every=4", f"--workdir={uninterrupted}"]
-    one_error(command("train", *flags, "--config.model.depth=3", "--config.seed=1"),
-              "model.depth (2 there, 3 here)", "seed (0 there, 1 here)")
+    one_error(
+        command("train", *flags, "--config.model.depth=3", "--config.seed=1"),
+        "model.depth (2 there, 3 here)",
+        "seed (0 there, 1 here)",
+    )
     one_error(command("train", *flags, "--config.steps=20"), "steps=20", "at step 24")
     status, out, err = command("train", *flags, "--config.log_every=5")
     assert status == 0 and "changed since the checkpoint: log_every 1 -> 5" in out, err
@@ -113,8 +117,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
     flags = [*TINY, "--config.steps=12", "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
     assert command("train", *flags, "--config.steps=4")[0] == 0
     good = final_state(tmp_path)
-    one_error(command("train", *flags, "--config.optimizer.learning_rate=1e30"), "the loss is", "last good checkpoint is step 4",
-              "optimizer.learning_rate")
+    one_error(
+        command("train", *flags, "--config.optimizer.learning_rate=1e30"),
+        "the loss is",
+        "last good checkpoint is step 4",
+        "optimizer.learning_rate",
+    )
     step, arrays = final_state(tmp_path)
     assert step == 4 and all(a.tobytes() == b.tobytes() for a, b in zip(arrays, good[1]))
     # Finite loss and gradient, but an update that is not: it must not be saved either.
@@ -125,6 +133,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path):
 
 def test_damaged_metrics_are_read_up_to_the_damage(tmp_path):
     from dit_jax.training.metrics import read_records
+
     path = tmp_path / "metrics.jsonl"
     for tail in (b'{"step": 2, "lo', b"3\n", b"\xff\xfe\n", b""):
         path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + tail)
@@ -132,49 +141,73 @@ def test_damaged_metrics_are_read_up_to_the_damage(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text, words", [
-    ("def get_config(:", "SyntaxError"), ("x = 1", "get_config"), ("def get_config():\n    raise RuntimeError('boom')", "boom"),
-    ("def get_config():\n    return {}", "ConfigDict")], ids=["syntax", "empty", "raises", "dict"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config():\n    raise RuntimeError('boom')", "boom"),
+        ("def get_config():\n    return {}", "ConfigDict"),
+    ],
+    ids=["syntax", "empty", "raises", "dict"],
+)
 def test_broken_config_files_get_one_line(command, tmp_path, text, words):
     (tmp_path / "c.py").write_text(text)
     one_error(command("train", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w"), words, "c.py")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--config.model.name=DiT-M/2"], ["model.name", "DiT-M/2", "DiT-XL/2"]),
-    (["--workdir="], ["--workdir is empty"]),
-], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config.model.name=DiT-M/2"], ["model.name", "DiT-M/2", "DiT-XL/2"]),
+        (["--workdir="], ["--workdir is empty"]),
+    ],
+    ids=lambda v: v[0] if v and v[0].startswith("--") else "",
+)
 def test_unknown_model_and_empty_workdir(command, tmp_path, flags, words):
     one_error(command("train", *TINY, f"--workdir={tmp_path}", *flags), *words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, words", [
-    (["--config.model.dept=3"], ["unknown config field 'model.dept'", "model.depth"]),
-    (["--config.sample.every=5", "--config.sample.steps=0"], ["config.sample: steps='0'"]),
-    (["--noconfig.foo"], ["unknown config field 'foo'"]),
-    (["--config.model.num_classes=9"], ["model.num_classes=9"]),
-    (["--config.data.source=imagenet"], ["data.source='imagenet'"]),
-    (["--config.mesh.tensor=3"], ["mesh", "1 device"]),
-    (["--config.steps=many"], ["--config.steps=many"]),
-    (["--workdir=README.md/x"], ["--workdir=README.md/x: cannot be written"]),
-    (["--workdir=/proc/x"], ["--workdir=/proc/x: cannot be written"]),
-    (["--config=configs/none.py"], ["configs/none.py: no such file"]),
-    (["--work=x"], ["work"]),
-    (["extra"], ["'extra'", "--flag=value"]),
-], ids=lambda v: v[0] if v and v[0].startswith("--") else "")
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config.model.dept=3"], ["unknown config field 'model.dept'", "model.depth"]),
+        (["--config.sample.every=5", "--config.sample.steps=0"], ["config.sample: steps='0'"]),
+        (["--noconfig.foo"], ["unknown config field 'foo'"]),
+        (["--config.model.num_classes=9"], ["model.num_classes=9"]),
+        (["--config.data.source=imagenet"], ["data.source='imagenet'"]),
+        (["--config.mesh.tensor=3"], ["mesh", "1 device"]),
+        (["--config.steps=many"], ["--config.steps=many"]),
+        (["--workdir=README.md/x"], ["--workdir=README.md/x: cannot be written"]),
+        (["--workdir=/proc/x"], ["--workdir=/proc/x: cannot be written"]),
+        (["--config=configs/none.py"], ["configs/none.py: no such file"]),
+        (["--work=x"], ["work"]),
+        (["extra"], ["'extra'", "--flag=value"]),
+    ],
+    ids=lambda v: v[0] if v and v[0].startswith("--") else "",
+)
 def test_bad_input_gets_one_line(command, tmp_path, flags, words):
     one_error(command("train", *TINY, f"--workdir={tmp_path}", *flags), *words)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"steps": 0}, "steps=0: must be at least 1"), ({"steps": -5}, "steps=-5"), ({"seed": 2**32}, "seed=4294967296"),
-    ({"optimizer.learning_rate": np.inf}, "optimizer.learning_rate=inf"),
-    ({"model.patch_size": 3}, "model.patch_size=3 does not divide model.input_size=8"),
-    ({"model.num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=32"),
-    ({"model.block": "mamba"}, "model.block='mamba': must be one of adaln_zero"),
-    ({"diffusion.label_dropout": 0.0, "sample.every": 5}, "guidance needs a null class, which diffusion.label_dropout=0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"steps": -5}, "steps=-5"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"optimizer.learning_rate": np.inf}, "optimizer.learning_rate=inf"),
+        ({"model.patch_size": 3}, "model.patch_size=3 does not divide model.input_size=8"),
+        ({"model.num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=32"),
+        ({"model.block": "mamba"}, "model.block='mamba': must be one of adaln_zero"),
+        (
+            {"diffusion.label_dropout": 0.0, "sample.every": 5},
+            "guidance needs a null class, which diffusion.label_dropout=0",
+        ),
+    ],
+    ids=str,
+)
 def test_bad_config_is_refused_naming_the_field(changes, words):
     with pytest.raises(configs.UserError, match=re.escape(words)):
         tiny(**changes)
@@ -197,10 +230,17 @@ def run_steps(devices, steps=20, **mesh):
     return np.array(out), kernel.sharding.spec, kernel.addressable_shards[0].data.size / kernel.size
 
 
-@pytest.mark.parametrize("meshes", [
-    pytest.param([(4, dict(data=1, fsdp=2, tensor=2), 1 / 4)], id="fast"),
-    pytest.param([(4, dict(data=1, fsdp=4), 1 / 4), (4, dict(data=2, fsdp=1, tensor=2), 1 / 2)], id="rest",
-                 marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        pytest.param([(4, dict(data=1, fsdp=2, tensor=2), 1 / 4)], id="fast"),
+        pytest.param(
+            [(4, dict(data=1, fsdp=4), 1 / 4), (4, dict(data=2, fsdp=1, tensor=2), 1 / 2)],
+            id="rest",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_losses_agree_on_every_mesh(meshes):
     base, _, _ = run_steps(1)
     assert base[0] > base[-1] > 0
@@ -214,8 +254,9 @@ def test_losses_agree_on_every_mesh(meshes):
 def test_a_run_goes_on_on_another_mesh(command, uninterrupted, tmp_path):
     flags = [*TINY, "--config.checkpoint.every=4", f"--workdir={tmp_path}"]
     assert command("train", *flags, "--config.steps=8")[0] == 0
-    status, out, err = command("train", *flags, "--config.steps=24", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
-                               devices=4)
+    status, out, err = command(
+        "train", *flags, "--config.steps=24", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=4
+    )
     assert status == 0 and "'fsdp': 2, 'tensor': 2" in out, err
     ours, theirs = losses(tmp_path), losses(uninterrupted)
     assert_allclose([ours[s] for s in theirs], list(theirs.values()), rtol=1e-4)
@@ -235,6 +276,7 @@ def test_every_config_of_the_folder_resolves():
             assert config["optimizer"] == dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
             assert config["batch_size"] == 256 and config["ema_decay"] == 0.9999 and config["data"]["flip"]
     from dit_jax.models.dit import MODELS
+
     assert set(MODELS) <= set(names) and names.count("DiT-XL/2") == 5
 
 
@@ -242,9 +284,18 @@ def test_every_config_of_the_folder_resolves():
 def test_one_step_of_the_papers_step_function(command, tmp_path):
     """configs/xl2.py itself, on noise for data, cut to two blocks: the whole command at the paper's width."""
     status, out, err = command(
-        "train", "--config=configs/xl2.py", "--config.model.depth=2", "--config.data.source=synthetic",
-        "--config.batch_size=4", "--config.steps=2", "--config.log_every=1", "--config.sample.steps=2",
-        "--config.sample.classes=2", "--config.sample.per_class=1", f"--workdir={tmp_path}")
+        "train",
+        "--config=configs/xl2.py",
+        "--config.model.depth=2",
+        "--config.data.source=synthetic",
+        "--config.batch_size=4",
+        "--config.steps=2",
+        "--config.log_every=1",
+        "--config.sample.steps=2",
+        "--config.sample.classes=2",
+        "--config.sample.per_class=1",
+        f"--workdir={tmp_path}",
+    )
     assert status == 0, err
     assert (tmp_path / "samples/00000002.png").exists() and (tmp_path / "loss.png").exists()
     first = losses(tmp_path)[1]

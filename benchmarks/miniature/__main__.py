@@ -9,33 +9,47 @@ checkout.
 The studies: scaling (figures 2, 7, 8), blocks (figure 5), guidance (appendix A), sampling (figure 10), training
 (figures 6, 9).
 
-Each run is an ordinary `train` command in OUT/runs, and each set of samples an ordinary `sample` command in OUT/samples.
-They run side by side on the cores of a CPU. Two judges, fitted on real training pictures, look at the samples. What they
-say is in OUT/results, one JSON file a command, and at the end in OUT/results.json. OUT/report.md and its plots are made
-of that file.
+Each run is an ordinary `train` command in OUT/runs, and each set of samples an ordinary `sample` command in
+OUT/samples. They run side by side on the cores of a CPU. Two judges, fitted on real training pictures, look at the
+samples. What they say is in OUT/results, one JSON file a command, and at the end in OUT/results.json. OUT/report.md and
+its plots are made of that file.
 
 After any end the same command goes on. Where a command fails, the others go on, and the page says so.
 """
 
-from dit_jax import cli
+from dit_jax import cli  # before all else: from here on a signal is one line
 
+# isort: split
 from absl import flags
 
 from benchmarks.miniature import STUDIES
 
 if __name__ == "__main__":
-    cli.define_path("out", None, "a folder for all of it: made, or gone on with")
+    cli.define_path("out", None, "output folder; created, or resumed if it exists")
     flags.DEFINE_list("study", ",".join(STUDIES), f"one or more of {','.join(STUDIES)}")
-    flags.DEFINE_enum("budget", "small", ["small", "full", "tiny"], "small: 2 cores of a laptop; full: an accelerator; "
-                      "tiny: to see in minutes that all works, it decides nothing")
-    flags.DEFINE_integer("steps", None, "training steps of every run, a multiple of 8; by default the budget's",
-                         lower_bound=8)
-    flags.DEFINE_integer("samples", None, "pictures in a set, a multiple of 10, of which a distance is measured; by "
-                         "default the budget's", lower_bound=10)
-    flags.DEFINE_integer("seed", 0, "the first of the seeds, of which a model has up to 3",
-                         lower_bound=0, upper_bound=2**31)
-    cli.define_path("beside", None, "a folder with the results.json of a study of another --seed: whether this one lands "
-                        "within its ranges goes on the page")
+    flags.DEFINE_enum(
+        "budget",
+        "small",
+        ["small", "full", "tiny"],
+        "small: for 2 cores of a laptop; full: for an "
+        "accelerator; tiny: shows in minutes that everything works, and decides nothing",
+    )
+    flags.DEFINE_integer(
+        "steps", None, "training steps of every run, a multiple of 8; by default the budget's", lower_bound=8
+    )
+    flags.DEFINE_integer(
+        "samples",
+        None,
+        "pictures in a set, a multiple of 10; a distance is measured for each set; by default the budget's",
+        lower_bound=10,
+    )
+    flags.DEFINE_integer("seed", 0, "the first seed; a model is trained with up to 3", lower_bound=0, upper_bound=2**31)
+    cli.define_path(
+        "beside",
+        None,
+        "a folder with the results.json of a study of another --seed; the page then says "
+        "whether this study lies within its ranges",
+    )
     flags.DEFINE_bool("dry_run", False, "print the plan and do nothing")
     cli.parse()  # above the imports that take time
 

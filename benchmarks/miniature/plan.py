@@ -20,11 +20,17 @@ SEEDS = 3  # at most, of a model
 SETS = 2  # of samples of a finished run
 # What is measured. ddim: steps of the sampler of every study but `sampling`, whose DDPM steps are few (of the large
 # model) and many (of the small one); samples: pictures in a set.
-MEASURED = {"small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32),
-                          many=(16, 32, 64, 128, 256)),
-            "full": dict(samples=1000, ddim=50, scales=(1.25, 1.5, 2.0, 3.0, 4.0), few=(16, 32, 64, 128, 256),
-                         many=(16, 32, 64, 128, 256, 1000)),
-            "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4))}
+MEASURED = {
+    "small": dict(samples=1000, ddim=32, scales=(1.25, 1.5, 2.0, 4.0), few=(16, 32), many=(16, 32, 64, 128, 256)),
+    "full": dict(
+        samples=1000,
+        ddim=50,
+        scales=(1.25, 1.5, 2.0, 3.0, 4.0),
+        few=(16, 32, 64, 128, 256),
+        many=(16, 32, 64, 128, 256, 1000),
+    ),
+    "tiny": dict(samples=40, ddim=2, scales=(2.0,), few=(2,), many=(2, 4)),
+}
 # For the estimate alone: FLOP/s of one core in these models, and seconds to start a command.
 TRAIN, SAMPLE, START = 2.7e10, 7e10, 10.0
 
@@ -36,11 +42,12 @@ class Task:
     done: the file or folder that says it is done. seconds: an estimate on one core. needs: the name of the task that
     goes before. about: what the result is of, where the command makes samples.
     """
+
     name: str
     argv: list
     done: str
     seconds: float
-    needs: str = None
+    needs: str | None = None
     about: dict = field(default_factory=dict)
 
     @property
@@ -85,13 +92,19 @@ class Plan:
 
     def with_studies(self, studies, out=None, seed=None):
         """Returns the same plan of other studies, and where these are given in another folder and of another seed."""
-        return Plan(out or self.out, self.budget, studies, self.steps, self.samples, self.seed if seed is None else seed)
+        seed = self.seed if seed is None else seed
+        return Plan(out or self.out, self.budget, studies, self.steps, self.samples, seed)
 
     @property
     def manifest(self):
         """What the results follow from."""
-        return {"budget": self.budget, "steps": self.steps, "samples": self.samples, "seed": self.seed,
-                "recipe": self.recipe}
+        return {
+            "budget": self.budget,
+            "steps": self.steps,
+            "samples": self.samples,
+            "seed": self.seed,
+            "recipe": self.recipe,
+        }
 
     def _samples_of(self, study):
         """Plans the tasks of a study, and returns the names of its samples."""
@@ -111,15 +124,24 @@ class Plan:
         if study == "blocks":
             return [self.add(*chosen, block, nth, sampler=ddim) for block in BLOCKS for nth in range(SEEDS)]
         if study == "guidance":
-            return [self.add(*chosen, nth=nth, scale=scale, sampler=ddim)
-                    for scale in (1.0, *measured["scales"]) for nth in range(SEEDS)]
+            return [
+                self.add(*chosen, nth=nth, scale=scale, sampler=ddim)
+                for scale in (1.0, *measured["scales"])
+                for nth in range(SEEDS)
+            ]
         if study == "sampling":
-            return [self.add(size, middle, nth=nth, sampler=("ddpm", n))
-                    for size, steps in ((small, measured["many"]), (large, measured["few"]))
-                    for n in steps for nth in seeds(size, middle)]
-        return [self.add(size, patch, nth=nth, step=step, sampler=ddim, sets=1 if step < last else SETS)
-                for size, patch, nth in grid for step in (last // 8, last // 4, last // 2, last)
-                if nth < 2 or step == last]
+            return [
+                self.add(size, middle, nth=nth, sampler=("ddpm", n))
+                for size, steps in ((small, measured["many"]), (large, measured["few"]))
+                for n in steps
+                for nth in seeds(size, middle)
+            ]
+        return [
+            self.add(size, patch, nth=nth, step=step, sampler=ddim, sets=1 if step < last else SETS)
+            for size, patch, nth in grid
+            for step in (last // 8, last // 4, last // 2, last)
+            if nth < 2 or step == last
+        ]
 
     def add(self, size, patch, block="adaln_zero", nth=0, *, sampler, step=None, scale=1.0, sets=SETS):
         """Returns the name of these samples of a model's nth seed. Plans their task, and the run's, where there is none
@@ -129,29 +151,77 @@ class Plan:
         run = f"{size}{patch}-{block}-{seed}"
         workdir = os.path.join(self.out, "runs", run)
         config = configs.resolve(self.get_config(model))
-        args = {k: config["model"][k] for k in ("input_size", "patch_size", "in_channels", "hidden_size", "depth",
-                                                "block", "num_heads", "num_classes")}
+        args = {
+            k: config["model"][k]
+            for k in (
+                "input_size",
+                "patch_size",
+                "in_channels",
+                "hidden_size",
+                "depth",
+                "block",
+                "num_heads",
+                "num_classes",
+            )
+        }
         if run not in self.tasks:
             flop = flops.train_flops(**args) * config["batch_size"] * self.steps
             every = self.steps // 8
             self.tasks[run] = Task(
-                run, ["dit_jax.train", f"--config={CONFIG}:{model}", f"--workdir={workdir}", f"--config.seed={seed}",
-                      f"--config.steps={self.steps}", f"--config.checkpoint.every={every}",
-                      f"--config.checkpoint.keep_every={0 if nth > 1 or block != 'adaln_zero' else every}"],
-                os.path.join(workdir, "checkpoints", str(self.steps)), START + flop / TRAIN)
+                run,
+                [
+                    "dit_jax.train",
+                    f"--config={CONFIG}:{model}",
+                    f"--workdir={workdir}",
+                    f"--config.seed={seed}",
+                    f"--config.steps={self.steps}",
+                    f"--config.checkpoint.every={every}",
+                    f"--config.checkpoint.keep_every={0 if nth > 1 or block != 'adaln_zero' else every}",
+                ],
+                os.path.join(workdir, "checkpoints", str(self.steps)),
+                START + flop / TRAIN,
+            )
         kind, n = sampler
         name, num = f"{run}-{step}-{kind}{n}-{scale:g}", sets * self.samples
         if name not in self.tasks:
             folder = os.path.join(self.out, "samples", name)
             flop = 2 * flops.macs(**args) * num * n * (1 if scale == 1 else 2)
             self.tasks[name] = Task(
-                name, ["dit_jax.sample", f"--workdir={workdir}", f"--step={step}", f"--out={folder}", f"--num={num}",
-                       "--classes=balanced", f"--cfg_scale={scale}", "--cfg_channels=0", f"--sampler={kind}",
-                       f"--steps={n}", f"--seed={seed}", "--batch_size=100"],
-                os.path.join(self.out, "results", f"{name}.json"), START + flop / SAMPLE, run,
-                {"run": run, "size": size, "patch": patch, "block": block, "seed": seed, "step": step, "sampler": kind,
-                 "sampler_steps": n, "cfg_scale": scale, "sets": sets, "gflops": flops.paper_gflops(**args),
-                 "params": num_params(**args), "batch_size": config["batch_size"], "samples": folder})
+                name,
+                [
+                    "dit_jax.sample",
+                    f"--workdir={workdir}",
+                    f"--step={step}",
+                    f"--out={folder}",
+                    f"--num={num}",
+                    "--classes=balanced",
+                    f"--cfg_scale={scale}",
+                    "--cfg_channels=0",
+                    f"--sampler={kind}",
+                    f"--steps={n}",
+                    f"--seed={seed}",
+                    "--batch_size=100",
+                ],
+                os.path.join(self.out, "results", f"{name}.json"),
+                START + flop / SAMPLE,
+                run,
+                {
+                    "run": run,
+                    "size": size,
+                    "patch": patch,
+                    "block": block,
+                    "seed": seed,
+                    "step": step,
+                    "sampler": kind,
+                    "sampler_steps": n,
+                    "cfg_scale": scale,
+                    "sets": sets,
+                    "gflops": flops.paper_gflops(**args),
+                    "params": num_params(**args),
+                    "batch_size": config["batch_size"],
+                    "samples": folder,
+                },
+            )
         return name
 
     def describe(self, slots):
@@ -159,7 +229,10 @@ class Plan:
         tasks = self.tasks.values()
         on_cpu = self.budget != "full"
         lines = [f"{task.seconds / 60:6.1f} min  " * on_cpu + f"python -m {shlex.join(task.argv)}" for task in tasks]
-        whole = (f"; about {duration(sum(t.seconds for t in tasks) / slots)}, {slots} at a time, each on a core of a "
-                 "laptop")
-        return lines + [f"{sum(not t.about for t in tasks)} runs, {sum(bool(t.about) for t in tasks)} sets of samples"
-                        + whole * on_cpu]
+        whole = (
+            f"; about {duration(sum(t.seconds for t in tasks) / slots)}, {slots} at a time, each on a core of a laptop"
+        )
+        return lines + [
+            f"{sum(not t.about for t in tasks)} runs, {sum(bool(t.about) for t in tasks)} sets of samples"
+            + whole * on_cpu
+        ]

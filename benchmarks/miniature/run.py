@@ -66,16 +66,22 @@ class Commands:
         """Starts tasks as long as there are free slots and tasks whose needs are met."""
         tasks = self.plan.tasks
         begun = {*self.running, *self.finished, *self.failed}
-        ready = [t for t in tasks.values() if not t.is_done and t.name not in begun
-                 and (t.needs is None or tasks[t.needs].is_done and t.needs not in self.running)]
+        ready = [
+            t
+            for t in tasks.values()
+            if not t.is_done
+            and t.name not in begun
+            and (t.needs is None or tasks[t.needs].is_done and t.needs not in self.running)
+        ]
         for task in sorted(ready, key=lambda t: -t.seconds):
             if not self.free:
                 return
             slot = self.free.pop(0)
             with open(self._log(task), "a") as log:
                 argv = [sys.executable, "-c", LAUNCH, str(os.getpid()), slot, *task.argv]
-                command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                           start_new_session=True)
+                command = subprocess.Popen(
+                    argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
             self.running[task.name] = command, slot, time.perf_counter()
 
     def ended(self):
@@ -89,8 +95,9 @@ class Commands:
             if command.returncode:
                 with open(self._log(task), errors="replace") as f:
                     last = [line.strip() for line in f if line.strip()][-1:] or ["no word"]
-                self.failed[name] = (f"{name} ended with status {command.returncode}: {last[0]} (all of it: "
-                                     f"{self._log(task)})")
+                self.failed[name] = (
+                    f"{name} ended with status {command.returncode}: {last[0]} (all of it: {self._log(task)})"
+                )
                 say(self.failed[name])
                 continue
             self.finished.add(name)
@@ -101,8 +108,11 @@ class Commands:
     def left(self):
         """Returns the seconds to the end of all, by the estimates and by how long the finished tasks took."""
         pace, now = self.taken / self.estimated if self.estimated else 1.0, time.perf_counter()
-        rest = {name: task.seconds * pace for name, task in self.plan.tasks.items()
-                if not task.is_done and name not in {*self.finished, *self.failed} and task.needs not in self.failed}
+        rest = {
+            name: task.seconds * pace
+            for name, task in self.plan.tasks.items()
+            if not task.is_done and name not in {*self.finished, *self.failed} and task.needs not in self.failed
+        }
         rest |= {name: max(0, rest.get(name, 0) - (now - start)) for name, (_, _, start) in self.running.items()}
         return max([sum(rest.values()) / self.count, *(rest[name] for name in self.running)])
 
@@ -158,8 +168,10 @@ def carry_out(plan):
             if time.perf_counter() - said > 60:
                 said = time.perf_counter()
                 clocked()
-                say(f"{done} of {len(plan.tasks)} done, {duration(commands.left())} left; running: "
-                    f"{', '.join(commands.running) or 'none'}")
+                say(
+                    f"{done} of {len(plan.tasks)} done, {duration(commands.left())} left; running: "
+                    f"{', '.join(commands.running) or 'none'}"
+                )
             commands.start()
             time.sleep(0.2)
         write(made, {"date": time.strftime("%Y-%m-%d"), "machine": machine(PACKAGES)})
@@ -173,13 +185,20 @@ def collect(plan, failed):
     plan: of all studies. failed: of carry_out.
     """
     out = plan.out
-    results = {name: {k: v for k, v in read(t.done).items() if k != "samples"}
-               for name, t in plan.tasks.items() if t.about and t.is_done}
+    done = {name: read(t.done, {}) for name, t in plan.tasks.items() if t.about and t.is_done}
+    results = {name: {k: v for k, v in result.items() if k != "samples"} for name, result in done.items()}
     if not results:
         raise UserError(next(iter(failed.values())))
-    study = plan.manifest | read(os.path.join(out, "made.json")) | {
-        "seconds": read(os.path.join(out, "seconds.json")), "real": read(os.path.join(out, "results", "real.json")),
-        "failed": failed, "results": results}
+    study = (
+        plan.manifest
+        | read(os.path.join(out, "made.json"))
+        | {
+            "seconds": read(os.path.join(out, "seconds.json")),
+            "real": read(os.path.join(out, "results", "real.json")),
+            "failed": failed,
+            "results": results,
+        }
+    )
     write(os.path.join(out, "results.json"), study)
     return study
 
@@ -192,11 +211,16 @@ def earlier_study(folder, plan):
     there = read(os.path.join(folder, "results.json"))
     if not isinstance(there, dict) or "seed" not in there:
         raise UserError(f"--beside={folder}: holds no finished study: there is no results.json of one")
-    differ = [f"{key} ({there.get(key)} there, {value} here)" for key, value in plan.manifest.items()
-              if key != "seed" and there.get(key) != value]
+    differ = [
+        f"{key} ({there.get(key)} there, {value} here)"
+        for key, value in plan.manifest.items()
+        if key != "seed" and there.get(key) != value
+    ]
     if differ:
         raise UserError(f"--beside={folder}: cannot be compared: {', '.join(differ)}")
     if abs(there["seed"] - plan.seed) < SEEDS:
-        raise UserError(f"--beside={folder}: has seed {there['seed']} and the {SEEDS - 1} after it, and some runs of "
-                        f"--seed={plan.seed} would be the same: give a --seed that is at least {SEEDS} away")
+        raise UserError(
+            f"--beside={folder}: has seed {there['seed']} and the {SEEDS - 1} after it, and some runs of "
+            f"--seed={plan.seed} would be the same: give a --seed that is at least {SEEDS} away"
+        )
     return plan.with_studies(STUDIES, folder, there["seed"]), there

@@ -1,13 +1,15 @@
-"""A judge that knows pictures by their strokes."""
+"""A judge in whose features nothing is learned of the classes."""
 
 import numpy as np
 
 
 class Strokes:
-    """A judge of another kind, in whose features nothing is learned of the classes: gradients by orientation, summed
-    over 4 x 4 cells, and of these the principal components; it recognises by the nearest neighbours among them.
+    """Knows pictures by the orientation of their gradients.
 
-    Fitted on images (N, H, W, C) in [-1, 1], H and W multiples of 4, and labels (N,)."""
+    Its features are sums of the gradients over 4 x 4 cells, by orientation, of which it keeps the principal components.
+    It recognises a class by the nearest neighbours among these. It is fitted on images (N, H, W, C) in [-1, 1], H and W
+    multiples of 4, and labels (N,).
+    """
 
     ORIENTATIONS, COMPONENTS = 8, 32
 
@@ -20,7 +22,7 @@ class Strokes:
         self.neighbours = KNeighborsClassifier(5).fit(self.components.transform(gradients), labels)
 
     def _gradients(self, images):
-        """(N, 4 * 4 * ORIENTATIONS): each pixel's gradient is shared by the two orientations next to its own."""
+        """Returns (N, 4 * 4 * ORIENTATIONS). Each pixel's gradient is shared by the two orientations nearest to it."""
         dy, dx = np.gradient(images.mean(-1), axis=(1, 2))
         size, place = np.hypot(dy, dx), np.arctan2(dy, dx) % np.pi * (self.ORIENTATIONS / np.pi)
         n, h, w = size.shape
@@ -32,10 +34,9 @@ class Strokes:
         return np.stack(sums, -1).reshape(n, -1)
 
     def recognise(self, images):
+        """Returns the classes (N,)."""
         return self.neighbours.predict(self.features(images))
 
     def features(self, images):
-        """(N, COMPONENTS)"""
+        """Returns the features (N, COMPONENTS)."""
         return self.components.transform(self._gradients(images))
-
-

@@ -22,8 +22,9 @@
 made of all the parts that are there. So a part can be timed again alone, and --what= only makes the page anew.
 """
 
-from dit_jax import cli
+from dit_jax import cli  # before all else: from here on a signal is one line
 
+# isort: split
 from absl import flags
 
 from benchmarks.speed import WHAT
@@ -33,21 +34,25 @@ if __name__ == "__main__":
     flags.declare_key_flag("config")
     flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
     flags.DEFINE_enum("against", None, ["diffusers"], "what is timed beside it: PyTorch on diffusers' DiT")
-    flags.DEFINE_bool("report", False, "time the set of which benchmarks.md is made, beside diffusers")
+    flags.DEFINE_bool("report", False, "time the set that benchmarks.md is made of, beside diffusers")
     cli.define_path("out", None, "a folder for the report and its parts")
-    flags.DEFINE_integer("rounds", 5, "timings of each; 3 or 1 at most of what takes long and has no target",
-                         lower_bound=1)
-    flags.DEFINE_float("seconds", 1.0, "how long a timing is at least: so many calls", lower_bound=0)
+    flags.DEFINE_integer(
+        "rounds", 5, "timings of each thing; at most 3 or 1 of what takes long and has no target", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "seconds", 1.0, "the least duration of a timing; it decides how many calls one has", lower_bound=0
+    )
     flags.DEFINE_integer("images", 4, "how many images are denoised at once", lower_bound=1)
     cli.define_path("vae", None, "for decode: a VAE's file or folder; by default noise of the published shape")
-    cli.define_path("cache", None, "for data: a latent cache; by default one of noise is made, 256 px")
+    cli.define_path("cache", None, "for data: a latent cache; by default one of noise, as of 256 px")
     cli.define_path("pictures", None, "for data: a folder of class folders; by default crops of photographs")
     flags.DEFINE_integer("num_latents", 8192, "for data: how many latents are made", lower_bound=512)
-    cli.define_path("scratch", None, "for data and start: a folder for what is made; by default the system's temporary "
-                        "one")
-    flags.DEFINE_integer("samples", 50_000, "for evaluation: features of samples", lower_bound=4)
-    flags.DEFINE_integer("references", 10_000, "for evaluation: features of the reference", lower_bound=4)
-    flags.DEFINE_integer("width", 2048, "for evaluation: of the features", lower_bound=1)
+    cli.define_path(
+        "scratch", None, "for data and start: a folder for what is made; by default the system's temporary folder"
+    )
+    flags.DEFINE_integer("samples", 50_000, "for evaluation: number of samples' features", lower_bound=4)
+    flags.DEFINE_integer("references", 10_000, "for evaluation: number of the reference's features", lower_bound=4)
+    flags.DEFINE_integer("width", 2048, "for evaluation: length of a feature", lower_bound=1)
     cli.parse()  # above the imports that take time
 
 import importlib.util
@@ -88,8 +93,17 @@ def main():
     process.cpu_only()
     what = asked_for()
     settings = parts.Settings(
-        pytorch=bool(f.against or f.report), rounds=f.rounds, images=f.images, vae=f.vae or "", cache=f.cache,
-        pictures=f.pictures, num_latents=f.num_latents, samples=f.samples, references=f.references, width=f.width)
+        pytorch=bool(f.against or f.report),
+        rounds=f.rounds,
+        images=f.images,
+        vae=f.vae or "",
+        cache=f.cache,
+        pictures=f.pictures,
+        num_latents=f.num_latents,
+        samples=f.samples,
+        references=f.references,
+        width=f.width,
+    )
     with ExitStack() as held:
         report = None
         if f.out is not None:
@@ -98,8 +112,9 @@ def main():
             held.enter_context(files.hold(f.out, "out"))
             report = run.Report(f.out)
         scratch = held.enter_context(tempfile.TemporaryDirectory(dir=f.scratch))
-        todo = parts.of_report(what, settings, scratch) if f.report else \
-            parts.of_config(what, f.config, settings, scratch)
+        todo = (
+            parts.of_report(what, settings, scratch) if f.report else parts.of_config(what, f.config, settings, scratch)
+        )
         run.carry_out(todo, f.seconds, report)
 
 

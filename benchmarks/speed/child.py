@@ -40,6 +40,7 @@ class Timed:
     what is measured here. info: plain values. rate(): FLOP/s of a large matrix product, or None where that says
     nothing. memory(): the peak so far, in bytes. profile(): what profile.profile returns of one call, or None.
     """
+
     call: Callable
     info: dict = field(default_factory=dict)
     rate: Callable = lambda: None
@@ -89,8 +90,16 @@ class Child:
         # The module is found in this checkout, whatever folder the user is in.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, env.get("PYTHONPATH")]))
         # In a group of its own Ctrl-C does not reach it: the parent ends it.
-        self.process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=env, process_group=0)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            process_group=0,
+        )
+        assert self.process.stdin and self.process.stdout
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
         try:
             self.info = self._exchange(spec)
         except BaseException:
@@ -103,14 +112,16 @@ class Child:
 
     def _exchange(self, message):
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            self._stdin.write(json.dumps(message) + "\n")
+            self._stdin.flush()
+            line = self._stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ChildError(f"{self.module} ended with status {self.process.wait()}"
-                             + (", as where memory runs out" if self.process.returncode == -signal.SIGKILL else ""))
+            raise ChildError(
+                f"{self.module} ended with status {self.process.wait()}"
+                + (", as where memory runs out" if self.process.returncode == -signal.SIGKILL else "")
+            )
         answer = json.loads(line)
         if answer and "error" in answer:
             raise ChildError(answer["error"])

@@ -36,10 +36,21 @@ def make_cache(path, count, shard_size=1024):
         writer = latents.ShardWriter(path, latents.shard_name(i, shards), "float16")
         writer.add(rng.standard_normal((n, 2, *SHAPE[:2], 2 * SHAPE[2]), np.float32), rng.integers(1000, size=n))
         entries.append(writer.close())
-    latents.write_manifest(path, {
-        "format": latents.FORMAT, "shards": entries, "count": count, "num_classes": 1000, "class_names": None,
-        "size": SIZE, "shape": SHAPE, "dtype": "float16", "vae": {"name": "noise", "encoder": "", "scale": 0.18215},
-        "skipped": []})
+    latents.write_manifest(
+        path,
+        {
+            "format": latents.FORMAT,
+            "shards": entries,
+            "count": count,
+            "num_classes": 1000,
+            "class_names": None,
+            "size": SIZE,
+            "shape": SHAPE,
+            "dtype": "float16",
+            "vae": {"name": "noise", "encoder": "", "scale": 0.18215},
+            "skipped": [],
+        },
+    )
 
 
 def make_pictures(path, count):
@@ -50,8 +61,8 @@ def make_pictures(path, count):
         scale = rng.uniform(0.6, 1)
         height, width = min((PICTURE[0], PICTURE[1]), original.size[::-1])
         width, height = int(width * scale), int(height * scale)
-        left, top = rng.integers(original.width - width + 1), rng.integers(original.height - height + 1)
-        crop = original.crop((left, top, left + width, top + height)).resize(PICTURE[::-1])
+        left, top = int(rng.integers(original.width - width + 1)), int(rng.integers(original.height - height + 1))
+        crop = original.crop((left, top, left + width, top + height)).resize((PICTURE[1], PICTURE[0]))
         write_aside(os.path.join(path, str(i % 2), f"{i}.jpg"), encoded(crop, "jpeg", quality=90))
 
 
@@ -59,8 +70,15 @@ def jax_loader(source, rows):
     """Returns the seconds an example that it takes to have `rows` examples on the devices: order, reading, placing."""
     mesh = sharding.make_mesh()
     steps = max(1, rows // BATCH)
-    batches = pipeline.Batches(source, first_step=0, last_step=steps, seed=int(time.time()), flip=True,
-                               batch_size=BATCH, sharding=sharding.batch_sharding(mesh))
+    batches = pipeline.Batches(
+        source,
+        first_step=0,
+        last_step=steps,
+        seed=int(time.time()),
+        flip=True,
+        batch_size=BATCH,
+        sharding=sharding.batch_sharding(mesh),
+    )
     start = time.perf_counter()
     for _ in range(steps):
         jax.block_until_ready(batches.get())
@@ -90,6 +108,7 @@ class Npy:
 
     def __getitem__(self, i):
         import torch
+
         return [torch.from_numpy(np.load(os.path.join(self.path, kind, f"{i}.npy"))) for kind in ("features", "labels")]
 
 
@@ -117,8 +136,14 @@ def torch_loader(dataset, rows, workers):
     """
     from torch.utils.data import DataLoader, RandomSampler
 
-    loader = DataLoader(dataset, batch_size=BATCH, sampler=RandomSampler(dataset, num_samples=rows),
-                        num_workers=workers, drop_last=True, persistent_workers=bool(workers))
+    loader = DataLoader(
+        dataset,
+        batch_size=BATCH,
+        sampler=RandomSampler(dataset, num_samples=rows),
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=bool(workers),
+    )
     for _ in loader if workers else ():
         pass
     start = time.perf_counter()

@@ -37,7 +37,7 @@ def usual_precision_recall(samples, reference):
     precise, recalled = 0, np.zeros(len(reference), bool)
     for distances in pairwise_distances_chunked(samples, reference):
         precise += (distances <= of_reference).any(1).sum()
-        recalled |= (distances <= of_samples[start: start + len(distances), None]).any(0)
+        recalled |= (distances <= of_samples[start : start + len(distances), None]).any(0)
         start += len(distances)
     return float(precise / len(samples)), float(recalled.mean())
 
@@ -50,11 +50,11 @@ def make(spec):
     rng = np.random.default_rng(0)
     samples, reference = (rng.standard_normal(shape, np.float32) for shape in spec["shapes"])
     if spec["metric"] == "FID":
-        function, known = usual_fid if spec["usual"] else fid, frechet.statistics(reference)
-        reference = None
-    else:
-        function, known = usual_precision_recall if spec["usual"] else precision_recall, [reference]
-    return Timed(lambda: {"value": function(samples, *known)}, {"images": len(samples)})
+        function, (mu, sigma) = usual_fid if spec["usual"] else fid, frechet.statistics(reference)
+        del reference
+        return Timed(lambda: {"value": function(samples, mu, sigma)}, {"images": len(samples)})
+    metric = usual_precision_recall if spec["usual"] else precision_recall
+    return Timed(lambda: {"value": metric(samples, reference)}, {"images": len(samples)})
 
 
 if __name__ == "__main__":

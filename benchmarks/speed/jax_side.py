@@ -16,7 +16,7 @@ from dit_jax.models import dit, flops
 from dit_jax.parallel import chips, layout, sharding
 from dit_jax.runtime import process
 from dit_jax.runtime.errors import UserError
-from dit_jax.sampling.generator import Generator, guided
+from dit_jax.sampling.generator import Generator, Settings, guided
 from dit_jax.training.setup import make_programs
 from dit_jax.vae import files as vae_files, network
 from dit_jax.vae.autoencoder import DECODING, Autoencoder, batch_size
@@ -35,13 +35,25 @@ def timed(call, compiled_in, dtype, flop, images, program=None, devices=None):
     is to be profiled, which works on a CPU.
     """
     dtype = jnp.dtype(dtype)
-    devices = jax.devices() if devices is None else devices
-    info = {"compile": compiled_in, "flop": flop, "images": images, "dtype": dtype.name, "devices": len(devices),
-            "device": devices[0].device_kind, "platform": devices[0].platform,
-            "data_sheet": chips.data_sheet() * len(devices) if chips.data_sheet() and dtype == jnp.bfloat16 else None}
-    profiled = program is not None and devices[0].platform == "cpu"
-    return Timed(call, info, rate=lambda: chips.measured_flops(dtype) * len(devices), memory=device_memory,
-                 profile=lambda: profile.profile(program.as_text(), call) if profiled else None)
+    devices, rate = jax.devices() if devices is None else devices, chips.data_sheet_flops()
+    info = {
+        "compile": compiled_in,
+        "flop": flop,
+        "images": images,
+        "dtype": dtype.name,
+        "devices": len(devices),
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "data_sheet": rate * len(devices) if rate and dtype == jnp.bfloat16 else None,
+    }
+
+    def profiled():
+        if program is not None and devices[0].platform == "cpu":
+            return profile.profile(program.as_text(), call)
+
+    return Timed(
+        call, info, rate=lambda: chips.measured_flops(dtype) * len(devices), memory=device_memory, profile=profiled
+    )
 
 
 def compiled(function, *shapes):
@@ -56,8 +68,10 @@ def _setting(config, what="batch_size"):
     config = layout.resolve_auto(config, jax.devices())
     mesh = sharding.make_mesh(**config["mesh"])
     if config["batch_size"] % sharding.batch_shards(mesh):
-        raise UserError(f"{what}={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
-                        "does not divide it")
+        raise UserError(
+            f"{what}={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, which "
+            "does not divide it"
+        )
     return config, mesh
 
 
@@ -68,9 +82,13 @@ def train_step(config):
     args, n = configs.dit_args(config), config["batch_size"]
     rng = np.random.default_rng(0)
     shape = (n, args["input_size"], args["input_size"], args["in_channels"])
-    batch = jax.device_put({"x": rng.standard_normal(shape, np.float32),
-                            "y": rng.integers(max(args["num_classes"], 1), size=n, dtype=np.int32)},
-                           sharding.batch_sharding(mesh))
+    batch = jax.device_put(
+        {
+            "x": rng.standard_normal(shape, np.float32),
+            "y": rng.integers(max(args["num_classes"], 1), size=n, dtype=np.int32),
+        },
+        sharding.batch_sharding(mesh),
+    )
     program, seconds = compiled(step, target, batch)
     state = init(jax.random.key(config["seed"]))
 
@@ -89,9 +107,13 @@ def _sampling(config, images):
     shapes = dit.abstract(**args)[1]
     shardings = sharding.state_shardings(shapes, mesh)
     # Any numbers, made in their place: random ones would take memory beside the weights, and peak memory is measured.
-    params = jax.tree.map(lambda a, where: jax.jit(
-        lambda: 0.02 * jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out_shardings=where)(),
-                          shapes, shardings)
+    params = jax.tree.map(
+        lambda a, where: jax.jit(
+            lambda: 0.02 * jnp.sin(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), out_shardings=where
+        )(),
+        shapes,
+        shardings,
+    )
     return config, args, mesh, params, shardings, np.arange(images, dtype=np.int32) % args["num_classes"]
 
 
@@ -106,12 +128,15 @@ def denoise(config, images, steps=1):
     schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
 
     def step(params, x, noise, labels, i):
-        model = guided(nnx.merge(graphdef, params), labels, args["num_classes"], s["cfg_scale"],
-                       s["cfg_channels"] or None)
+        model = guided(nnx.merge(graphdef, params), labels, args["num_classes"], s["cfg_scale"], s["cfg_channels"])
         return samplers.step(schedule, model, x, i, lambda _: noise, s["sampler"], s["eta"])
 
-    x, noise = (jax.device_put(a, batch) for a in np.random.default_rng(0).standard_normal(
-        (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32))
+    x, noise = (
+        jax.device_put(a, batch)
+        for a in np.random.default_rng(0).standard_normal(
+            (2, images, args["input_size"], args["input_size"], args["in_channels"]), np.float32
+        )
+    )
     labels = jax.device_put(labels, batch)
     program, seconds = compiled(jax.jit(step, out_shardings=batch), params, x, noise, labels, jnp.int32(0))
     order = [jnp.int32(len(schedule) - 1 - k) for k in range(steps)]
@@ -129,15 +154,29 @@ def sampler(config, images):
     """Times a whole sampling run by sampling.generator.Generator, step after step as `sample` runs it."""
     config, args, mesh, params, shardings, labels = _sampling(config, images)
     s = config["sample"]
-    generator = Generator(args, mesh, shardings, timesteps=config["diffusion"]["timesteps"], steps=s["steps"],
-                          sampler=s["sampler"], eta=s["eta"], cfg_scale=s["cfg_scale"], seed=config["seed"],
-                          cfg_channels=s["cfg_channels"] or None, batch_size=images, on_step=lambda step: None)
-    indices = np.arange(images, dtype=np.uint32)
+    settings = Settings(config["seed"], s["sampler"], s["steps"], s["eta"], s["cfg_scale"], s["cfg_channels"])
+    generator = Generator(
+        args,
+        mesh,
+        shardings,
+        timesteps=config["diffusion"]["timesteps"],
+        settings=settings,
+        batch_size=images,
+        on_step=lambda step: None,
+    )
+    indices = np.arange(images)
     x = jax.ShapeDtypeStruct((images, args["input_size"], args["input_size"], args["in_channels"]), jnp.float32)
-    generator.step, seconds = compiled(generator.step, params, labels, indices, x, np.int32(0))
-    generator.whole(generator.start(indices)).block_until_ready()  # compiles these two as well, before a call is timed
-    return timed(lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())}, seconds, args["dtype"],
-                 len(generator.schedule) * images * 4 * flops.macs(**args), images)
+    program, seconds = compiled(generator.step, params, generator.abstract_request(), x, np.int32(0))
+    generator.step = program  # pyright: ignore[reportAttributeAccessIssue]
+    start = generator.start(generator.request(labels, indices))
+    generator.whole(start).block_until_ready()  # compiles these two as well, before a call is timed
+    return timed(
+        lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())},
+        seconds,
+        args["dtype"],
+        len(generator.schedule) * images * 4 * flops.macs(**args),
+        images,
+    )
 
 
 def decode(side, path):
@@ -151,8 +190,12 @@ def decode(side, path):
         vae = vae_files.load(path)
     else:
         rng = np.random.default_rng(0)
-        vae = Autoencoder(network.PUBLISHED, jax.tree.map(
-            lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), network.abstract(**network.PUBLISHED)[1]))
+        vae = Autoencoder(
+            network.PUBLISHED,
+            jax.tree.map(
+                lambda a: rng.normal(0, 0.02, a.shape).astype(np.float32), network.abstract(**network.PUBLISHED)[1]
+            ),
+        )
     params = jax.device_put(vae.only(DECODING), sharding.replicated(mesh))
     images = batch_size(side * vae.factor)
     latents = np.random.default_rng(0).standard_normal((images, side, side, vae.latent_channels), np.float32)

@@ -16,12 +16,23 @@ from dit_jax.vae import files as vae_files, network
 from dit_jax.vae.autoencoder import SCALE, batch_size
 
 # What --report times: (what, model, images a call). The three training steps and the two denoising steps have targets.
-REPORT = [("train", "DiT-S/2", 8), ("train", "DiT-B/4", 8), ("train", "DiT-S/8", 32), ("denoise", "DiT-S/2", 4),
-          ("denoise", "DiT-XL/2", 1), ("sample", "DiT-S/2", 1), ("decode", "DiT-S/2", 4), ("start", "DiT-XL/2", 1),
-          ("data", "DiT-S/2", 8), ("evaluation", "DiT-S/2", 8), ("scaling", "DiT-S/2", 4)]
+REPORT = [
+    ("train", "DiT-S/2", 8),
+    ("train", "DiT-B/4", 8),
+    ("train", "DiT-S/8", 32),
+    ("denoise", "DiT-S/2", 4),
+    ("denoise", "DiT-XL/2", 1),
+    ("sample", "DiT-S/2", 1),
+    ("decode", "DiT-S/2", 4),
+    ("start", "DiT-XL/2", 1),
+    ("data", "DiT-S/2", 8),
+    ("evaluation", "DiT-S/2", 8),
+    ("scaling", "DiT-S/2", 4),
+]
 # The modules that run in processes of their own.
-JAX, PYTORCH, START, DATA, EVALUATION = (f"benchmarks.speed.{module}" for module in (
-    "jax_side", "pytorch_side", "start", "data", "evaluation"))
+JAX, PYTORCH, START, DATA, EVALUATION = (
+    f"benchmarks.speed.{module}" for module in ("jax_side", "pytorch_side", "start", "data", "evaluation")
+)
 
 
 @dataclass
@@ -31,6 +42,7 @@ class Part:
     sides: {label: (module of the child, its spec)}, dit_jax first. warm: whether each side makes a call or two before
     the rounds. about: further fields of the record.
     """
+
     name: str
     what: str
     model: str
@@ -48,6 +60,7 @@ class Settings:
     or empty. cache, pictures: what is read, or None. num_latents: how many are made where `cache` is None. samples,
     references, width: of the features.
     """
+
     pytorch: bool = False
     rounds: int = 5
     images: int = 4
@@ -120,24 +133,36 @@ def label(config):
     if not name:
         return f"DiT {model['depth']}x{model['hidden_size']}/{model['patch_size']}"
     published = configs.resolve(configs.paper(name))
-    changed = [f"{field.removeprefix('model.')}={value}" for field, _, value in configs.differences(published, config)
-               if field.startswith("model.") and (field, value) != ("model.dtype", "float32")]  # the targets' dtype
+    changed = [
+        f"{field.removeprefix('model.')}={value}"
+        for field, _, value in configs.differences(published, config)
+        if field.startswith("model.") and (field, value) != ("model.dtype", "float32")
+    ]  # the targets' dtype
     return f"{name} ({', '.join(changed)})" if changed else name
 
 
 def train_parts(config, settings):
     """The training step of a resolved config."""
     model, spec = label(config), {"what": "train", "config": config}
-    return [Part(f"train {model}, batch {config['batch_size']}", "train", model, {
-        page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)}, settings.rounds)]
+    return [
+        Part(
+            f"train {model}, batch {config['batch_size']}",
+            "train",
+            model,
+            {page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)},
+            settings.rounds,
+        )
+    ]
 
 
 def denoising_parts(what, config, images, settings):
     """One denoising step ("denoise") or a whole sampling run ("sample") of a resolved config. images: at once."""
     model, sample = label(config), config["sample"]
     if sample["cfg_scale"] == 1 or not config["model"]["num_classes"]:
-        raise UserError(f"sample.cfg_scale={sample['cfg_scale']}, model.num_classes={config['model']['num_classes']}: "
-                        f"--what={what} times guided steps, which need classes and a scale that is not 1")
+        raise UserError(
+            f"sample.cfg_scale={sample['cfg_scale']}, model.num_classes={config['model']['num_classes']}: "
+            f"--what={what} times guided steps, which need classes and a scale that is not 1"
+        )
     try:
         steps = len(respace(linear_schedule(config["diffusion"]["timesteps"]), sample["steps"]))
     except UserError as e:
@@ -145,8 +170,15 @@ def denoising_parts(what, config, images, settings):
     spec = {"what": "denoise", "config": config, "images": images}
     if what == "denoise":  # a step of DDPM on both sides
         spec["config"] = config | {"sample": sample | {"sampler": "ddpm"}}
-        return [Part(f"denoise {model}, {images} guided", what, model, {
-            page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)}, settings.rounds)]
+        return [
+            Part(
+                f"denoise {model}, {images} guided",
+                what,
+                model,
+                {page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)},
+                settings.rounds,
+            )
+        ]
     sides = {page.JAX_SIDE: (JAX, {**spec, "what": "sampler"}), page.BARE: (JAX, {**spec, "steps": steps})}
     return [Part(f"sample {model}, {images} guided, {steps} steps", what, model, sides, settings.rounds, warm=False)]
 
@@ -158,18 +190,28 @@ def scaling_parts(config, settings):
     grid, depth = config["model"]["input_size"] // patch, config["model"]["depth"]
     base, parts = {"batch": n, "tokens": grid**2, "depth": depth}, {}
     # First what all three lines of the plot share.
-    for key, value, factors in (("batch", n, (1,)), ("batch", n, (0.25, 0.5, 2)), ("tokens", grid, (0.5, 0.75, 1.5)),
-                                ("depth", depth, (0.25, 0.5, 2))):
+    for key, value, factors in (
+        ("batch", n, (1,)),
+        ("batch", n, (0.25, 0.5, 2)),
+        ("tokens", grid, (0.5, 0.75, 1.5)),
+        ("depth", depth, (0.25, 0.5, 2)),
+    ):
         for v in sorted({max(1, round(value * factor)) for factor in factors}):
             at = base | {key: v**2 if key == "tokens" else v}
             side = patch * (v if key == "tokens" else grid)
-            changed = config | {"batch_size": at["batch"],
-                                "model": config["model"] | {"depth": at["depth"], "input_size": side}}
+            changed = config | {
+                "batch_size": at["batch"],
+                "model": config["model"] | {"depth": at["depth"], "input_size": side},
+            }
             spec = {"what": "train", "config": changed}
             parts[tuple(at.values())] = Part(
-                f"scaling {model}, batch {at['batch']}, {at['tokens']} tokens, {at['depth']} blocks", "scaling", model,
-                {page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)}, min(settings.rounds, 3),
-                about={"at": at, "base": base})
+                f"scaling {model}, batch {at['batch']}, {at['tokens']} tokens, {at['depth']} blocks",
+                "scaling",
+                model,
+                {page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)},
+                min(settings.rounds, 3),
+                about={"at": at, "base": base},
+            )
     return list(parts.values())
 
 
@@ -183,9 +225,15 @@ def decode_parts(config, settings):
     images, which = batch_size(size), f" by {os.path.basename(os.path.normpath(path))}" if path else ""
     args = {key: args[key] for key in ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}
     spec = {"what": "decode", "images": images, "side": side, "args": args, "scale": scale}
-    return [Part(f"decode {images} of {size} px{which}", "decode", "VAE", {
-        page.JAX_SIDE: (JAX, {"what": "decode", "side": side, "path": path}), **_beside(config, spec, settings)},
-        settings.rounds)]
+    return [
+        Part(
+            f"decode {images} of {size} px{which}",
+            "decode",
+            "VAE",
+            {page.JAX_SIDE: (JAX, {"what": "decode", "side": side, "path": path}), **_beside(config, spec, settings)},
+            settings.rounds,
+        )
+    ]
 
 
 def start_parts(config, settings, scratch):
@@ -194,11 +242,21 @@ def start_parts(config, settings, scratch):
     sides = {page.JAX_SIDE: "fresh", page.AGAIN: "again"} | dict.fromkeys(_beside(config, spec, settings), "pytorch")
     model = label(config)
     if config["model"]["block"] != "adaln_zero" or not config["model"]["num_classes"]:
-        raise UserError(f"model.block={config['model']['block']}, model.num_classes={config['model']['num_classes']}: "
-                        "--what=start takes guided steps of a file of the published format, which knows adaln_zero and "
-                        "classes")
-    return [Part(f"start {model}", "start", model,
-                 {name: (START, {**spec, "side": side}) for name, side in sides.items()}, settings.rounds, warm=False)]
+        raise UserError(
+            f"model.block={config['model']['block']}, model.num_classes={config['model']['num_classes']}: "
+            "--what=start takes guided steps of a file of the published format, which knows adaln_zero and "
+            "classes"
+        )
+    return [
+        Part(
+            f"start {model}",
+            "start",
+            model,
+            {name: (START, {**spec, "side": side}) for name, side in sides.items()},
+            settings.rounds,
+            warm=False,
+        )
+    ]
 
 
 def data_parts(settings, scratch):
@@ -221,8 +279,9 @@ def data_parts(settings, scratch):
         say("PyTorch is not installed: no DataLoader to set beside (pip install -e '.[torch]')")
     parts = []
     for kind, path, other, rows in (
-            ("latents", cache, npy, 8 * settings.num_latents),  # about as long as the others take
-            ("JPEG", folder, folder, 4 * data.BATCH)):
+        ("latents", cache, npy, 8 * settings.num_latents),  # about as long as the others take
+        ("JPEG", folder, folder, 4 * data.BATCH),
+    ):
         spec = {"kind": kind, "path": other, "rows": rows}
         sides = {page.JAX_SIDE: (DATA, {**spec, "path": path, "workers": None})}
         for workers in sorted({0, cores()}) if torch else ():
@@ -235,10 +294,20 @@ def data_parts(settings, scratch):
 def evaluation_parts(settings):
     """FID, and precision with recall, of features drawn at random."""
     s, parts = settings, []
-    for metric, usual, n, rounds in (("FID", "np.cov, scipy's sqrtm", max(s.references, s.width + 1), 3),
-                                     ("precision, recall", "scikit-learn's neighbours", s.references, 1)):
+    for metric, usual, n, rounds in (
+        ("FID", "np.cov, scipy's sqrtm", max(s.references, s.width + 1), 3),
+        ("precision, recall", "scikit-learn's neighbours", s.references, 1),
+    ):
         spec = {"metric": metric, "shapes": [(s.samples, s.width), (n, s.width)]}
         sides = {name: (EVALUATION, {**spec, "usual": name == usual}) for name in (page.JAX_SIDE, usual)}
-        parts.append(Part(f"{metric}, {s.samples:,d} samples" + ("" if metric == "FID" else f", {n:,d} references"),
-                          "evaluation", "", sides, min(s.rounds, rounds), warm=False))
+        parts.append(
+            Part(
+                f"{metric}, {s.samples:,d} samples" + ("" if metric == "FID" else f", {n:,d} references"),
+                "evaluation",
+                "",
+                sides,
+                min(s.rounds, rounds),
+                warm=False,
+            )
+        )
     return parts

@@ -13,14 +13,28 @@ from collections import Counter
 
 import jax
 
-from dit_jax.aot import hlo
+from dit_jax.aot import cost, hlo
 
 WEIGHTS, ATTENTION, CONVOLUTIONS = "products with weights", "attention's products", "convolutions"
 ELEMENTWISE, MOVING = "elementwise operations, reductions", "copies, slices"
 OPTIMIZER = "AdamW, EMA, norms of gradient and weights"
 KINDS = (WEIGHTS, ATTENTION, CONVOLUTIONS, ELEMENTWISE, MOVING, OPTIMIZER)  # the rest is between the operations
-ARITHMETIC = hlo.ELEMENTWISE | {"reduce", "reduce-window", "exponential", "exponential-minus-one", "log",
-                                "log-plus-one", "tanh", "logistic", "rsqrt", "sqrt", "power", "sine", "cosine", "erf"}
+ARITHMETIC = cost.ELEMENTWISE | {
+    "reduce",
+    "reduce-window",
+    "exponential",
+    "exponential-minus-one",
+    "log",
+    "log-plus-one",
+    "tanh",
+    "logistic",
+    "rsqrt",
+    "sqrt",
+    "power",
+    "sine",
+    "cosine",
+    "erf",
+}
 
 
 def _is_array(shape):
@@ -32,10 +46,10 @@ def instructions(text):
 
     Instructions that do not run by themselves are left out.
     """
-    program, found = hlo.Program(text, [0]), {}
+    program, found = cost.Program(text, [0]), {}
     for computation in program.computations.values():
         for i in computation.values():
-            if i.opcode in hlo.FREE:  # a loop's time is that of what is in it
+            if i.opcode in cost.FREE:  # a loop's time is that of what is in it
                 continue
             matrix, inside = program.flops(i, computation)[1], program.within(i)
             if matrix:
@@ -64,10 +78,14 @@ def profile(text, call):
             start = time.perf_counter()
             call()
             whole = time.perf_counter() - start
-        path, = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
-        events = sorted((event.start_ns, event.duration_ns, event.name)
-                        for plane in jax.profiler.ProfileData.from_file(path).planes for line in plane.lines
-                        for event in line.events if event.name in known)
+        (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
+        events = sorted(
+            (event.start_ns, event.duration_ns, event.name)
+            for plane in jax.profiler.ProfileData.from_file(path).planes
+            for line in plane.lines
+            for event in line.events
+            if event.name in known
+        )
     busy, last = 0.0, None
     for start, duration, name in events:
         if last and start > busy:

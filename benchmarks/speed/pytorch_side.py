@@ -6,6 +6,10 @@ for all blocks, as the paper has it. Labels are dropped outside. Otherwise it is
 dot product attention, fused AdamW, the EMA in one call for all arrays, inference mode while denoising.
 """
 
+# What these libraries declare does not name the attributes of a submodule, nor all that they export.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPrivateImportUsage=false
+
 import math
 import os
 import time
@@ -28,9 +32,16 @@ class Condition(torch.nn.Module):
 def network(*, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
     """Returns that package's DiT of these arguments, which are those of dit_jax's DiT."""
     return DiTTransformer2DModel(
-        num_attention_heads=num_heads, attention_head_dim=hidden_size // num_heads, in_channels=in_channels,
-        out_channels=2 * in_channels, num_layers=depth, sample_size=input_size, patch_size=patch_size,
-        num_embeds_ada_norm=num_classes, norm_eps=1e-6)
+        num_attention_heads=num_heads,
+        attention_head_dim=hidden_size // num_heads,
+        in_channels=in_channels,
+        out_channels=2 * in_channels,
+        num_layers=depth,
+        sample_size=input_size,
+        patch_size=patch_size,
+        num_embeds_ada_norm=num_classes,
+        norm_eps=1e-6,
+    )
 
 
 class DiT(torch.nn.Module):
@@ -79,8 +90,13 @@ class Diffusion:
         eps, v = out.chunk(2, dim=1)
         mean, log_variance = self.p(torch.cat([eps.detach(), v], dim=1), x_t, t)
         true_mean, true_log_variance = self.of_start[t] * x + self.of_t[t] * x_t, self.log_posterior[t]
-        kl = 0.5 * (-1 + log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
-                    + (true_mean - mean) ** 2 * torch.exp(-log_variance))
+        kl = 0.5 * (
+            -1
+            + log_variance
+            - true_log_variance
+            + torch.exp(true_log_variance - log_variance)
+            + (true_mean - mean) ** 2 * torch.exp(-log_variance)
+        )
         nll = -log_likelihood(x, mean, 0.5 * log_variance)
         vb = torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
         return ((noise - eps) ** 2).mean((1, 2, 3)) + vb
@@ -94,12 +110,13 @@ class Diffusion:
         out = model(torch.cat([x, x]), self.told[torch.cat([t, t])], y)
         conditional, unconditional = out.chunk(2)
         eps = (unconditional + scale * (conditional - unconditional))[:, : min(channels or x.shape[1], x.shape[1])]
-        mean, log_variance = self.p(torch.cat([eps, conditional[:, eps.shape[1]:]], dim=1), x, t)
+        mean, log_variance = self.p(torch.cat([eps, conditional[:, eps.shape[1] :]], dim=1), x, t)
         return mean + (torch.exp(0.5 * log_variance) * noise if i else 0)
 
 
 def log_likelihood(x, mean, log_scale):
     """Returns that of x under a Gaussian, discretised in bins of 2/255 (DDPM equation 13)."""
+
     def cdf(z):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
@@ -118,16 +135,25 @@ class Trainer:
         self.params = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=optimizer["learning_rate"], betas=(optimizer["b1"], optimizer["b2"]), eps=optimizer["eps"],
-            weight_decay=optimizer["weight_decay"], fused=True)
+            self.params,
+            lr=optimizer["learning_rate"],
+            betas=(optimizer["b1"], optimizer["b2"]),
+            eps=optimizer["eps"],
+            weight_decay=optimizer["weight_decay"],
+            fused=True,
+        )
         self.x = torch.randn(batch_size, args["in_channels"], args["input_size"], args["input_size"])
         self.y = torch.randint(args["num_classes"], (batch_size,))
         self.num_classes, self.label_dropout, self.ema_decay = args["num_classes"], label_dropout, ema_decay
 
     def step(self):
         dropped = torch.rand(len(self.y)) < self.label_dropout
-        return self.update(self.x, torch.randint(self.diffusion.steps, (len(self.x),)), torch.randn_like(self.x),
-                           torch.where(dropped, self.num_classes, self.y))
+        return self.update(
+            self.x,
+            torch.randint(self.diffusion.steps, (len(self.x),)),
+            torch.randn_like(self.x),
+            torch.where(dropped, self.num_classes, self.y),
+        )
 
     def update(self, x, t, noise, y):
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,9 +167,14 @@ class Trainer:
 
 def train_step(config):
     """Returns a call that makes a training step on one batch of noise."""
-    return Trainer(config["model"], batch_size=config["batch_size"], timesteps=config["diffusion"]["timesteps"],
-                   label_dropout=config["diffusion"]["label_dropout"], optimizer=config["optimizer"],
-                   ema_decay=config["ema_decay"]).step
+    return Trainer(
+        config["model"],
+        batch_size=config["batch_size"],
+        timesteps=config["diffusion"]["timesteps"],
+        label_dropout=config["diffusion"]["label_dropout"],
+        optimizer=config["optimizer"],
+        ema_decay=config["ema_decay"],
+    ).step
 
 
 def denoise(config, images):
@@ -164,8 +195,16 @@ def denoise(config, images):
 def decode(images, side, args, scale):
     """Returns a call that decodes latents. args: of dit_jax's VAE."""
     levels = len(args["block_out_channels"])
-    vae = AutoencoderKL(**args | {"in_channels": 3}, out_channels=3, down_block_types=["DownEncoderBlock2D"] * levels,
-                        up_block_types=["UpDecoderBlock2D"] * levels).eval().requires_grad_(False)
+    vae = (
+        AutoencoderKL(
+            **args | {"in_channels": 3},
+            out_channels=3,
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     vae.encoder = None
     latents = torch.randn(images, args["latent_channels"], side, side)
 
@@ -190,8 +229,9 @@ def first_picture(folder, steps, threads):
     diffusion, c = Diffusion(respace(linear_schedule(1000), str(steps))), net.config
     x, y = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([0, c.num_embeds_ada_norm])
     for i in reversed(range(steps)):
-        x = diffusion.guided_step(lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, i,
-                                  4.0, 3)
+        x = diffusion.guided_step(
+            lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, i, 4.0, 3
+        )
     assert x.isfinite().all()
 
 
@@ -210,8 +250,11 @@ def make(spec):
     """Returns a Timed. spec: what, "train", "denoise" or "decode"; threads; and the arguments of that function."""
     torch.set_num_threads(spec.pop("threads"))
     torch.manual_seed(0)
-    return Timed({"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")](**spec),
-                 {"dtype": "float32", "threads": torch.get_num_threads()}, rate=matrix_rate)
+    return Timed(
+        {"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")](**spec),
+        {"dtype": "float32", "threads": torch.get_num_threads()},
+        rate=matrix_rate,
+    )
 
 
 if __name__ == "__main__":

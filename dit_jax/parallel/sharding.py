@@ -1,22 +1,28 @@
-"""The mesh and the rules from a parameter's path to its PartitionSpec.
+"""The device mesh, and the rules that lay out parameters and activations on it.
 
-Axes: `data` (the batch alone), `fsdp` (the batch and the parameters), `tensor` (heads, MLP units, and tokens between
-the blocks' products). The rules say where `tensor` goes; `fsdp` then takes the first dimension that it divides, never
-the stacked blocks' axis. Moments and EMA lie as their parameters do.
+Axes of the mesh: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits attention heads,
+MLP units, and tokens between the sublayers of a block. RULES say which dimension of a parameter `tensor` splits. `fsdp`
+then splits the first dimension that it divides, but never the axis of the stacked blocks. Optimizer moments and EMA
+have the layout of their parameters.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
+from dit_jax.parallel.chips import Devices
 from dit_jax.runtime.errors import UserError
 
 BATCH = P(("data", "fsdp"))
 
-# First match wins; a path that nothing matches is an error. None: not split by `tensor`.
+# The first match wins. A path without a match is an error. None: `tensor` does not split the parameter.
 RULES = [
     (r"blocks/.*(qkv|kv|q)/kernel$", P(None, None, "tensor")),  # (L, D, 3D, 2D or D), columns head by head
     (r"blocks/.*(qkv|kv|q)/bias$", P(None, "tensor")),
@@ -32,16 +38,29 @@ RULES = [
     (r"(pos_embed|y_embedder/embedding)$", None),
     (r"(^|/)(step|count)$", None),
 ]
-# Below this many elements a parameter is cheaper to keep whole than to gather.
+# A parameter with fewer elements is cheaper to keep whole than to gather.
 FSDP_MIN_SIZE = 2**14
 
+# The mesh axes that split a dimension of an activation, by the name that the models give to the dimension.
+AXES = {
+    "batch": ("data", "fsdp"),
+    "tokens": "tensor",  # between the sublayers of a block: norms and residual sums
+    "heads": "tensor",
+    "units": "tensor",
+    "replica": "data",  # the batch, where `fsdp` splits "width"
+    "width": "fsdp",
+}
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A mesh over all devices; one size may be -1. Raises UserError where the sizes do not make the devices."""
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Devices | None = None) -> Mesh:
+    """Returns a mesh over the devices (default: all). One size may be -1: the devices that are left.
+
+    Raises UserError if the product of the sizes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
     if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise UserError(f"mesh {sizes}: sizes are positive, and one at most is -1")
+        raise UserError(f"mesh {sizes}: sizes must be positive, and one at most may be -1")
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         raise UserError(f"mesh {sizes} does not make {len(devices)} device(s)")
@@ -49,25 +68,28 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
-def path_name(path):
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf of a tree (of jax.tree_util) as a name: "blocks/attn/qkv/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def spec_of(name, shape, mesh):
-    """The PartitionSpec of the parameter (or moment, or scalar) `name`."""
-    for pattern, rule in RULES:
-        if re.search(pattern, name):
-            break
-    else:
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the PartitionSpec of a parameter, moment or scalar, by its path.
+
+    Raises UserError if no rule matches, or if `tensor` does not divide the dimension that it has to split.
+    """
+    matches = [rule for pattern, rule in RULES if re.search(pattern, name)]
+    if not matches:
         raise UserError(f"no sharding rule matches the parameter {name!r} {tuple(shape)}")
-    spec = list(rule or ()) + [None] * (len(shape) - len(rule or ()))
+    rule = matches[0] or ()
+    spec: list[Any] = [*rule, *[None] * (len(shape) - len(rule))]
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for i, axis in enumerate(spec):
         if axis == "tensor" and shape[i] % tensor:
             raise UserError(f"mesh.tensor={tensor} does not divide dimension {i} of {name} {tuple(shape)}")
     stacked = "blocks/" in name
     if fsdp > 1 and np.prod(shape[stacked:]) >= FSDP_MIN_SIZE:
-        # The first dimension that divides: what is gathered along a later one has to be transposed as well.
+        # The first dimension that it divides: after a gather along a later one the array must also be transposed.
         for i in range(stacked, len(shape)):
             if shape[i] % (fsdp * (tensor if spec[i] else 1)) == 0:
                 spec[i] = ("tensor", "fsdp") if spec[i] else "fsdp"
@@ -75,20 +97,10 @@ def spec_of(name, shape, mesh):
     return P(*spec)
 
 
-# Where the dimensions of activations lie, by the names that the models give them.
-AXES = {
-    "batch": ("data", "fsdp"),
-    "tokens": "tensor",  # between the blocks' products: norms, residuals
-    "heads": "tensor",
-    "units": "tensor",
-    "replica": "data",  # the batch, where "width" takes the fsdp axis
-    "width": "fsdp",
-}
-
-
 @dataclass(frozen=True)
 class MeshSharding:
-    """What models.blocks.NoSharding describes, over a mesh."""
+    """The models.blocks.Sharding of a mesh. Raises UserError if `tensor` does not divide the heads."""
+
     mesh: Mesh
     num_heads: int
 
@@ -96,76 +108,94 @@ class MeshSharding:
         if self.num_heads % self.mesh.shape["tensor"]:
             raise UserError(f"mesh.tensor={self.mesh.shape['tensor']} does not divide the {self.num_heads} heads")
 
-    def constrain(self, x, *axes):
-        """x laid out on the mesh, its dimensions named by AXES. A dimension that its axes do not divide stays whole."""
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """Returns x laid out on the mesh.
+
+        axes: for each dimension a key of AXES, or None. A dimension that its axes do not divide stays whole.
+        """
         if self.mesh.size == 1:
             return x
-        spec = [AXES.get(axis) for axis in axes]
+        spec: list[Any] = [AXES[axis] if axis else None for axis in axes]
         for i, (axis, size) in enumerate(zip(spec, x.shape)):
             if axis and size % np.prod([self.mesh.shape[a] for a in np.atleast_1d(axis)]):
                 spec[i] = None
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
 
-    def gather_weights(self, params, dtype):
-        """Kernels are cast, then gathered over fsdp, so that the smaller type travels; their gradients are scattered
-        as soon as they are there. adaLN's kernel stays split: its input has one row an example and travels instead."""
+    def gather_weights(self, params: Any, dtype: DTypeLike) -> Any:
+        """Returns the parameters of one block with kernels cast to dtype and gathered over `fsdp`.
+
+        The cast comes first, so that the smaller type travels. Gradients are scattered as soon as they are computed.
+        The kernel of adaLN stays split: its input has one row an example, and travels instead.
+        """
         if self.mesh.shape["fsdp"] == 1:
             return params
+
+        def constrained(leaf, spec):
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*spec)))
 
         def gather(path, leaf):
             name = path_name(path)
             if not name.endswith("kernel"):
                 return leaf
             split = spec_of(f"blocks/{name}", (1, *leaf.shape), self.mesh)[1:]
-            leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(self.mesh, P(*split)))
+            leaf = constrained(leaf.astype(dtype), split)
             if name.startswith("adaLN_modulation"):
                 return leaf
             # Without the barrier XLA gathers the slice before it drops the stacked axis of size 1, which a TPU pads.
             leaf = jax.lax.optimization_barrier(leaf)
-            whole = ["tensor" if "tensor" in np.atleast_1d(axes) else None for axes in split]
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*whole)))
+            return constrained(leaf, ["tensor" if "tensor" in np.atleast_1d(axes) else None for axes in split])
 
         return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def state_shardings(state, mesh):
-    """A tree of arrays or shapes -> the same tree of NamedShardings."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh)), state)
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Returns the NamedShardings of a tree of arrays or shapes, as a tree."""
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def abstract_arrays(shapes, mesh):
-    """A tree of arrays or shapes -> the same tree of ShapeDtypeStructs with their shardings on the mesh."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
-                        state_shardings(shapes, mesh))
+def abstract_arrays(shapes: Any, mesh: Mesh) -> Any:
+    """Returns a tree of arrays or shapes as jax.ShapeDtypeStructs with their shardings on the mesh."""
+
+    def abstract(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, shapes, state_shardings(shapes, mesh))
 
 
-def shardings_of(tree):
-    """A tree of arrays, or of ShapeDtypeStructs with shardings -> the tree of their shardings."""
-    return jax.tree.map(lambda a: a.sharding, tree)
+def shardings_of(tree: Any) -> Any:
+    """Returns the shardings of a tree of arrays, or of ShapeDtypeStructs with shardings, as a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def put(array, where):
-    """A NumPy array that every host has whole -> a jax.Array of the sharding `where`."""
-    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns a NumPy array, which every host has whole, as a jax.Array with this sharding."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
-def over_devices(function, mesh):
-    """function(params, batch) jitted such that each device of the mesh runs the same program on its share of the batch;
-    the result is whole on every device."""
+def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns function(params, batch) as a jitted function that each device runs on its share of the batch.
+
+    The program is the same on any number of devices. The result is whole on every device.
+    """
     split = P(mesh.axis_names)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), split), out_specs=split, check_vma=False)
     return jax.jit(mapped, out_shardings=replicated(mesh))
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The layout of a batch: split over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The layout of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_shards(mesh):
-    """Into how many parts the batch is split."""
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts that the batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend, and the one line in which a command reports any error."""
+"""Errors that the user can fix, and the one line in which a command reports any error."""
 
 import contextlib
 import errno
@@ -7,25 +7,31 @@ import tempfile
 import traceback
 
 ADVICE = {
-    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
-    errno.EACCES: "change the permissions", errno.EPERM: "change the permissions",
-    errno.EROFS: "name a folder that can be written", errno.ENAMETOOLONG: "name a shorter one",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)", errno.ENOENT: "put back what was removed",
-    errno.ENOTDIR: "move the file away that stands in a folder's place", errno.EISDIR: "move the folder away",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+    errno.EACCES: "change the permissions",
+    errno.EPERM: "change the permissions",
+    errno.EROFS: "name a folder that can be written",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOENT: "put back what was removed",
+    errno.ENOTDIR: "a file stands in a folder's place: move it away",
+    errno.EISDIR: "move the folder away",
 }
 
 
 class UserError(ValueError):
-    """Bad input. The text is one line that names the file, field or flag and says what to do."""
+    """Bad input. The text is one line that names the file, field or flag, and says what is wrong and what to do."""
 
 
-def first_line(error, limit=200):
-    """The first line of an exception's text that is not empty, or the exception's type."""
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Returns the first line of an exception's text that is not blank, or the name of its type, cut to `limit`."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:limit]
 
 
-def chain(error):
-    """An exception and those that caused it, the latest first."""
+def chain(error: BaseException | None) -> list[BaseException]:
+    """Returns an exception and those that caused it, the latest first."""
     errors = []
     while error is not None:
         errors.append(error)
@@ -33,15 +39,19 @@ def chain(error):
     return errors
 
 
-def os_problem(error):
-    """The line about an OSError: the path, the reason, what to do."""
+def os_problem(error: OSError) -> str:
+    """Returns the line that reports an OSError: the path, the reason, what to do."""
     path = "the output" if error.filename is None else os.fsdecode(error.filename)
-    return (f"{path}: {error.strerror or error}: {ADVICE.get(error.errno, 'look at this path')}; what is whole is kept, and "
-            "the same command goes on or starts over")
+    reason, advice = error.strerror or error, ADVICE.get(error.errno or 0, "look at this path")
+    return f"{path}: {reason}: {advice}; what is whole is kept, and the same command goes on or starts over"
 
 
-def line_of(error):
-    """The line about any exception: what is wrong and what to do. The traceback of a defect goes to a file."""
+def line_of(error: BaseException) -> str:
+    """Returns the line that reports any exception: what is wrong, and what to do.
+
+    An exception of no known kind is a defect of this package. Its traceback goes to a temporary file that the line
+    names.
+    """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -54,7 +64,10 @@ def line_of(error):
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first:
         return f"out of memory ({first or type(error).__name__}): a smaller batch or model needs less"
     where = "its traceback, for which there is no room"
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", prefix="dit_jax-", suffix=".txt", delete=False) as f:
+    with (
+        contextlib.suppress(OSError),
+        tempfile.NamedTemporaryFile("w", prefix="dit_jax-", suffix=".txt", delete=False) as f,
+    ):
         f.writelines(traceback.format_exception(error))
         where = f.name
     return f"{type(error).__name__}: {first} (a defect of dit_jax: please report it with {where})"

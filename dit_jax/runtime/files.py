@@ -1,4 +1,7 @@
-"""Files and folders that a command writes: whole or not at all, by one process at a time, with errors that name them."""
+"""Files and folders that a command writes: whole or not at all, by one process at a time.
+
+Errors name the file or folder.
+"""
 
 import contextlib
 import datetime
@@ -11,6 +14,8 @@ import re
 import shutil
 import stat
 import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from dit_jax.runtime import ending
 from dit_jax.runtime.errors import ADVICE, UserError, chain, first_line
@@ -18,31 +23,35 @@ from dit_jax.runtime.errors import ADVICE, UserError, chain, first_line
 LOCK, PROBE = ".dit_jax.lock", ".dit_jax.probe"
 
 
-def user_path(text):
-    """A path as a user writes it, "~" being the home folder. Raises ValueError where it cannot be one of this machine."""
+def user_path(text: str) -> str:
+    """Returns a path that the user wrote, with "~" expanded.
+
+    Raises ValueError, without the path, if it cannot be a path of this machine.
+    """
     path = os.path.expanduser(text)
     if re.match(r"(?i)[a-z][a-z0-9+.-]*:/", text):
         raise ValueError("is no path of this machine: mount the bucket (gcsfuse does that) and name the folder")
-    if text and not text.strip() or len(os.fsencode(path)) > 4095 or path.count("/") > 500:
-        raise ValueError("is no path that a system takes: name a shorter one" if text.strip() else "is empty")
+    if text and not text.strip():
+        raise ValueError("is empty")
+    if len(os.fsencode(path)) > 4095 or path.count("/") > 500:
+        raise ValueError("is no path that a system takes: name a shorter one")
     if text == "-" or path.startswith("~"):
         raise ValueError(f"is taken for no file or folder: ./{text} is one of that name")
     return path
 
 
-def check_file(path):
-    """OSError where no file can be written under this name because something else stands there. To open a pipe would
-    wait for its other end."""
+def check_file(path: str) -> None:
+    """Raises OSError if something other than a file has this name, so that no file can be written there."""
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder, where a file is to be written", path)
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
             raise OSError(errno.EINVAL, "is a pipe, socket or device, where a file is to be written", path)
 
 
-def check_folder(path):
-    """OSError where `path` is there, but is no folder or cannot be written to."""
+def check_folder(path: str) -> None:
+    """Raises OSError if `path` exists and is not a folder, or one that cannot be written to."""
     if os.path.lexists(path):
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, "is a file, where a folder is to be", path)
@@ -50,17 +59,18 @@ def check_folder(path):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
-def check_regular(path):
-    """UserError where the file to be read is a pipe, socket or device: to open one may wait for its other end, and to read
-    it may never end."""
+def check_regular(path: str) -> None:
+    """Raises UserError if the file to be read is a pipe, socket or device: opening or reading it may never end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path}: not a file but a pipe, socket or device: name a file")
 
 
 @contextlib.contextmanager
-def reading(path, what, says="cannot be read as {what} ({reason}): is it whole?"):
-    """Whatever the block raises over a file that may hold anything becomes a UserError that names it. what: what the file
-    is to be, as in "weights"; says: the text behind its name."""
+def reading(path: str, what: str, says: str = "cannot be read as {what} ({reason}): is it whole?") -> Iterator[None]:
+    """Turns whatever the block raises about the file `path` into a UserError that names it.
+
+    what: what the file should be, as in "weights". says: the text after the file's name.
+    """
     try:
         check_regular(path)
         yield
@@ -73,29 +83,31 @@ def reading(path, what, says="cannot be read as {what} ({reason}): is it whole?"
         raise UserError(f"{path}: {says.format(what=what, reason=reason)}") from None
 
 
-def check_room(folder, size, what):
-    """UserError where `size` bytes more do not fit on the disk that holds this folder. what: what asks for them."""
+def check_room(folder: str, size: float, what: str) -> None:
+    """Raises UserError if the disk of this folder has less than `size` bytes free. what: what needs them."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{what}: needs {size / 1e9:,.3g} GB in {folder}, where {free / 1e9:,.3g} GB are free: make room, name "
-                        "another folder, or ask for less")
+        raise UserError(
+            f"{what}: needs {size / 1e9:,.3g} GB in {folder}, where {free / 1e9:,.3g} GB are free: make room, name "
+            "another folder, or ask for less"
+        )
 
 
-def probe(folder):
-    """OSError where no file can be made in this folder."""
+def probe(folder: str) -> None:
+    """Raises OSError if no file can be created in this folder."""
     path = os.path.join(folder, PROBE)
     try:
         check_file(path)
         open(path, "wb").close()
-        with contextlib.suppress(FileNotFoundError):  # another command looks as well
+        with contextlib.suppress(FileNotFoundError):  # another command probes it as well
             os.remove(path)
     except OSError as e:
         e.filename = folder
         raise
 
 
-def read_json(path):
-    """The dict in a JSON file, or None where there is none: no file, a damaged one, or something else."""
+def read_json(path: str) -> dict[str, Any] | None:
+    """Returns the dict in a JSON file; None if the file does not exist, is damaged, or holds something else."""
     try:
         with reading(path, "JSON"), open(path) as f:
             value = json.load(f)
@@ -105,9 +117,11 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def naming(path):
-    """An OSError that does not say which file it is of, as those of `write` do not, is of `path`. Libraries raise others in
-    the place of one, with its text somewhere in theirs: these become OSErrors."""
+def naming(path: str) -> Iterator[None]:
+    """Makes an OSError that the block raises name `path` if it names no file, as those of `write` do not.
+
+    An error of another type that a library raises in place of an OSError, with its text, becomes an OSError.
+    """
     try:
         yield
     except UserError:
@@ -124,15 +138,17 @@ def naming(path):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """A binary file that gets the name `path` when the block ends well: whatever happens, what lies there is whole.
-    Raises OSError naming the path; UserError where another process is writing it."""
+def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yields a binary file that is renamed to `path` when the block ends without an error: `path` is always whole.
+
+    Raises OSError naming the path; UserError if another process is writing it.
+    """
     path = os.fspath(path)
     aside = f"{path}.part"
     with naming(path):
         check_file(path)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        f = _open_alone(aside)
+        f = _open_locked(aside)
         if f is None:
             raise UserError(f"{path}: another process is writing it: wait for its end, or name another file")
         with f:
@@ -140,35 +156,37 @@ def writing(path):
                 f.truncate()
                 yield f
                 f.flush()
-                os.close(os.dup(f.fileno()))  # some network file systems tell of a full disk when a file is closed
+                os.close(os.dup(f.fileno()))  # some network file systems report a full disk when a file is closed
                 os.replace(aside, path)
             except BaseException:
                 os.remove(aside)
                 raise
 
 
-def write_aside(path, data):
-    """Writes bytes so that a file under `path` is always whole."""
+def write_aside(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file in such a way that the file at `path` is always whole. Raises what `writing` raises."""
     with writing(path) as f:
         f.write(data)
 
 
-def append(path, data):
-    """Adds bytes to a file. Where they do not all fit it stays as it was."""
+def append(path: str, data: bytes) -> None:
+    """Appends bytes to a file. If there is no room for all of them, the file stays as it was. Raises OSError."""
     check_file(path)
     with naming(path), open(path, "ab", buffering=0) as f:
         size = f.tell()
         try:
             while data:
-                data = data[f.write(data):]
+                data = data[f.write(data) :]
         except OSError:
             f.truncate(size)
             raise
 
 
-def _open_alone(path):
-    """The file `path`, made where it is not there, under a lock that ends with the process; None where another process
-    has it. Where the file system has no locks nothing is locked."""
+def _open_locked(path):
+    """Opens the file `path`, created if it does not exist, and locks it until it is closed.
+
+    Returns None if another process has the lock. On a file system without locks nothing is locked.
+    """
     for _ in range(10):
         check_file(path)
         f = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
@@ -182,14 +200,17 @@ def _open_alone(path):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
                 return f
-        f.close()  # its holder renamed or removed it just now
+        f.close()  # the process that had the lock has just renamed or removed the file
     return None
 
 
 @contextlib.contextmanager
-def hold(folder, flag):
-    """Holds the folder against any other command that writes there, to the end of the block or of this process, however it
-    comes. Of several hosts the first holds it for all. Raises UserError naming who holds it."""
+def hold(folder: str, flag: str) -> Iterator[None]:
+    """Keeps other commands from writing in this folder until the block or this process ends.
+
+    The first of several hosts holds it for all. flag: the flag that names the folder. Raises UserError naming the
+    process that holds the folder.
+    """
     import jax
 
     if jax.process_index():
@@ -197,25 +218,26 @@ def hold(folder, flag):
         return
     path = os.path.join(folder, LOCK)
     with naming(path):
-        for _ in range(20):  # its holder may be about to say who it is, or to let go
-            f = _open_alone(path)
+        for _ in range(20):  # the holder may be about to write its name, or to let go
+            f = _open_locked(path)
             holder = None if f else _holder(path)
             if f or holder:
                 break
             time.sleep(0.05)
         if f is None:
-            raise UserError(f"--{flag}={folder}: {holder or 'another process'} is writing there: wait for its end, or name "
-                            "another folder")
+            raise UserError(
+                f"--{flag}={folder}: {holder or 'another process'} is writing there: wait for its end, or name "
+                "another folder"
+            )
         f.truncate()
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         f.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
         f.flush()
-    reach = _reach_of_locks(f, folder)
-    if reach:
-        print(f"{folder}: {reach}: see to it that no other host runs a command that writes there", flush=True)
+    if weakness := _lock_weakness(f, folder):
+        print(f"{folder}: {weakness}: make sure that no other host runs a command that writes there", flush=True)
 
     def release():
-        with contextlib.suppress(OSError):  # the folder may be gone
+        with contextlib.suppress(OSError):  # the folder may have been removed
             os.remove(path)
         f.close()
 
@@ -228,16 +250,17 @@ def hold(folder, flag):
 
 
 def _holder(path):
+    """Returns who holds the lock of this file, as the holder wrote it there, or None."""
     try:
         with open(path, "rb") as f:
-            there = json.load(f)
-        return f"process {there['process']} on host {there['host']} (since {there['since']})"
+            holder = json.load(f)
+        return f"process {holder['process']} on host {holder['host']} (since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _reach_of_locks(f, folder):
-    """What is to be said of locks that do not keep other hosts away, or None."""
+def _lock_weakness(f, folder):
+    """Returns why a lock on the file `f` in `folder` does not keep other hosts away, or None if it does."""
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,43 +1,52 @@
-"""Iterators whose work overlaps with that of whoever asks them."""
+"""Iterators whose work overlaps with that of their consumer."""
 
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def one_behind(run, items):
-    """run(item) of each, in order. run starts work on the devices and returns at once: the next item's is started before
-    a result is handed over."""
-    before = []
+def one_behind(run: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yields run(item) of each item, in order, after starting the next one.
+
+    For a `run` that starts work on the devices and returns at once.
+    """
+    previous = []
     for item in items:
-        now = run(item)
-        yield from before
-        before = [now]
-    yield from before
+        result = run(item)
+        yield from previous
+        previous = [result]
+    yield from previous
 
 
-def ahead(items):
-    """The same items; a thread reads the next one meanwhile. Not for items that the devices make: programs that two
-    threads start may wait for each other."""
-    items = iter(items)
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yields the same items, none of them None, while a thread reads the next one.
+
+    Not for items that the devices compute: programs that two threads start may wait for each other.
+    """
+    iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (now := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield now
+        future = pool.submit(next, iterator, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, iterator, None)
+            yield item
 
 
-def read_ahead(read, indices, ahead):
-    """(index, read(index)) in order, `ahead` of them being read by threads."""
-    waiting = deque()
+def read_ahead(read: Callable[[Item], Result], indices: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Result]]:
+    """Yields (index, read(index)) in order. Threads read up to `ahead` of them in advance."""
+    futures = deque()
     with ThreadPoolExecutor() as pool:
         try:
             for index in indices:
-                waiting.append((index, pool.submit(read, index)))
-                if len(waiting) > ahead:
-                    index, result = waiting.popleft()
-                    yield index, result.result()
-            for index, result in waiting:
-                yield index, result.result()
+                futures.append((index, pool.submit(read, index)))
+                if len(futures) > ahead:
+                    index, future = futures.popleft()
+                    yield index, future.result()
+            for index, future in futures:
+                yield index, future.result()
         finally:
-            for _, result in waiting:
-                result.cancel()
+            for _, future in futures:
+                future.cancel()

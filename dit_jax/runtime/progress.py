@@ -2,17 +2,20 @@
 
 import sys
 import time
+import warnings
+from typing import Any
 
 import jax
 
 
-def say(text):
-    """One line, from the first process only."""
+def say(text: str) -> None:
+    """Prints a line, on the first host only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
+    """Returns a time as text: "3 s", "2 min 05 s", "7 h 30 min", "2 d 5 h"."""
     minutes, seconds = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -24,20 +27,29 @@ def duration(seconds):
 
 
 class Progress:
-    """A bar on a terminal, a plain line now and then elsewhere; with rate and time left."""
+    """Shows progress, rate and time left: as a bar on a terminal or in a notebook, elsewhere as a line now and then.
 
-    def __init__(self, what, total, unit, done=0, every=10.0):
-        self.what, self.total, self.unit, self.first, self.every = what, total, unit, done, every
-        self.start, self.last = None, time.perf_counter()
-        self.bar = None
-        if sys.stderr.isatty() and jax.process_index() == 0:
-            from tqdm import tqdm
+    what: the name of the work. total: the number of units. done: how many are done already. every: seconds between
+    lines.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, every: float = 10.0):
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.start: float | None = None  # when the first unit was done: compiling comes before it
+        self.first = done  # how many were done then
+        self.last = time.perf_counter()  # when a line was printed
+        self.bar: Any = None
+        if jax.process_index() == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            with warnings.catch_warnings(action="ignore"):  # a notebook without ipywidgets gets a bar of text
+                from tqdm.auto import tqdm
             self.bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", leave=False, dynamic_ncols=True)
 
-    def update(self, done, text=""):
+    def update(self, done: int, text: str = "") -> None:
+        """Says that `done` units are done, counted from 0. text: stands behind the bar."""
         now = time.perf_counter()
-        if self.start is None:  # what came before the first step is compilation
-            self.start, self.first = now, done
+        if self.start is None:
+            self.start = self.last = now
+            self.first = done
         if self.bar is not None:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
@@ -45,16 +57,18 @@ class Progress:
         elif now - self.last >= self.every and self.first < done < self.total:
             self.last = now
             rate = (done - self.first) / (now - self.start)
-            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {duration((self.total - done) / rate)} left")
+            left = duration((self.total - done) / rate)
+            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left")
 
-    def say(self, text):
-        """A line that stays."""
+    def say(self, text: str) -> None:
+        """Prints a line that stays above the bar."""
         self.last = time.perf_counter()
         if self.bar is not None:
             self.bar.write(text)
         else:
             say(text)
 
-    def close(self):
+    def close(self) -> None:
+        """Removes the bar."""
         if self.bar is not None:
             self.bar.close()

@@ -1,97 +1,241 @@
-"""A trained network that is ready to sample, and the samples that are asked of it."""
+"""A trained network that is ready to sample."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime import images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import Progress
-from dit_jax.sampling.generator import Generator
+from dit_jax.sampling.generator import Generator, Settings
+from dit_jax.vae.autoencoder import Autoencoder
+from dit_jax.weights.load import Loaded
 
-MODEL = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
+# The arguments of models.dit.DiT that go into a manifest.
+MANIFEST_ARGS = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
+
+
+def choose_labels(
+    classes: str | Sequence[int | str],
+    num: int,
+    num_classes: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+) -> Int[np.ndarray, " num"]:
+    """The label of each of `num` samples; all 0 if the model has no classes. Raises UserError.
+
+    classes: "balanced" (all in turn), "random" (uniform, from `seed`), or numbers or names that are taken in turn: a
+    list, or a string with commas.
+    """
+    if not num_classes:
+        if not isinstance(classes, str) or classes not in ("balanced", "random"):
+            raise UserError(f"--classes={classes}: this model has no classes (it is unconditional); leave it out")
+        return np.zeros(num, int)
+    if isinstance(classes, str) and classes == "random":
+        return np.random.default_rng(seed).integers(num_classes, size=num)
+    if isinstance(classes, str) and classes == "balanced":
+        return np.arange(num) % num_classes
+    wanted = classes.split(",") if isinstance(classes, str) else list(np.atleast_1d(np.asarray(classes, object)))
+    if not wanted:
+        raise UserError("--classes is empty: 'balanced', 'random' or numbers as in 3,7")
+    labels = np.array([_label(name, num_classes, class_names) for name in wanted])
+    return labels[np.arange(num) % len(labels)]
+
+
+def _label(name, num_classes, class_names):
+    for label, synonyms in enumerate(class_names or ()):  # ImageNet's names are lists: "tench, Tinca tinca"
+        if str(name).strip() in (synonyms, *map(str.strip, synonyms.split(","))):
+            return label
+    try:
+        label = int(name)
+    except ValueError:
+        names = f", or names as in {', '.join(class_names[:3])}" if class_names else ""
+        raise UserError(f"--classes={name}: 'balanced', 'random' or numbers as in 3,7{names}") from None
+    if not 0 <= label < num_classes:
+        raise UserError(f"--classes: {label} is no class of this model, which has 0 to {num_classes - 1}")
+    return label
+
+
+class Model:
+    """A network with its weights, and the VAE that decodes its latents.
+
+    model(x, t, y) is the network. model.sample(...) makes images. Raises UserError if the VAE does not fit the network.
+
+    Attributes:
+      args: of models.dit.DiT.
+      params: nested dict of jax.Array.
+      config: the resolved config of its run, or None.
+      class_names: a list, or None.
+      timesteps: of the diffusion process.
+      vae: vae.autoencoder.Autoencoder, or None.
+      latent: whether samples are latents, because there is no VAE to decode them.
+      shape: of a sample, (H, W, 3) of a picture or (H, W, C) of a latent.
+      origin: where the weights come from, for manifests.
+    """
+
+    def __init__(self, loaded: Loaded, mesh: jax.sharding.Mesh, vae: Autoencoder | None = None):
+        args = loaded.args
+        if vae and vae.latent_channels != args["in_channels"]:
+            raise UserError(
+                f"--vae={vae.identity['name']}: decodes {vae.latent_channels} channels, and the model makes "
+                f"{args['in_channels']}"
+            )
+        size = args["input_size"] * (vae.factor if vae else 1)
+        self.args, self.params, self.config, self.origin = args, loaded.params, loaded.config, loaded.origin
+        self.class_names, self.timesteps, self.mesh, self.vae = loaded.class_names, loaded.timesteps, mesh, vae
+        self.latent = not vae and not pictures.is_picture(args["in_channels"])
+        self.shape = size, size, args["in_channels"] if self.latent else 3
+        self._decoder = vae and vae.decoder(mesh, size)
+        self._graphdef = dit.abstract(**args)[0]
+        self._generators: list[Generator] = []
+        self._on_step: Callable[[int], None] = lambda step: None
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
+    ) -> Float[Array, "b h w 2*c"]:
+        """The network's output at x_t: the noise, then the interpolated variance."""
+        return self.apply(self.params, x, t, y)
+
+    def apply(
+        self, params: Any, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
+    ) -> Float[Array, "b h w 2*c"]:
+        """The network's output with other parameters. A pure function, for jax.jit and jax.grad."""
+        return nnx.merge(self._graphdef, params)(x, t, y)
+
+    def generator(self, settings: Settings, batch_size: int) -> Generator:
+        """A Generator for these settings and at least `batch_size` images at once. An existing one is used again."""
+        for generator in self._generators:
+            if generator.settings.compiled == settings.compiled and generator.batch_size >= batch_size:
+                return generator
+        generator = Generator(
+            self.args,
+            self.mesh,
+            sharding.shardings_of(self.params),
+            timesteps=self.timesteps,
+            settings=settings,
+            batch_size=batch_size,
+            on_step=lambda step: self._on_step(step),
+        )
+        self._generators.append(generator)
+        return generator
+
+    def decode(self, images: Float[np.ndarray, "n h w c"], first: int = 0) -> np.ndarray:
+        """Turns the network's images into samples: uint8 pictures, decoded if there is a VAE, or float32 latents.
+
+        first: index of the first image, for messages. Raises UserError if an image is not finite.
+        """
+        finite = np.isfinite(images).all((1, 2, 3))
+        if not finite.all():
+            raise UserError(
+                f"image {first + int(np.argmin(finite))} is not finite: lower --cfg_scale, or look at the weights"
+            )
+        if self._decoder:
+            images = self._decoder(images)
+            if not np.isfinite(images).all():
+                raise UserError("the decoder makes pictures that are not finite: look at --vae")
+        return images if self.latent else pictures.to_uint8(images)
+
+    def batches(
+        self,
+        labels: Int[np.ndarray, " n"],
+        settings: Settings,
+        batch_size: int,
+        *,
+        start: int = 0,
+        latents: bool = False,
+        progress: bool = True,
+    ) -> Iterator[np.ndarray]:
+        """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded."""
+        generator = self.generator(settings, min(batch_size, len(labels)))
+        size, steps = min(generator.batch_size, batch_size), len(generator.schedule)
+        starts = range(start, len(labels), size)
+        bar = Progress("sample", len(starts) * steps, "steps") if progress else None
+        for n, first in enumerate(starts):
+            self._on_step = lambda step: bar.update(n * steps + step) if bar else None
+            part = np.arange(first, min(first + size, len(labels)))
+            images = generator(self.params, labels[part], part, settings)
+            yield images if latents else self.decode(images, first)
+        if bar:
+            bar.close()
+
+    def sample(
+        self,
+        classes: str | Sequence[int | str] = "balanced",
+        num: int = 16,
+        *,
+        cfg_scale: float = 4.0,
+        steps: int | str = 250,
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        cfg_channels: int = 3,
+        seed: int = 0,
+        batch_size: int = 32,
+        latents: bool = False,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Makes `num` samples: uint8 pictures (num, H, W, 3), or float32 latents (num, h, w, C).
+
+        `python -m dit_jax.sample` makes the same pictures with flags of these names. A picture depends only on (seed,
+        its index). The first call compiles. A later call does not if it changes only the classes, the seed, the
+        guidance scale (other than between 1 and not 1), or the number up to the first call's batch.
+
+        Args:
+          classes: "balanced" (all in turn), "random", or a list of numbers or class names that are taken in turn.
+          cfg_scale: scale of classifier-free guidance; 1 is none.
+          cfg_channels: guides only the first channels; 0 guides all.
+          steps: denoising steps: a number, "a,b,c" or "ddimN".
+          sampler: "ddpm" or "ddim".
+          eta: noise of ddim; 0 is deterministic, 1 as noisy as ddpm.
+          batch_size: images that go through the network at once, over all devices.
+          latents: whether to return latents without decoding them.
+          progress: whether to show a bar.
+        Raises: UserError naming the argument.
+        """
+        settings = Settings(seed, sampler, str(steps), eta, cfg_scale, cfg_channels)
+        check_batch(self.args, num, batch_size)
+        labels = choose_labels(classes, num, self.args["num_classes"], seed, self.class_names)
+        return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How samples are made, as the flags of dit_jax.sample say it. cfg_channels 0: all."""
-    seed: int = 0
-    sampler: str = "ddpm"
-    steps: str = "250"
-    eta: float = 0.0
-    cfg_scale: float = 4.0
-    cfg_channels: int = 3
-
-
-def choose_labels(classes, num, num_classes, seed):
-    """The label of each index: a list of classes in turn, "balanced" (all in turn) or "random" (uniform).
-    Where there are no classes all labels are 0."""
-    if not num_classes:
-        if classes not in ("balanced", "random"):
-            raise UserError(f"--classes={classes}: this model has no classes (it is unconditional); leave it out")
-        return np.zeros(num, int)
-    if classes == "random":
-        return np.random.default_rng(seed).integers(num_classes, size=num)
-    try:
-        classes = np.arange(num_classes) if classes == "balanced" else np.array([int(c) for c in classes.split(",")])
-    except ValueError:
-        raise UserError(f"--classes={classes}: 'balanced', 'random' or numbers as in 3,7") from None
-    if classes.min() < 0 or classes.max() >= num_classes:
-        raise UserError(f"--classes: {classes[(classes < 0) | (classes >= num_classes)][0]} is no class of this model, "
-                        f"which has 0 to {num_classes - 1}")
-    return classes[np.arange(num) % len(classes)]
-
-
 class Samples:
-    """`num` samples of a network.
+    """The samples that a command is asked for. labels: what choose_labels made of `classes`."""
 
-    loaded: weights.load.Loaded, on `mesh`. vae: vae.autoencoder.Autoencoder that decodes latents, or None. classes: of
-    choose_labels. batch_size: images that go through the network at once, over all devices.
-    Attributes: labels (num,); latent (whether the samples are latents, there being no decoder); shape of one: (H, W, 3)
-    of uint8 pictures, or (H, W, C) of float32 latents; manifest (all that they depend on). Raises UserError.
-    """
+    model: Model
+    settings: Settings
+    classes: str
+    labels: Int[np.ndarray, " num"]
+    batch_size: int
 
-    def __init__(self, loaded, mesh, vae, *, num, classes, settings, batch_size=32):
-        args = loaded.args
-        for name, count in (("num", num), ("batch_size", batch_size)):
-            if not 1 <= count <= 2**32:  # the noise of an image is drawn from its index, a uint32
-                raise UserError(f"--{name}={count}: must be at least 1, and 2**32 at most")
-        at_once = {f"--batch_size={batch_size}": min(batch_size, num)}
-        layout.check_memory(layout.least_memory(args, pictures=at_once) | {f"--num={num}": 40 * num}, jax.devices())
-        if vae and vae.latent_channels != args["in_channels"]:
-            raise UserError(f"--vae={vae.identity['name']}: decodes {vae.latent_channels} channels, and the model makes "
-                            f"{args['in_channels']}")
-        size = args["input_size"] * (vae.factor if vae else 1)
-        self.latent = not vae and not pictures.is_picture(args["in_channels"])
-        self.shape = size, size, args["in_channels"] if self.latent else 3
-        self.labels = choose_labels(classes, num, args["num_classes"], settings.seed)
-        self.params, self.decode, self.on_step = loaded.params, vae and vae.decoder(mesh, size), lambda step: None
-        self.generator = Generator(
-            args, mesh, sharding.shardings_of(loaded.params), timesteps=loaded.timesteps, batch_size=min(batch_size, num),
-            **asdict(settings) | {"cfg_channels": settings.cfg_channels or None}, on_step=lambda step: self.on_step(step))
-        self.manifest = loaded.origin | {
-            "num": num, "classes": classes if args["num_classes"] else None, **asdict(settings),
-            "dtype": args["dtype"].name, "vae": vae and vae.identity, "model": {key: args[key] for key in MODEL}}
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Everything that the samples depend on, as plain values."""
+        args, vae = self.model.args, self.model.vae
+        return self.model.origin | {
+            "num": len(self.labels),
+            "classes": self.classes if args["num_classes"] else None,
+            **asdict(self.settings),
+            "dtype": args["dtype"].name,
+            "vae": vae and vae.identity,
+            "model": {key: args[key] for key in MANIFEST_ARGS},
+        }
 
-    def make(self, part):
-        """The samples of these indices, the same on every host. part: (n,) int, in 0 to num - 1."""
-        images = self.generator(self.params, self.labels[part], part)
-        if not np.isfinite(images).all():
-            raise UserError(f"image {part[0] + int(np.argmin(np.isfinite(images).all((1, 2, 3))))} is not finite: "
-                            "lower --cfg_scale, or look at the weights")
-        images = self.decode(images) if self.decode else images
-        if self.decode and not np.isfinite(images).all():
-            raise UserError("the decoder makes pictures that are not finite: look at --vae")
-        return images if self.latent else pictures.to_uint8(images)
+    def batches(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Yields the samples from index `start` on, a batch at a time, and shows progress."""
+        return self.model.batches(self.labels, self.settings, self.batch_size, start=start)
 
-    def batches(self, start=0):
-        """The samples from index `start` on, a batch at a time, with progress."""
-        num, size, steps = len(self.labels), self.generator.batch_size, len(self.generator.schedule)
-        starts = range(start, num, size)
-        progress = Progress("sample", len(starts) * steps, "steps")
-        for n, first in enumerate(starts):
-            self.on_step = lambda step: progress.update(n * steps + step)
-            yield self.make(np.arange(first, min(first + size, num)))
-        progress.close()
+
+def check_batch(args: dict[str, Any], num: int, batch_size: int) -> None:
+    """Raises UserError if so many samples cannot be made, or not in this machine's memory."""
+    for name, count in (("num", num), ("batch_size", batch_size)):
+        if not 1 <= count <= 2**32:  # the noise of an image is drawn from its index, a uint32
+            raise UserError(f"--{name}={count}: must be at least 1, and 2**32 at most")
+    needs = layout.least_memory(args, pictures={f"--batch_size={batch_size}": min(batch_size, num)})
+    layout.check_memory(needs | {f"--num={num}": 40 * num}, jax.devices())

@@ -1,4 +1,4 @@
-"""What sampling writes into a folder: samples.npz, resumable by its parts, with a manifest, a grid and single pictures."""
+"""Writes samples into a folder: samples.npz, a manifest, a grid and single pictures. Parts allow it to resume."""
 
 import hashlib
 import io
@@ -8,28 +8,43 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Int, Shaped
+from numpy.typing import DTypeLike
 
 from dit_jax.runtime import files, hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import say
 
+if TYPE_CHECKING:
+    from dit_jax.sampling.model import Samples
+
 GRID_IMAGES = 100
+SHA256 = "samples_sha256"  # field of a manifest: the sha256 of the finished samples.npz
+
+Images = Shaped[np.ndarray, "n h w c"]  # uint8 pictures, or float32
 
 
 class Parts:
-    """The images made so far, in OUT/parts, consecutive from 0. A file START-COUNT-HASH.npy says by its name which images it
-    holds, and by a hash of these two, of the settings and of its bytes, that it is what was written. What is not is set
-    aside, and said.
+    """The images made so far, in OUT/parts, consecutive from image 0.
 
-    out: the folder; settings: text that says all that the images depend on; shape (N, H, W, C) and dtype of all of them.
-    Attributes: files, done (images).
+    The name of a file is START-COUNT-HASH.npy: which images it holds, and a hash of these numbers, the settings and its
+    bytes. A file that does not match its name, or does not follow the one before, is moved to OUT/damaged with a line
+    that says so.
+
+    Args:
+      out: the folder.
+      settings: text of everything that the images depend on.
+      shape, dtype: of all images, (N, H, W, C).
+    Attributes: files (paths), done (number of images).
     """
 
-    def __init__(self, out, settings, shape, dtype):
+    def __init__(self, out: str, settings: str, shape: tuple[int, ...], dtype: DTypeLike):
         self.folder, self.files, self.done = os.path.join(out, "parts"), [], 0
         self.settings, self.shape, self.dtype = settings, shape, np.dtype(dtype)
         os.makedirs(self.folder, exist_ok=True)
@@ -41,7 +56,7 @@ class Parts:
                 set_aside(out, path, "is no part of these samples, is damaged, or comes after one that is")
 
     def _take(self, path):
-        """Whether the file is the next part."""
+        """Adds the file if it is the next part. Returns whether it is."""
         fields = re.fullmatch(r"(\d{12})-(\d+)-[0-9a-f]{16}\.npy", os.path.basename(path))
         if not fields or int(fields[1]) != self.done or not os.path.isfile(path):
             return False
@@ -62,15 +77,16 @@ class Parts:
         self.files.append(path)
         self.done += count
 
-    def append(self, images):
+    def append(self, images: Images) -> None:
+        """Writes the next images as a part."""
         data = io.BytesIO()
         np.save(data, images)
         path = self._path(len(images), data.getvalue())
         write_aside(path, data.getvalue())
         self._add(path, len(images))
 
-    def write_npz(self, path, key):
-        """All parts as one array of an .npz, streamed: 50,000 pictures need not fit in memory."""
+    def write_npz(self, path: str, key: str) -> None:
+        """Writes all parts as one array of an .npz. Parts are streamed: 50,000 pictures need not fit in memory."""
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
         with files.writing(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open(f"{key}.npy", "w", force_zip64=True) as f:
@@ -78,49 +94,56 @@ class Parts:
                 for file in self.files:
                     f.write(np.ascontiguousarray(np.load(file)).tobytes())
 
-    def remove(self):
+    def remove(self) -> None:
+        """Deletes OUT/parts."""
         shutil.rmtree(self.folder)
 
 
-def set_aside(out, path, why):
-    """Moves a file to OUT/damaged, and says so."""
+def set_aside(out: str, path: str, why: str) -> None:
+    """Moves a file to OUT/damaged, with a line that says so."""
     damaged = os.path.join(out, "damaged")
     os.makedirs(damaged, exist_ok=True)
     os.replace(path, os.path.join(damaged, os.path.basename(path)))
     say(f"{path}: {why}: moved to {damaged}, and made again")
 
 
-SHA256 = "samples_sha256"  # in a manifest: of samples.npz, once it is there
-
-
-def write_manifest(path, manifest):
+def write_manifest(path: str, manifest: dict[str, Any]) -> None:
+    """Writes a manifest as JSON."""
     write_aside(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
-def sha256_of(path):
+def sha256_of(path: str) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def same_manifest(path, manifest):
-    """(whether `path` holds this manifest, the sha256 of the samples or None). UserError naming the settings where it holds
-    another."""
+def same_manifest(path: str, manifest: dict[str, Any]) -> tuple[bool, str | None]:
+    """Returns (whether `path` holds this manifest, the sha256 of the finished samples or None).
+
+    Raises UserError naming the settings that differ if it holds another manifest.
+    """
     if not os.path.exists(path):
         return False, None
-    there = files.read_json(path)
-    if there is None:
-        raise UserError(f"{path}: is damaged, so that nobody can tell how what is here was made; use another --out")
-    digest = there.pop(SHA256, None)
-    differ = [f"{key} ({there.get(key)!r} there, {manifest.get(key)!r} here)" for key in {**there, **manifest}
-              if there.get(key) != manifest.get(key)]
+    existing = files.read_json(path)
+    if existing is None:
+        raise UserError(f"{path}: is damaged, so how the files beside it were made is unknown; use another --out")
+    digest = existing.pop(SHA256, None)
+    differ = [
+        f"{key} ({existing.get(key)!r} there, {manifest.get(key)!r} here)"
+        for key in {**existing, **manifest}
+        if existing.get(key) != manifest.get(key)
+    ]
     if differ:
         raise UserError(f"{path}: what is here was made with other settings: {', '.join(differ)}; use another --out")
     return True, digest
 
 
-def is_whole(path, key, shape, dtype, digest):
-    """Whether `path` is an .npz with this array under `key`, every byte as it was written. digest: its sha256, or None, which
-    older manifests have."""
+def is_whole(path: str, key: str, shape: tuple[int, ...], dtype: DTypeLike, digest: str | None) -> bool:
+    """Whether `path` is an .npz with such an array under `key`, and every byte is as it was written.
+
+    digest: the sha256 of the file; None in older manifests, and then the zip's own checksum is compared.
+    """
     try:
         if digest and sha256_of(path) != digest:
             return False
@@ -137,64 +160,70 @@ def is_whole(path, key, shape, dtype, digest):
         return False
 
 
-def write_single(out, start, images):
-    for i, image in enumerate(images, start):
-        write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
+def write_pictures(out: str, arrays: Iterable[Images], labels: Int[np.ndarray, " n"], single: bool) -> None:
+    """Writes grid.png of the first images; with `single`, also each image as png/NUMBER.png.
 
-
-def write_pictures(out, arrays, labels, single):
-    """grid.png of the first images, a column a class where there are a few, and with `single` each one."""
+    arrays: the images in order. The grid has a column a class if there are few.
+    """
     first, start = [], 0
     for images in arrays:
         if single:
-            write_single(out, start, images)
+            for i, image in enumerate(images, start):
+                write_aside(os.path.join(out, "png", f"{i:06d}.png"), pictures.png(image))
         if start < GRID_IMAGES:
             first.append(images)
         start += len(images)
     first = np.concatenate(first)[:GRID_IMAGES]
+    first = first if first.dtype == np.uint8 else pictures.to_uint8(first)
     classes = len(set(labels.tolist()))
     columns = min(classes if classes > 1 else math.isqrt(len(first)), 10)
-    write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(
-        first if first.dtype == np.uint8 else pictures.to_uint8(first), columns)))
+    write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(first, columns)))
 
 
-def make(samples, out, single):
-    """Makes the samples in the folder `out`, which is held, or what is left of them to be made. Every host calls it.
+def make(samples: "Samples", out: str, single: bool) -> None:
+    """Makes the samples in the folder `out`, or those that are missing. Every host calls it.
 
-    samples: sampling.model.Samples. single: whether single pictures are written as well. Raises UserError, OSError.
+    The caller holds the folder (runtime.files.hold). single: also write single pictures. Raises UserError, OSError.
     """
-    labels, latent, manifest, num = samples.labels, samples.latent, samples.manifest, len(samples.labels)
-    manifest_path, npz = os.path.join(out, "manifest.json"), os.path.join(out, "samples.npz")
-    key = "latents" if latent else "arr_0"
-    # The first process alone writes, and looks where to go on; all make the same images.
+    num, npz = len(samples.labels), os.path.join(out, "samples.npz")
+    key = "latents" if samples.model.latent else "arr_0"
+    # Only the first process writes, and decides where to resume. All make the same images.
     main_process = jax.process_index() == 0
-    finished, parts = False, None
-    if main_process:
-        known, digest = same_manifest(manifest_path, manifest)
-        shape, dtype = (num, *samples.shape), np.float32 if latent else np.uint8
-        whole = known and is_whole(npz, key, shape, dtype, digest)
-        finished = whole and not (digest is None and os.path.isdir(os.path.join(out, "parts")))  # killed just before its end
-        if os.path.exists(npz) and not whole:
-            set_aside(out, npz, "is not what was written" if known else "is of unknown origin, there being no manifest")
-    if main_process and not finished:
-        parts = Parts(out, json.dumps(manifest), shape, dtype)
-        files.check_room(out, (2 * num - parts.done) * math.prod(shape[1:]) * np.dtype(dtype).itemsize, f"--num={num}")
-        write_manifest(manifest_path, manifest)
-    finished, done = hosts.share((finished, parts.done if parts else 0))[0]
+    parts = _unfinished_parts(samples, out, npz, key) if main_process else None
+    finished, done = hosts.share((parts is None, parts.done if parts else 0))[0]
     if not finished:
         if done:
             say(f"goes on from image {done} of {num}")
         for images in samples.batches(done):
-            if main_process:
+            if parts:
                 parts.append(images)
-        if main_process:
-            write_pictures(out, map(np.load, parts.files), labels, single)
+        if parts:
+            write_pictures(out, map(np.load, parts.files), samples.labels, single)
             parts.write_npz(npz, key)
-            write_manifest(manifest_path, manifest | {SHA256: sha256_of(npz)})
+            write_manifest(os.path.join(out, "manifest.json"), samples.manifest | {SHA256: sha256_of(npz)})
             parts.remove()
     elif main_process:
         if single or not os.path.exists(os.path.join(out, "grid.png")):
             with np.load(npz) as file:
-                write_pictures(out, [file[key]], labels, single)
-        shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)  # of a command that was killed just before its end
-    say(f"{num} {'latents' if latent else 'images'}: {npz} and grid.png" + (" and png/" if single else ""))
+                write_pictures(out, [file[key]], samples.labels, single)
+        # A command that was killed just before its end leaves its parts.
+        shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)
+    what = "latents" if samples.model.latent else "images"
+    say(f"{num} {what}: {npz} and grid.png" + (" and png/" if single else ""))
+
+
+def _unfinished_parts(samples, out, npz, key):
+    """The Parts to resume from, or None if samples.npz is finished. For the first process only."""
+    num, manifest, manifest_path = len(samples.labels), samples.manifest, os.path.join(out, "manifest.json")
+    shape, dtype = (num, *samples.model.shape), np.dtype(np.float32 if samples.model.latent else np.uint8)
+    known, digest = same_manifest(manifest_path, manifest)
+    whole = known and is_whole(npz, key, shape, dtype, digest)
+    # A command may be killed after samples.npz is written, and before the manifest has its digest.
+    if whole and (digest is not None or not os.path.isdir(os.path.join(out, "parts"))):
+        return None
+    if os.path.exists(npz) and not whole:
+        set_aside(out, npz, "is not what was written" if known else "is of unknown origin, there being no manifest")
+    parts = Parts(out, json.dumps(manifest), shape, dtype)
+    files.check_room(out, (2 * num - parts.done) * math.prod(shape[1:]) * dtype.itemsize, f"--num={num}")
+    write_manifest(manifest_path, manifest)
+    return parts

@@ -1,11 +1,12 @@
-"""The parameters that a run starts with where it does not start from noise: published weights, or another run's.
+"""The initial parameters of a run that starts from published weights or from another run.
 
-The label table is re-made for another number of classes, the frozen position embedding for another size; all else
-must be the same.
+The label table may be for another number of classes, and the frozen position embedding for another size. All else must
+be the same.
 """
 
 import hashlib
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,70 +17,94 @@ from dit_jax.parallel import sharding
 from dit_jax.runtime import hosts
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import say
-from dit_jax.weights import files, load, published
+from dit_jax.weights import load, published
 
-SAME = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "block")
+SAME = ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "block")  # arguments that must not differ
 
 
-def initial_params(weights, which, *, args, mesh, seed):
-    """-> (params, laid out on the mesh for DiT(**args), where they come from: a dict of plain values).
+def initial_params(
+    weights: str, which: str, *, args: dict[str, Any], mesh: jax.sharding.Mesh, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Returns (the parameters of DiT(**args) on the mesh, their origin: a dict of plain values).
 
-    weights: a .pt or .npz file of the published format, or a run's workdir: its newest checkpoint that can be read.
-    which: "ema" or "raw". New rows of the label table are drawn from `seed`. What is re-made is said.
-    Raises UserError naming init.weights, the file and the field or array that does not fit.
+    Prints the origin, and a line for the label table or the position embedding if it is made anew.
+
+    Args:
+      weights: a .pt or .npz file of the published format, or the workdir of a run.
+      which: "ema" or "raw".
+      seed: for new rows of the label table.
+    Raises: UserError naming init.weights, the file and the field or array that does not fit.
     """
     try:
-        there, params, origin = (_of_run if os.path.isdir(weights) else _of_file)(weights, which, args, mesh)
+        read = _from_run if load.is_run(weights) else _from_source
+        source_args, params, origin = read(weights, which, args, mesh)
     except UserError as e:
         reason = str(e).removeprefix(f"{weights}: ").removeprefix("weights: ")
         raise UserError(f"init.weights={weights}: {reason}") from None
     say("init: " + ", ".join(f"{key} {value}" for key, value in origin.items()))
     shardings = sharding.state_shardings(dit.abstract(**args)[1], mesh)
-    return _fit_grid(_fit_labels(params, there, args, shardings, seed), there, args, shardings), origin
+    params = _fit_labels(params, source_args, args, shardings, seed)
+    return _fit_position_embedding(params, source_args, args, shardings), origin
 
 
-def _of_run(workdir, which, args, mesh):
-    loaded = load.from_run(workdir, mesh, which, check=lambda there: _check_same(there, args))
+def _from_run(workdir, which, args, mesh):
+    loaded = load.from_run(workdir, mesh, which, check=lambda source_args: _check_same(source_args, args))
     return loaded.args, loaded.params, {key: loaded.origin[key] for key in ("workdir", "step", "which")}
 
 
-def _of_file(path, which, args, mesh):
-    flat = files.read(path, which)
-    there = published.infer_args(flat, num_heads=1) | {"block": "adaln_zero"}
-    if not args["null_class"] and there["num_classes"] + 1 == args["num_classes"]:
-        there |= {"num_classes": args["num_classes"], "null_class": False}
-    width, heads = there["hidden_size"], args["num_heads"]
-    there["num_heads"] = heads  # no array shows it
-    _check_same(there, args)
+def _from_source(where, which, args, mesh):
+    source = load.open_source(where, which)
+    source_args = published.infer_args(source.flat, num_heads=1, num_classes=source.num_classes)
+    source_args["block"] = "adaln_zero"
+    if not args["null_class"] and source_args["num_classes"] + 1 == args["num_classes"]:
+        source_args |= {"num_classes": args["num_classes"], "null_class": False}
+    width, heads = source_args["hidden_size"], args["num_heads"]
+    source_args["num_heads"] = heads  # no array shows it
+    _check_same(source_args, args)
     if published.HEADS.get(width, heads) != heads:
-        raise UserError(f"model.num_heads={heads}: no array shows the heads of a file, and the paper's models of width "
-                        f"{width} have {published.HEADS[width]}; of a run with other heads name the workdir")
+        raise UserError(
+            f"model.num_heads={heads}: no array shows the heads of a file, and the paper's models of width "
+            f"{width} have {published.HEADS[width]}; of a run with other heads name the workdir"
+        )
     sha256 = hashlib.sha256()
-    params, digest = published.from_published(flat, there, sha256), sha256.hexdigest()
+    params = published.from_published(source.flat, source_args, sha256)
+    digest = sha256.hexdigest()
     if hosts.share(digest)[0] != digest:
         raise UserError("the file is not the same as on the first host")
-    shardings = sharding.state_shardings(params, mesh)
-    return there, jax.tree.map(sharding.put, params, shardings), {
-        "weights": os.path.basename(path), "sha256": digest, "which": which}
+    origin = {
+        "weights": os.path.basename(source.path) if os.path.exists(source.path) else where,
+        "sha256": digest,
+        "which": which,
+    }
+    return source_args, jax.tree.map(sharding.put, params, sharding.state_shardings(params, mesh)), origin
 
 
-def _check_same(there, args):
+def _check_same(source_args, args):
     for field in SAME:
-        if there[field] != args[field]:
-            raise UserError(f"{field} is {there[field]} in these weights, but model.{field}={args[field]}; only "
-                            "model.num_classes and model.input_size may differ")
+        if source_args[field] != args[field]:
+            raise UserError(
+                f"{field} is {source_args[field]} in these weights, but model.{field}={args[field]}; only "
+                "model.num_classes and model.input_size may differ"
+            )
 
 
-def _fit_labels(params, there, args, shardings, seed):
-    (old, old_null), (new, new_null) = ((a["num_classes"], a["null_class"]) for a in (there, args))
+def _fit_labels(params, source_args, args, shardings, seed):
+    """Fits the label table to another number of classes, or to another choice of having a null class.
+
+    The null class's row is kept. The rows of the classes are kept if their number is the same. All others are drawn.
+    """
+    (old, old_null), (new, new_null) = ((a["num_classes"], a["null_class"]) for a in (source_args, args))
     if (old, old_null) == (new, new_null):
         return params
     drawn = np.random.default_rng(seed).normal(0, 0.02, (new + new_null, args["hidden_size"])).astype(np.float32)
 
-    def remade(table, drawn):
-        classes = table[:old] if old == new else drawn[:new]
-        null = table[old:] if old_null else drawn[new:]
-        return jnp.concatenate([classes, null[:new_null]])
+    def fit(table, sharding):
+        def concatenate(table, drawn):
+            classes = table[:old] if old == new else drawn[:new]
+            null = table[old:] if old_null else drawn[new:]
+            return jnp.concatenate([classes, null[:new_null]])
+
+        return jax.jit(concatenate, out_shardings=sharding)(table, drawn)
 
     if old_null and new_null:
         null = " (the null class's row is kept)"
@@ -87,16 +112,15 @@ def _fit_labels(params, there, args, shardings, seed):
         null = " (the null class's row is left out: diffusion.label_dropout=0)"
     else:
         null = " (these weights have no null class: its row is drawn anew)" if new_null else ""
-    made = "kept" if old == new else f"re-made for {new or 'none'}"
-    say(f"init: the label table of {old or 'no'} classes is {made}{null}")
-    return params | {"y_embedder": jax.tree.map(
-        lambda table, where: jax.jit(remade, out_shardings=where)(table, drawn), params["y_embedder"],
-        shardings["y_embedder"])}
+    change = "kept" if old == new else f"re-made for {new or 'none'}"
+    say(f"init: the label table of {old or 'no'} classes is {change}{null}")
+    return params | {"y_embedder": jax.tree.map(fit, params["y_embedder"], shardings["y_embedder"])}
 
 
-def _fit_grid(params, there, args, shardings):
-    old, new = (a["input_size"] // a["patch_size"] for a in (there, args))
+def _fit_position_embedding(params, source_args, args, shardings):
+    old, new = (a["input_size"] // a["patch_size"] for a in (source_args, args))
     if old == new:
         return params
     say(f"init: position embedding re-made for a {new} x {new} grid of tokens (was {old} x {old})")
-    return params | {"pos_embed": sharding.put(dit.position_embedding(args["hidden_size"], new), shardings["pos_embed"])}
+    embedding = dit.position_embedding(args["hidden_size"], new)
+    return params | {"pos_embed": sharding.put(embedding, shardings["pos_embed"])}

@@ -1,21 +1,29 @@
-"""metrics.jsonl of a run, TensorBoard where it is installed, and the loss curve."""
+"""The metrics of a run: metrics.jsonl, TensorBoard events if tensorboardX is installed, and the loss curve."""
 
 import io
 import json
 import os
+from typing import Any
 
 import jax
 
 from dit_jax.runtime.files import append, reading, write_aside
 
-LINE = 2**20  # characters: no record has so many
+MAX_LINE = 2**20  # characters; every record is shorter
+
+Record = dict[str, Any]  # {"step": int, name: number, ...}
 
 
 class Metrics:
-    """metrics.jsonl of a workdir, one record a line, and TensorBoard events beside it. Records of steps after
-    `step`, from which the run goes on, are dropped. `records` holds what is on file."""
+    """metrics.jsonl of a run, one record a line, with TensorBoard events beside it. Only the first process writes.
 
-    def __init__(self, workdir, step):
+    Args:
+      workdir: the run directory.
+      step: the run resumes after this step; records of later steps are dropped.
+    Attributes: records (all that are on file), main (whether this is the first process).
+    """
+
+    def __init__(self, workdir: str, step: int):
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.records = [r for r in read_records(self.path) if r["step"] <= step]
         self.main, self.board = jax.process_index() == 0, None
@@ -23,12 +31,13 @@ class Metrics:
             return
         write_aside(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError:
             return
         self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1 if step else None)
 
-    def write(self, step, values):
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds a record of `step`."""
         self.records.append({"step": step, **values})
         if not self.main:
             return
@@ -39,14 +48,14 @@ class Metrics:
             self.board.flush()
 
 
-def read_records(path):
-    """The records of a metrics.jsonl. A line that is broken, as a kill may cut the last one short, is left out."""
+def read_records(path: str) -> list[Record]:
+    """The records of a metrics.jsonl; none if there is no file. A broken line, as a kill may leave, is skipped."""
     if not os.path.exists(path):
         return []
     records = []
     with reading(path, "records"), open(path, errors="replace") as f:
-        while line := f.readline(LINE):
-            if len(line) == LINE:  # no file of records, and it may have no end
+        while line := f.readline(MAX_LINE):
+            if len(line) == MAX_LINE:  # another kind of file, perhaps an endless one
                 break
             try:
                 record = json.loads(line)
@@ -58,23 +67,30 @@ def read_records(path):
 
 
 def _is_record(record):
-    """{"step": int, name: number, ...}, as Metrics writes them."""
-    return isinstance(record, dict) and type(record.get("step")) is int and all(
-        type(v) is float or type(v) is int and abs(v) < 2**63 for v in record.values())
+    """Whether this is a record as Metrics writes it."""
+    return (
+        isinstance(record, dict)
+        and type(record.get("step")) is int
+        and all(type(v) is float or type(v) is int and abs(v) < 2**63 for v in record.values())
+    )
 
 
-def loss_curve(records, path):
-    """records: dicts with step, loss, mse, vb; and some with step and a Fréchet distance, as in "fid_5000", which get a
-    curve of their own."""
+def loss_curve(records: list[Record], path: str) -> None:
+    """Draws a picture of the records' losses (loss, mse, vb).
+
+    Fréchet distances, such as "fid_5000", get a panel of their own.
+    """
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     losses = [r for r in records if {"loss", "mse", "vb"} <= r.keys()]
     steps = [r["step"] for r in losses]
     distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
-    figure, panels = plt.subplots(1 + bool(distances), figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained",
-                                  sharex=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1 + bool(distances), figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained", sharex=True, squeeze=False
+    )
     axes = panels[0, 0]
     for name, label in (("loss", "loss"), ("mse", "mean-squared error on epsilon"), ("vb", "bound, bits/dim")):
         axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)

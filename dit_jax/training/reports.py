@@ -1,52 +1,63 @@
-"""What happens every N steps of a run: records, checkpoints' meta, grids, evaluation, the loss curve, the closing
-measurement."""
+"""What a run reports every N steps: records, meta of checkpoints, grids, evaluation, the loss curve; and at its end."""
 
 import json
 import math
 import os
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
+from dit_jax.data.pipeline import Batches
+from dit_jax.data.sources import Arrays
 from dit_jax.evaluation import classifier
 from dit_jax.runtime import hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import Progress, duration, say
 from dit_jax.training.metrics import Metrics, loss_curve
-from dit_jax.training.setup import grid_labels
+from dit_jax.training.setup import Run, grid_labels
+from dit_jax.weights.checkpoint import Checkpoints
 
 
 class Reports:
-    """The reports of a run (training.setup.Run) in its folder, which resumes after step `first` with a checkpoint's meta.
+    """The reports of a run, written into `workdir`.
 
-    The values of steps stay on the devices until `read`. A record is the mean over the steps since the last one, also
-    where the run was stopped in between: a checkpoint's meta keeps their values.
+    The values of a step stay on the devices until read_values. A record is the mean over the steps since the last
+    record, even if the run was stopped in between: the meta of a checkpoint keeps their values.
+
+    Args:
+      first: the step after which the run starts or resumes.
+      meta: of the checkpoint it resumes from (training.setup.restore_or_init).
+    Attribute: pending, the values of steps that are not read yet.
     """
 
-    def __init__(self, run, workdir, checkpoints, first, meta):
+    def __init__(self, run: Run, workdir: str, checkpoints: Checkpoints, first: int, meta: dict[str, Any]):
         self.run, self.workdir, self.checkpoints, self.meta = run, workdir, checkpoints, meta
         self.steps = run.config["steps"]
         self.metrics = Metrics(workdir, first)
         self.progress = Progress("train", self.steps, "steps", done=first)
-        self.pending, self.unlogged = [], meta.get("unlogged", [])
+        self.pending: list[dict[str, jax.Array]] = []
+        self.unlogged: list[dict[str, float]] = meta.get("unlogged", [])
         self.start, self.trained_before = time.perf_counter(), meta["train_seconds"]
         self.restart_clock(first)
 
-    def restart_clock(self, step, batches=None):
-        """The rate of the next record counts from here."""
-        self.mark, self.mark_step = time.perf_counter(), step
+    def restart_clock(self, step: int, batches: Batches | None = None) -> None:
+        """Measures the rate and the data wait of the next record from here."""
+        self.clock_start, self.clock_step = time.perf_counter(), step
         if batches:
             batches.waited = 0.0
 
-    def seconds(self):
-        """Seconds that this run has trained, stops left out."""
+    def seconds(self) -> float:
+        """Seconds that this run has trained, without the time in which it was stopped."""
         return self.trained_before + time.perf_counter() - self.start
 
-    def read(self, step):
-        """Reads the pending values, up to those of `step`. UserError where one is not finite: nothing is saved that was
-        not seen to be finite."""
+    def read_values(self, step: int) -> None:
+        """Reads the pending values, up to those of `step`. To be called before a checkpoint is saved.
+
+        Raises UserError if a value is not finite, or OSError if the last checkpoint could not be written.
+        """
         values = [{name: float(x) for name, x in v.items()} for v in jax.device_get(self.pending)]
         self.pending = []
         self.unlogged += values
@@ -58,73 +69,98 @@ class Reports:
             if all(map(math.isfinite, v.values())):
                 continue
             self.checkpoints.wait()
-            saved = max(self.checkpoints.steps(), default=None)
+            steps, good = self.checkpoints.steps(), "no checkpoint was written"
+            if steps:
+                good = f"the last good checkpoint is step {max(steps)} in {self.checkpoints.directory}"
             rate = self.run.config["optimizer"]["learning_rate"]
             raise UserError(
                 f"step {step}: the loss is {v['loss']}, the gradient's norm {v['grad_norm']}, the parameters' "
-                f"{v['param_norm']}; " + ("no checkpoint was written" if saved is None else
-                                          f"the last good checkpoint is step {saved} in {self.checkpoints.directory}")
-                + f". Lower optimizer.learning_rate ({rate}) or look at the data")
+                f"{v['param_norm']}; {good}. Lower optimizer.learning_rate ({rate}) or look at the data"
+            )
 
-    def log(self, step, batches):
-        """A record of the steps since the last one: in metrics.jsonl, and a line."""
+    def log(self, step: int, batches: Batches) -> None:
+        """Writes a record of the steps since the last one to metrics.jsonl, and prints a line."""
         now = time.perf_counter()
-        rate = (step - self.mark_step) / (now - self.mark)
+        seconds = now - self.clock_start
+        rate = (step - self.clock_step) / seconds
         images = rate * self.run.config["batch_size"]
         record = {name: float(np.mean([v[name] for v in self.unlogged if name in v])) for name in self.unlogged[-1]}
-        record |= {"steps_per_second": rate, "images_per_second": images, "data_wait": batches.waited / (now - self.mark),
-                   "mfu": self.run.mfu(images)}
+        record |= {
+            "steps_per_second": rate,
+            "images_per_second": images,
+            "data_wait": batches.waited / seconds,
+            "mfu": self.run.mfu(images),
+        }
         self.metrics.write(step, record)
         self.unlogged = []
         self.restart_clock(step, batches)
         self.progress.update(step, f"loss {record['loss']:.4f}, {images:.0f} img/s, MFU {record['mfu']:.0%}")
+        wait = f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""
         self.progress.say(
             f"step {step}/{self.steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb {record['vb']:.4f}  "
             f"{rate:.3g} steps/s  {images:.4g} images/s  MFU {record['mfu']:.0%}  "
-            f"{duration((self.steps - step) / rate)} left"
-            + (f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""))
+            f"{duration((self.steps - step) / rate)} left{wait}"
+        )
 
-    def checkpoint_meta(self):
+    def checkpoint_meta(self) -> dict[str, Any]:
         """The meta of a checkpoint that is saved now."""
-        return {"config": self.run.config, "data": self.run.source.identity, "init": self.meta.get("init"),
-                "train_seconds": self.seconds(), "unlogged": self.unlogged, "versions": {"jax": jax.__version__}}
+        return {
+            "config": self.run.config,
+            "data": self.run.source.identity,
+            "class_names": self.run.source.class_names,
+            "init": self.meta.get("init"),
+            "train_seconds": self.seconds(),
+            "unlogged": self.unlogged,
+            "versions": {"jax": jax.__version__},
+        }
 
-    def draw_grid(self, step, ema):
-        """A picture of config.sample.per_class samples of each of the first classes, a row a class."""
-        labels = grid_labels(self.run.config)
+    def draw_grid(self, step: int, ema: Any) -> None:
+        """Writes samples/STEP.png: config.sample.per_class samples of each of the first classes, a row a class."""
+        assert self.run.generator is not None
+        labels, columns = grid_labels(self.run.config), self.run.config["sample"]["per_class"]
         images = self.run.generator(ema, labels, np.arange(len(labels)))
         images = self.run.decode(images) if self.run.decode else images
         if jax.process_index() == 0:
-            write_aside(os.path.join(self.workdir, "samples", f"{step:08d}.png"), pictures.png(
-                pictures.grid(pictures.to_uint8(images), self.run.config["sample"]["per_class"])))
+            path = os.path.join(self.workdir, "samples", f"{step:08d}.png")
+            write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), columns)))
 
-    def evaluate_if_due(self, step, ema):
-        """FID and the like, where config.eval asks for it at this step and no record has it -> whether it was measured.
-        What a stop left out between a checkpoint and this, the resumed run makes up for."""
+    def evaluate_if_due(self, step: int, ema: Any) -> bool:
+        """Measures FID or other metrics if config.eval asks for it at this step. Returns whether it was measured.
+
+        A step that has a record is not measured again. A run that was stopped after a checkpoint and before its
+        evaluation measures when it resumes.
+        """
         every = self.run.config["eval"]["every"]
         if not every or not step or (step % every and step < self.steps):
             return False
         if hosts.share(any(r["step"] == step and "loss" not in r for r in self.metrics.records))[0]:
             return False
+        assert self.run.evaluation is not None
         values, line = self.run.evaluation(ema)
         if values:
             self.metrics.write(step, values)
         self.progress.say(f"step {step}/{self.steps}  {line}")
         return True
 
-    def draw_curve(self):
+    def draw_curve(self) -> None:
+        """Writes loss.png."""
         if self.metrics.main:
             loss_curve(self.metrics.records, os.path.join(self.workdir, "loss.png"))
 
-    def close(self):
+    def close(self) -> None:
+        """Removes the progress bar."""
         self.progress.close()
 
 
-def closing_measurement(run, ema, train_seconds, workdir):
-    """Writes report.json: samples of every class in turn, seen by a classifier fitted on the real training pictures."""
+def closing_measurement(run: Run, ema: Any, train_seconds: float, workdir: str) -> None:
+    """Writes report.json: how a classifier, fitted on the real training pictures, sees samples of all classes in turn.
+
+    Raises UserError if the samples are not finite.
+    """
     train, held_out, generator, count = run.source, run.held_out, run.generator, run.config["judge"]["samples"]
+    assert generator and isinstance(train, Arrays) and isinstance(held_out, Arrays)
     labels = np.arange(count) % generator.num_classes
-    # Indices beyond those of the grids: other noise than the pictures one has looked at.
+    # Indices beyond those of the grids, so that the noise is not that of pictures one has looked at.
     samples = generator(ema, labels, 1_000_000 + np.arange(count))
     if jax.process_index():
         return
@@ -132,13 +168,14 @@ def closing_measurement(run, ema, train_seconds, workdir):
         raise UserError(f"the samples at the end of {workdir} are not finite: lower sample.cfg_scale, or train on")
     result = classifier.report((train.x, train.y), (held_out.x, held_out.y), samples, labels)
     result["train_seconds"] = round(train_seconds, 1)
-    write_aside(os.path.join(workdir, "report.json"), (json.dumps(result, indent=2) + "\n").encode())
+    path = os.path.join(workdir, "report.json")
+    write_aside(path, (json.dumps(result, indent=2) + "\n").encode())
     say(f"""
-The judge, fitted on the {len(train)} real training pictures, recognises {result['judge_accuracy']:.1%} of the \
+The judge, fitted on the {len(train)} real training pictures, recognises {result["judge_accuracy"]:.1%} of the \
 {len(held_out)} held-out ones.
-Of {count} samples it recognises {result['recognised']:.1%} as the class asked for.
+Of {count} samples it recognises {result["recognised"]:.1%} as the class asked for.
 Fréchet distance to the held-out pictures, in the judge's features:
-  samples        {result['frechet']:8.3f}
-  real training  {result['frechet_floor']:8.3f}   (the floor)
-  noise          {result['frechet_noise']:8.3f}
-Trained for {train_seconds:.0f} s. All this is in {os.path.join(workdir, 'report.json')}""")
+  samples        {result["frechet"]:8.3f}
+  real training  {result["frechet_floor"]:8.3f}   (the floor)
+  noise          {result["frechet_noise"]:8.3f}
+Trained for {train_seconds:.0f} s. All this is in {path}""")

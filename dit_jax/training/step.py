@@ -1,5 +1,6 @@
-"""The training state, and the step that `train` jits: a plain function of (state, batch)."""
+"""The training state, and the training step: a plain function of (state, batch)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,62 +8,90 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from dit_jax.diffusion.ddpm import training_losses
+from dit_jax.diffusion.process import Schedule
 from dit_jax.models import dit
+
+Batch = dict[str, jax.Array]  # x (B, H, W, C) float32, y (B,) int32
+Scalars = dict[str, Float[Array, ""]]  # the metrics of a step
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    step: jax.Array  # () int32: how many updates were made
+    """Everything that a training step changes. step: how many updates were made. ema: a tree like params."""
+
+    step: Int[Array, ""]
     params: Any
     ema: Any
     opt_state: Any
 
 
-def to_items(state):
-    """A TrainState -> the items of a checkpoint."""
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint (weights.checkpoint.ITEMS) of a TrainState."""
     return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
 
 
-def from_items(items):
-    """The items of a checkpoint -> TrainState."""
+def from_items(items: dict[str, Any]) -> TrainState:
+    """The TrainState of the items of a checkpoint."""
     return TrainState(items["optimizer"]["step"], items["params"], items["ema"], items["optimizer"]["opt_state"])
 
 
-def make_optimizer(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """AdamW at a constant rate. The frozen position embedding gets no gradient, and is not to decay either."""
+def make_optimizer(
+    learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW with a constant learning rate. The position embedding is frozen: it has no gradient, and does not decay."""
+
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "pos_embed", params)
 
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
 
 
-def init_state(key, model_args, optimizer):
-    """The state at step 0. The EMA starts as a copy of the parameters."""
+def init_state(key: jax.Array, model_args: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0. model_args: of models.dit.DiT. The EMA starts as a copy of the parameters."""
     _, params = dit.split(dit.DiT(**model_args, rngs=nnx.Rngs(params=key)))
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def update(state, loss_fn, optimizer, ema_decay):
-    """One optimizer and EMA update of loss_fn(params) -> (scalar, metrics)."""
+def update(
+    state: TrainState,
+    loss_fn: Callable[[Any], tuple[Float[Array, ""], Scalars]],
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, Scalars]:
+    """One update of parameters and EMA with the gradient of loss_fn(params) -> (loss, metrics).
+
+    Returns (new state, metrics with grad_norm and param_norm).
+    """
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):  # for profiles
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-        # The gradient's norm tells of this step's arithmetic, the parameters' of what would be saved.
+        # Both are checked to be finite: the gradient for this step, the parameters for what would be saved.
         metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
-def make_train_step(graphdef, schedule, optimizer, *, seed, ema_decay, label_dropout, num_classes):
-    """step(state, batch) -> (state, metrics). batch: x (B, H, W, C) float32, y (B,) int32.
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    label_dropout: float,
+    num_classes: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    """Returns step(state, batch) -> (state, metrics).
 
-    num_classes 0: unconditional, every y is taken for the null class, 0.
-    Timesteps, noise and label drops are drawn for the global batch from (seed, step) alone, whatever the devices.
+    Timesteps, noise and label drops are drawn for the global batch from (seed, step), so they do not depend on the
+    devices. num_classes: 0 is unconditional; the labels are ignored and all are the null class, 0.
     """
+
     def step(state, batch):
         x, y = batch["x"], batch["y"]
         key_t, key_noise, key_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)

@@ -1,7 +1,9 @@
-"""Where the time goes: a trace of some steps (--profile)."""
+"""A profile of some training steps (--profile)."""
 
 import contextlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -10,39 +12,50 @@ from dit_jax.runtime.progress import say
 
 
 class Trace:
-    """--profile=START:STOP: a trace of the steps START to STOP, on every host, in `folder`. With no text, none.
-    first: the step at which the run goes on; last: its last."""
+    """Writes a trace of the steps of --profile=START:STOP, on every host.
 
-    def __init__(self, text, folder, first, last):
+    Args:
+      text: "START:STOP"; None for no trace.
+      folder: where the trace goes.
+      first, last: the steps of this process.
+    Raises: UserError if the text is not two steps of the run.
+    """
+
+    def __init__(self, text: str | None, folder: str, first: int, last: int):
         self.start, self.stop, self.folder, self.running = None, None, folder, False
         if text is None:
             return
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if not match:
-            raise UserError(f"--profile={text}: START:STOP, two steps, as in --profile=20:25")
+            raise UserError(f"--profile={text}: must be START:STOP, two steps, as in --profile=20:25")
         self.start, self.stop = map(int, match.groups())
         if not 1 <= self.start <= self.stop <= last:
             raise UserError(f"--profile={text}: START must not be after STOP, and the run's steps are 1 to {last}")
-        if self.start < first:  # a run that goes on must not fail over a trace that it has made, or missed, before
+        if self.start < first:  # the same command must be able to resume the run after its trace
             say(f"--profile={text}: the run is at step {first - 1} already; no trace")
             self.start = self.stop = None
 
     @contextlib.contextmanager
-    def step(self, step):
+    def step(self, step: int) -> Iterator[None]:
+        """The block runs this step. Starts the trace if it is START."""
         if step == self.start:
             jax.profiler.start_trace(self.folder)
             self.running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def after(self, step, values):
+    def after(self, step: int, values: Any) -> None:
+        """Stops the trace if this step is STOP. values: arrays that the step computes."""
         if step == self.stop:
             jax.block_until_ready(values)
             self.close()
 
-    def close(self):
+    def close(self) -> None:
+        """Stops the trace if it runs."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
-            say(f"the trace of the steps from {self.start} is in {self.folder}: pip install xprof, then "
-                f"xprof --logdir={self.folder}")
+            say(
+                f"the trace of the steps from {self.start} is in {self.folder}: pip install xprof, then "
+                f"xprof --logdir={self.folder}"
+            )

@@ -1,71 +1,96 @@
-"""Stable Diffusion's VAE with its weights, as calls.
+"""Stable Diffusion's VAE with its weights, ready to encode and decode.
 
-    vae = files.load("stabilityai/sd-vae-ft-ema")       # dit_jax/vae/files.py
-    mean, std = vae.encode(vae.params, images)          # fit for jax.jit
-    images = vae.decode(vae.params, latents)
+vae = files.load("stabilityai/sd-vae-ft-ema")       # dit_jax/vae/files.py
+mean, std = vae.encode(vae.params, images)          # may be jitted
+images = vae.decode(vae.params, latents)
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
 
 from dit_jax.parallel import sharding
 from dit_jax.vae import network
 
 SCALE = 0.18215
-ENCODING, DECODING = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")  # the weights that each takes
+ENCODING, DECODING = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")  # the weights that each needs
+
+Images = UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]
 
 
 class Autoencoder:
     """A VAE with its weights.
 
-    args: of vae.network.VAE. params: nested dict of float32 arrays. scale: the DiT's latents are the VAE's times it.
-    factor: pixels a latent pixel, a side. latent_channels. identity: dict(name, sha256 of the file, scale, and of the
-    encoder's and the decoder's arrays 16 hexadecimal digits each, the same for the same arrays in any format).
+    Args and attributes:
+        args: arguments of vae.network.VAE.
+        params: nested dict of float32 arrays.
+        scale: the DiT's latents are the VAE's latents times `scale`.
+        identity: {"name", "sha256" of the file, "scale", "encoder", "decoder"}. The last two are digests of the arrays,
+            the same for the same arrays in any file format.
+        dtype: of products and activations.
+
+    Further attributes: factor, how many times smaller than a picture a latent is on each side; latent_channels.
     """
 
-    def __init__(self, args, params, scale=SCALE, identity=None, dtype="float32"):
-        self.args, self.params, self.scale, self.identity = args, params, scale, identity
+    def __init__(
+        self,
+        args: dict[str, Any],
+        params: Any,
+        scale: float = SCALE,
+        identity: dict[str, Any] | None = None,
+        dtype: str = "float32",
+    ):
+        self.args, self.params, self.scale, self.identity = args, params, scale, identity or {}
         self.factor, self.latent_channels = 2 ** (len(args["block_out_channels"]) - 1), args["latent_channels"]
         self.graphdef, self.shapes = network.abstract(**args, dtype=jnp.dtype(dtype))
 
-    def only(self, names):
-        """The weights of these names, ENCODING or DECODING: all that encode or decode needs."""
+    def only(self, names: Sequence[str]) -> dict[str, Any]:
+        """Returns the weights that encode (names=ENCODING) or decode (names=DECODING) needs."""
         return {name: self.params[name] for name in names}
 
-    def encode(self, params, images):
-        """images (B, S, S, 3), uint8 or float32 in [-1, 1] -> mean and standard deviation of the posterior,
-        (B, s, s, C) float32 each, not scaled. A pure function."""
+    def encode(self, params: Any, images: Images) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+        """Returns (mean, standard deviation) of the posteriors, not scaled, float32. A pure function.
+
+        images: uint8, or float32 in [-1, 1].
+        """
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 127.5 - 1
         mean, logvar = nnx.merge(self.graphdef, self.shapes | params).encode(images)
         return mean, jnp.exp(0.5 * logvar)
 
-    def decode(self, params, latents):
-        """latents (B, s, s, C), scaled, as the DiT makes them -> images (B, S, S, 3) float32, not clipped. Pure."""
+    def decode(self, params: Any, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Returns images in about [-1, 1], not clipped, float32, of scaled latents. A pure function."""
         return nnx.merge(self.graphdef, self.shapes | params).decode(latents.astype(jnp.float32) / self.scale)
 
-    def posteriors(self, params, images):
-        """images as of encode -> (B, 2, s, s, 2C) float32: of each picture and its mirror image [mean, standard
-        deviation]. A pure function. The two passes follow each other, so as to need the memory of one."""
-        return jax.lax.map(lambda x: jnp.concatenate(self.encode(params, x), axis=-1),
-                           jnp.stack([images, images[:, :, ::-1]])).swapaxes(0, 1)
+    def posteriors(self, params: Any, images: Images) -> Float[Array, "b 2 h w 2*c"]:
+        """Returns [mean, standard deviation] of each picture and of its mirror image, float32. A pure function.
 
-    def decoder(self, mesh, size):
-        """-> f(latents (N, s, s, C) scaled, numpy) -> images (N, size, size, 3) float32, numpy. Over all devices of the
-        mesh (None: one device), batch_size(size) at a time on each, by one program whatever their number. On several
-        hosts all call it with the same latents."""
+        images: as in encode. The two passes run one after the other, so that they need the memory of one.
+        """
+        both = jnp.stack([images, images[:, :, ::-1]])
+        return jax.lax.map(lambda x: jnp.concatenate(self.encode(params, x), axis=-1), both).swapaxes(0, 1)
+
+    def decoder(self, mesh: Mesh | None, size: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns a function of scaled latents (n, h, w, c) -> images (n, size, size, 3) float32, both NumPy arrays.
+
+        It decodes batch_size(size) latents at a time on each device of the mesh (None: on one device), by the same
+        program for any number of devices. On several hosts all call it with the same latents.
+        """
         mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         run, n = sharding.over_devices(self.decode, mesh), mesh.size * batch_size(size)
-        split, whole = NamedSharding(mesh, P(mesh.axis_names)), sharding.replicated(mesh)
+        split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), sharding.replicated(mesh)
         params = jax.tree.map(lambda a: sharding.put(a, whole), self.only(DECODING))
 
-        def decode(latents):
+        def decode(latents: np.ndarray) -> np.ndarray:
             images = []
             for start in range(0, len(latents), n):
-                part = np.asarray(latents[start: start + n], np.float32)
+                part = np.asarray(latents[start : start + n], np.float32)
                 part = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.float32)])
                 images.append(np.asarray(run(params, sharding.put(part, split))))
             return np.concatenate(images)[: len(latents)]
@@ -73,6 +98,6 @@ class Autoencoder:
         return decode
 
 
-def batch_size(size):
-    """How many pictures of size x size go through the VAE at once on a device: 4 up to 256, 1 from 512 on."""
+def batch_size(size: int) -> int:
+    """Returns how many pictures of size x size the VAE processes at once on a device: 4 up to 256, 1 from 512 on."""
     return max(1, min(4, (512 // size) ** 2))

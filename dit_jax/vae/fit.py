@@ -1,19 +1,26 @@
 """Fits a small VAE to pictures, in a minute or two on a laptop."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import UInt8
 
 from dit_jax.runtime.progress import Progress
 from dit_jax.vae import network
 
-VAE = dict(block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3)
+VAE: dict[str, Any] = dict(
+    block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=4, in_channels=3
+)
 
 
-def fit(images, steps, rng, batch_size=8):
-    """A VAE fitted to images (N, S, S, 3) uint8 -> (its parameters, the scale by which its latents have deviation 1)."""
+def fit(
+    images: UInt8[np.ndarray, "n s s 3"], steps: int, rng: np.random.Generator, batch_size: int = 8
+) -> tuple[dict[str, Any], float]:
+    """Fits a VAE to images. Returns (its parameters, the scale that gives its latents a standard deviation of 1)."""
     graphdef, params = nnx.split(network.VAE(**VAE, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(params)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 4e-3, min(50, steps // 2), steps))
@@ -38,5 +45,6 @@ def fit(images, steps, rng, batch_size=8):
         params, state, value = step(params, state, x, jax.random.key(i))
         progress.update(i + 1, f"loss {value:.3f}")
     progress.close()
-    mean, _ = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x))(params, images[::5] / np.float32(127.5) - 1)
+    encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x))
+    mean, _ = encode(params, images[::5] / np.float32(127.5) - 1)
     return params, float(1 / mean.std())

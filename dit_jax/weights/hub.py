@@ -1,47 +1,93 @@
-"""Published files, fetched once."""
+"""Fetches published files, once: from the Hugging Face hub, and the authors' own .pt files."""
 
-import contextlib
+import fcntl
 import hashlib
-import http.client
 import os
-import urllib.request
-import uuid
+import re
+from collections.abc import Callable
 
-from dit_jax.runtime.errors import UserError
-from dit_jax.runtime.progress import Progress
+from dit_jax.runtime.errors import UserError, first_line
+from dit_jax.runtime.process import quiet_hub
+
+AUTHORS = "https://dl.fbaipublicfiles.com/DiT/models/"
 
 
-def fetch(name, revision, file, sha256):
-    """A file of the repository `name` of the Hugging Face hub (or of HF_ENDPOINT) -> its path in ~/.cache/dit_jax, where
-    it is kept, whole and with this sha256. Raises UserError."""
+def fetch(repository: str, patterns: list[str], revision: str | None = None) -> str:
+    """Fetches the files of a repository on the hub that match `patterns`. Returns their folder, in the hub's own cache.
+
+    revision: a commit; None for the newest. Raises UserError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+
+    def download(local=False):
+        return snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, endpoint=endpoint, local_files_only=local
+        )
+
+    def attempt():
+        try:  # snapshot_download retries for half a minute where there is no network
+            HfApi(endpoint=endpoint).model_info(repository, revision=revision)
+        except Exception as e:
+            try:
+                return download(local=True)
+            except Exception:
+                raise e from None
+        return download()
+
+    place = f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
+    return _checked(repository, f"{', '.join(patterns)} of {place} and name their folder", attempt)
+
+
+def fetch_authors(file: str) -> str:
+    """Fetches one of the authors' files into ~/.cache/dit_jax/weights. Returns its path. Raises UserError.
+
+    No hash of these files is published. They are zip files, so the checksum of every array is compared when it is read.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(home, "dit_jax", "hub", name, revision, file)
-    if os.path.isfile(path):
-        return path
-    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/{revision}/{file}"
-    aside, digest, done, progress = f"{path}.{uuid.uuid4().hex}.part", hashlib.sha256(), 0, None
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(aside, "wb") as f:
-            size = int(response.headers.get("Content-Length", 0))
-            progress = Progress(f"fetching {name}", size >> 20, "MiB")
-            while block := response.read(2**20):
-                f.write(block)
-                digest.update(block)
-                done += len(block)
-                progress.update(done >> 20)
-        if done < size:
-            raise UserError(f"{url}: the connection broke after {done:,} of {size:,} bytes, nothing was kept: run again")
-        if digest.hexdigest() != sha256:
-            raise UserError(f"{url}: sha256 is {digest.hexdigest()}, not the published {sha256}: nothing was kept")
-        os.replace(aside, path)
-    except (OSError, http.client.HTTPException) as e:
-        why = getattr(e, "reason", None) or e or type(e).__name__
-        raise UserError(f"{url}: cannot be fetched ({why}): fetch it where there is a network, and give the file's path "
-                        f"in place of {name}") from None
-    finally:
-        if progress is not None:
-            progress.close()
-        with contextlib.suppress(OSError):
-            os.remove(aside)
+    path = os.path.join(home, "dit_jax", "weights", file)
+    if not os.path.isfile(path):
+        url = AUTHORS + file
+        _checked(file, f"{url} and put it at {path}", lambda: _download(url, path))
     return path
+
+
+def _download(url: str, path: str) -> str:
+    """Downloads to PATH.part and renames it when it is complete. A second call resumes."""
+    from huggingface_hub.file_download import http_get
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.part", "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while another process fetches it
+        http_get(url, f, resume_size=f.tell(), displayed_filename=os.path.basename(path))
+    os.replace(f"{path}.part", path)
+    return path
+
+
+def _checked(name: str, remedy: str, download: Callable[[], str]) -> str:
+    """The path that download() returns, after the digests of the files there. remedy: what to fetch by hand."""
+    quiet_hub()
+    try:
+        path = download()
+    except Exception as e:  # huggingface_hub raises its own errors, httpx's and the system's
+        raise UserError(
+            f"{name}: cannot be fetched ({first_line(e)}): run again to resume, or where there is a network fetch "
+            f"{remedy}"
+        ) from None
+    for parent, _, names in os.walk(path):
+        for file in names:
+            _check_digest(os.path.join(parent, file))
+    return path
+
+
+def _check_digest(path: str) -> None:
+    """Raises UserError if a file of the hub's cache is damaged. The hub names large files by their sha256."""
+    blob = os.path.realpath(path)
+    if not re.fullmatch(r"[0-9a-f]{64}", os.path.basename(blob)):
+        return
+    with open(blob, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != os.path.basename(blob):
+        os.remove(blob)
+        raise UserError(f"{path}: is damaged (its sha256 is {digest}) and was removed: run again to fetch it")

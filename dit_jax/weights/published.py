@@ -1,21 +1,25 @@
-"""The published code's names and layouts of a DiT's arrays, to ours and back.
+"""A DiT's arrays between the published code's names and layouts, and ours.
 
-A weights file is a flat mapping from the published names to float32 arrays.
+The published form is a flat mapping from names to float32 arrays. Ours is a nested dict; the arrays of the blocks are
+stacked. Here `args` are the arguments of models.dit.DiT.
 """
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from einops import rearrange
+from jaxtyping import Float
 
 from dit_jax.models.blocks import MLP_RATIO
 from dit_jax.models.dit import SIZES
 from dit_jax.runtime.arrays import aligned_empty
 from dit_jax.runtime.errors import UserError
 
-# Ours -> published, in the published order. {} is the block's index; ours holds the blocks stacked.
+# Our path -> published name, in the published order. {} is the block's index.
 NAMES = {
     "pos_embed": "pos_embed",
     "x_embedder": "x_embedder.proj",
@@ -30,27 +34,27 @@ NAMES = {
     "final_layer/linear": "final_layer.linear",
     "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
 }
-HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}  # of the paper's models, by width
 
 
-def _pairs(depth):
+def _pairs(depth: int) -> Iterator[tuple[str, int | None, str]]:
     """(our path, block index or None, published name) of every array, in the published order."""
     for block in [None, *range(depth)]:
-        for ours, theirs in NAMES.items():
-            if ours.startswith("blocks/") != (block is not None) or ours.startswith("final_layer"):
+        for path, name in NAMES.items():
+            if path.startswith("blocks/") != (block is not None) or path.startswith("final_layer"):
                 continue
-            yield from _leaves(ours, block, theirs.format(block))
-    for ours, theirs in NAMES.items():
-        if ours.startswith("final_layer"):
-            yield from _leaves(ours, None, theirs)
+            yield from _leaves(path, block, name.format(block))
+    for path, name in NAMES.items():
+        if path.startswith("final_layer"):
+            yield from _leaves(path, None, name)
 
 
-def _leaves(ours, block, theirs):
-    if ours in ("pos_embed", "y_embedder/embedding"):
-        yield ours, block, theirs
+def _leaves(path, block, name):
+    if path in ("pos_embed", "y_embedder/embedding"):
+        yield path, block, name
     else:
-        yield f"{ours}/kernel", block, f"{theirs}.weight"
-        yield f"{ours}/bias", block, f"{theirs}.bias"
+        yield f"{path}/kernel", block, f"{name}.weight"
+        yield f"{path}/bias", block, f"{name}.bias"
 
 
 def _to_ours(path, a, args):
@@ -59,7 +63,7 @@ def _to_ours(path, a, args):
         return a[0]
     if path == "x_embedder/kernel":  # a convolution's (D, C, p, p) -> (p*p*C, D)
         return a.transpose(2, 3, 1, 0).reshape(-1, d)
-    if path.startswith("blocks/attn/qkv/"):  # rows q|k|v, heads contiguous -> columns head by head, q|k|v of each
+    if path.startswith("blocks/attn/qkv/"):  # rows q|k|v, each of all heads -> columns of one head after another
         return rearrange(a, "(three h k) ... -> ... (h three k)", three=3, h=h)
     return a.T if path.endswith("kernel") else a
 
@@ -75,15 +79,23 @@ def _to_published(path, a, args):
     return a.T if path.endswith("kernel") else a
 
 
-def published_shapes(args):
-    """{published name: shape} of the adaLN-Zero DiT with these arguments (of models.dit.DiT), in order."""
+def published_shapes(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{published name: shape} of the adaLN-Zero DiT with these arguments, in the published order."""
     d, p, c = args["hidden_size"], args["patch_size"], args["in_channels"]
-    linear = {"x_embedder.proj": (d, c, p, p), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d),
-              "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (MLP_RATIO * d, d), "mlp.fc2": (d, MLP_RATIO * d),
-              "blocks.adaLN_modulation.1": (6 * d, d), "final_layer.linear": (p * p * 2 * c, d),
-              "final_layer.adaLN_modulation.1": (2 * d, d)}
+    linear = {
+        "x_embedder.proj": (d, c, p, p),
+        "t_embedder.mlp.0": (d, 256),
+        "t_embedder.mlp.2": (d, d),
+        "attn.qkv": (3 * d, d),
+        "attn.proj": (d, d),
+        "mlp.fc1": (MLP_RATIO * d, d),
+        "mlp.fc2": (d, MLP_RATIO * d),
+        "blocks.adaLN_modulation.1": (6 * d, d),
+        "final_layer.linear": (p * p * 2 * c, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d),
+    }
     shapes = {}
-    for path, block, name in _pairs(args["depth"]):
+    for path, _, name in _pairs(args["depth"]):
         if path == "pos_embed":
             shapes[name] = (1, (args["input_size"] // p) ** 2, d)
         elif path == "y_embedder/embedding":
@@ -95,11 +107,11 @@ def published_shapes(args):
     return shapes
 
 
-def from_published(flat, args, sha256=None):
-    """{published name: array} -> our params, nested and float32. args: of models.dit.DiT. sha256: a hashlib object that
-    takes the arrays' bytes on the way, in the order of the file.
+def from_published(flat: Mapping[str, np.ndarray], args: Mapping[str, Any], sha256: Any = None) -> dict[str, Any]:
+    """Converts {published name: array} to our nested float32 parameters.
 
-    Raises UserError naming the array that is missing, left over or of another shape.
+    sha256: a hashlib object; it is updated with the float32 bytes of the arrays in the order of `flat`. Raises
+    UserError naming the array that is missing, unknown or of another shape.
     """
     expected, file = published_shapes(args), getattr(flat, "path", "weights")
     for name in expected:
@@ -107,7 +119,7 @@ def from_published(flat, args, sha256=None):
             raise UserError(f"{file}: {name} is missing")
     if len(flat) > len(expected):
         raise UserError(f"{file}: unknown array {next(name for name in flat if name not in expected)}")
-    # In the order of the file, so that it is read once, and an array at a time.
+    # In the order of the file, so that it is read once, one array at a time.
     places = {name: (path, block) for path, block, name in _pairs(args["depth"])}
     leaves, hashed = {}, None
     with ThreadPoolExecutor(1) as pool:
@@ -133,13 +145,16 @@ def from_published(flat, args, sha256=None):
     return params
 
 
-def to_published(params, args):
-    """Our params -> {published name: float32 array}, in the published order."""
+def to_published(params: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "..."]]:
+    """Converts our parameters to {published name: float32 array}, in the published order.
+
+    Raises UserError if the blocks are not adaLN-Zero.
+    """
     if args.get("block", "adaln_zero") != "adaln_zero":
         raise UserError(f"model.block={args['block']}: the published format knows adaln_zero only")
     flat = {}
     for path, block, name in _pairs(args["depth"]):
-        a = params
+        a: Any = params
         for key in path.split("/"):
             a = a[key]
         a = np.asarray(a if block is None else a[block], np.float32)
@@ -147,10 +162,18 @@ def to_published(params, args):
     return flat
 
 
-def infer_args(flat, num_heads=None, num_classes=None):
-    """The model's arguments, read off the shapes of its weights. The number of heads shows in no shape: it is the
-    paper's for the width, or `num_heads`. Whether the label table's last row is the null class shows neither: it
-    is, unless `num_classes` says that there are as many classes as rows. One row is an unconditional model's."""
+def infer_args(
+    flat: Mapping[str, np.ndarray], num_heads: int | None = None, num_classes: int | None = None
+) -> dict[str, Any]:
+    """The arguments of the DiT with these published arrays, inferred from their shapes. Raises UserError.
+
+    A label table of one row is that of an unconditional model.
+
+    Args:
+      num_heads: no shape shows it; by default the paper's for the width.
+      num_classes: by default the last row of the label table is the null class. If it equals the number of rows, there
+        is no null class.
+    """
     file = getattr(flat, "path", "weights")
     names = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight")
     for name in names:
@@ -170,7 +193,15 @@ def infer_args(flat, num_heads=None, num_classes=None):
     if num_classes not in (rows, rows - 1) or rows < 1:
         raise UserError(f"{file}: {rows} rows of labels do not fit {num_classes} classes")
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
-    if depth > len(flat):  # arrays of blocks that are not there are not counted one by one
+    if depth > len(flat):  # published_shapes would list every missing block
         raise UserError(f"{file}: has an array of block {depth - 1}, and {len(flat)} arrays in all: blocks are missing")
-    return dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=c, hidden_size=d, depth=depth,
-                num_heads=num_heads, num_classes=num_classes, null_class=num_classes == rows - 1)
+    return dict(
+        input_size=math.isqrt(tokens) * p,
+        patch_size=p,
+        in_channels=c,
+        hidden_size=d,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        null_class=num_classes == rows - 1,
+    )

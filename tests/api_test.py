@@ -1,0 +1,220 @@
+"""The public Python API: the pictures of the commands, without a process, a flag or a compilation more."""
+
+import subprocess
+import sys
+
+import fake_hub
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, one_error
+from diffusers_test import ARGS, save_vae
+from numpy.testing import assert_array_equal
+
+import dit_jax
+from dit_jax.models import dit
+from dit_jax.weights import diffusers as diffusers_layout, files, hub, load, published
+
+FAST = dict(steps=4, sampler="ddim", cfg_scale=2.0, seed=3)
+FLAGS = ("--steps=4", "--sampler=ddim", "--cfg_scale=2", "--seed=3")
+
+
+@pytest.fixture(scope="module")
+def run(command, tmp_path_factory):
+    """A run of a few steps of which the weights are not all zero."""
+    workdir = tmp_path_factory.mktemp("api") / "run"
+    status, _, err = command("train", *TINY, "--config.steps=3", "--config.ema_decay=0.5", f"--workdir={workdir}")
+    assert status == 0, err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    from dit_jax.parallel import sharding
+
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with every program that is compiled."""
+    found = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_pictures_are_those_of_the_command(run, mesh, command, tmp_path):
+    assert command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=5", "--classes=3,7", *FLAGS)[0] == 0
+    expected = np.load(tmp_path / "samples.npz")["arr_0"]
+    model = dit_jax.load(str(run), mesh=mesh)
+    images = model.sample(classes=[3, 7], num=5, **FAST, progress=False)
+    assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3)
+    assert_array_equal(images, expected)
+    assert_array_equal(model.sample("3,7", 5, **FAST, progress=False), expected)
+    picture = dit_jax.grid(images)
+    assert picture.mode == "RGB" and picture.width > 3 * 8
+    assert model.config["model"]["depth"] == 2 and model.origin["step"] == 3 and model.class_names is None
+
+
+def test_a_second_call_compiles_nothing(run, mesh, compilations):
+    model = dit_jax.load(str(run), mesh=mesh)
+    first = model.sample([1], 6, **FAST, progress=False)
+    assert compilations
+    compilations.clear()
+    other = model.sample("random", 3, **FAST | {"seed": 5, "cfg_scale": 3.5}, progress=False)
+    more = model.sample("balanced", 13, **FAST, batch_size=6, progress=False)
+    assert not compilations and len(other) == 3 and len(more) == 13
+    assert_array_equal(model.sample([1], 6, **FAST, progress=False), first)
+    assert not compilations
+    assert np.abs(model.sample([1], 6, **FAST | {"cfg_scale": 5.0}, progress=False).astype(int) - first).max() > 0
+
+
+def test_the_network_is_a_function(run, mesh):
+    model = dit_jax.load(str(run), mesh=mesh)
+    x, t, y = np.ones((2, 8, 8, 1), np.float32), np.array([1, 999]), np.array([0, 10])
+    out = model(x, t, y)
+    assert out.shape == (2, 8, 8, 2)
+    assert_array_equal(jax.jit(model.apply)(model.params, x, t, y).shape, out.shape)
+    grads = jax.grad(lambda params: model.apply(params, x, t, y).sum())(model.params)
+    assert jax.tree.structure(grads) == jax.tree.structure(model.params)
+
+
+def test_every_kind_of_weights_makes_the_same_pictures(run, mesh, command, tmp_path):
+    expected = dit_jax.load(str(run), mesh=mesh).sample(num=4, **FAST, progress=False)
+    for name in ("w.pt", "w.npz", "w.safetensors"):
+        assert command("convert", f"--workdir={run}", f"--out={tmp_path}/{name}")[0] == 0
+        model = dit_jax.load(str(tmp_path / name), num_heads=4, mesh=mesh)
+        assert_array_equal(model.sample(num=4, **FAST, progress=False), expected, err_msg=name)
+        with pytest.raises(dit_jax.UserError, match="--num_heads must say"):
+            dit_jax.load(str(tmp_path / name), mesh=mesh)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(classes=[10]), "10 is no class"), (dict(classes=["cat"]), "'balanced', 'random' or numbers"),
+    (dict(num=0), "num=0: must be at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
+    (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes")])  # fmt: skip
+def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):
+    model = dit_jax.load(str(run), mesh=mesh)
+    with pytest.raises(dit_jax.UserError, match=words) as e:
+        model.sample(**FAST | arguments, progress=False)
+    assert "\n" not in str(e.value)
+    with pytest.raises(dit_jax.UserError, match="no such file or folder.*DiT-XL/2-256"):
+        dit_jax.load("/nowhere")
+
+
+def test_latents_are_decoded_or_not(mesh, tmp_path):
+    args, rng = ARGS | {"null_class": True}, np.random.default_rng(0)
+    flat = {name: rng.normal(0, 0.05, s).astype(np.float32) for name, s in published.published_shapes(args).items()}
+    files.write(str(tmp_path / "w.npz"), flat)
+    save_vae(tmp_path / "vae")
+    model = dit_jax.load(str(tmp_path / "w.npz"), num_heads=2, vae=str(tmp_path / "vae"), mesh=mesh)
+    pictures = model.sample(num=3, **FAST, progress=False)
+    assert pictures.dtype == np.uint8 and pictures.shape == (3, 16, 16, 3) and model.shape == (16, 16, 3)
+    latents = model.sample(num=3, **FAST, latents=True, progress=False)
+    assert latents.dtype == np.float32 and latents.shape == (3, 8, 8, 4)
+    without = dit_jax.load(str(tmp_path / "w.npz"), num_heads=2, mesh=mesh)
+    assert without.latent
+    assert_array_equal(without.sample(num=3, **FAST, progress=False), latents)
+    assert_array_equal(model.decode(latents), pictures)
+
+
+def test_fit_trains_resumes_and_equals_the_command(command, run, tmp_path):
+    config = dit_jax.paper(model="")
+    config.model.update(
+        dict(patch_size=2, depth=1, hidden_size=32, num_heads=2, input_size=8, in_channels=3, num_classes=4)
+    )
+    config.update(dict(steps=4, batch_size=8, log_every=1))
+    config.mesh.data, config.sample.every, config.checkpoint.every = 4, 0, 2
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(20, 8, 8, 3), dtype=np.uint8), rng.integers(4, size=20)
+    whole = dit_jax.fit(config, str(tmp_path / "whole"), data=(images, labels))
+    config.steps = 2
+    dit_jax.fit(config, str(tmp_path / "parts"), data=(images, labels))
+    config.steps = 4
+    parts = dit_jax.fit(config, str(tmp_path / "parts"), data=(images, labels))
+    jax.tree.map(assert_array_equal, parts.params, whole.params)
+    with pytest.raises(dit_jax.UserError, match="another run.*the data"):
+        dit_jax.fit(config, str(tmp_path / "parts"), data=(images[::-1], labels))
+    with pytest.raises(dit_jax.UserError, match="data: labels.*one integer for each"):
+        dit_jax.fit(config, str(tmp_path / "other"), data=(images, labels[:3]))
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    config.data.update(dict(source="arrays", path=str(tmp_path)))
+    folder = dit_jax.fit(config, str(tmp_path / "folder"))
+    jax.tree.map(assert_array_equal, folder.params, whole.params)
+
+
+def test_published_names_are_fetched_once(mesh, tmp_path, monkeypatch, command):
+    """The authors' file and the hub's folder, of a small network under their names."""
+    rng, args = np.random.default_rng(0), ARGS
+    flat = {name: rng.normal(0, 0.05, s).astype(np.float32) for name, s in published.published_shapes(args).items()}
+    grid = args["input_size"] // args["patch_size"]
+    flat["pos_embed"] = dit.position_embedding(args["hidden_size"], grid)[None]
+    files.write(str(tmp_path / "w.pt"), flat)
+    folder = tmp_path / "folder"
+    diffusers_layout.save(str(folder), flat, args, None)
+    save_vae(folder / "vae")
+    names = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    server = fake_hub.Hub(
+        {"facebook/DiT-XL-2-256": names, "files": {"DiT-XL-2-256x256.pt": (tmp_path / "w.pt").read_bytes()}}
+    )
+    server.use(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(hub, "AUTHORS", f"{server.url}/")
+    monkeypatch.setattr(load, "VAE", "")
+    try:
+        pictures = []
+        for name, more in (("facebook/DiT-XL-2-256", {}), ("DiT-XL/2-256", dict(num_heads=2, vae=str(folder / "vae")))):
+            server.served.clear()
+            server.fault = "cut"
+            monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+            with pytest.raises(dit_jax.UserError, match="cannot be fetched.*run again to resume"):
+                dit_jax.load(name, mesh=mesh, **more)
+            server.fault = None
+            pictures.append(dit_jax.load(name, mesh=mesh, **more).sample(num=2, **FAST, progress=False))
+            weights = [path for path in server.served if path.endswith((".pt", ".safetensors"))]
+            server.served.clear()
+            again = dit_jax.load(name, mesh=mesh, **more).sample(num=2, **FAST, progress=False)
+            assert_array_equal(again, pictures[-1])
+            assert weights and not any(path.endswith((".pt", ".safetensors")) for path in server.served)
+        assert_array_equal(*pictures)
+    finally:
+        server.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(dit_jax.UserError, match="DiT-XL-2-512x512.pt and put it at .*nothing"):
+        dit_jax.load("DiT-XL/2-512", mesh=mesh)
+
+
+def test_importing_is_quick_and_leaves_no_flags():
+    code = (
+        "import sys, dit_jax; assert 'jax' not in sys.modules; dit_jax.load; from absl import flags; "
+        "assert not flags.FLAGS.is_parsed() and 'workdir' not in flags.FLAGS; print(sorted(dit_jax.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "load" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples(path, tmp_path):
+    assert len(path.read_text().splitlines()) < 40
+    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if path.stem == "own_network":
+        mean, deviation = (float(word.strip(",")) for word in done.stdout.split() if word.startswith("0."))
+        assert abs(mean - 0.5) < 0.02 and abs(deviation - 0.1) < 0.02
+    if path.stem == "own_loop":
+        assert float(done.stdout.split()[-1]) < 0.4
+    if path.stem == "own_data":
+        assert (tmp_path / "runs/squares/grid.png").exists()
+
+
+def test_renamed_commands_answer_with_the_new_name(command):
+    for old, new in (("benchmark", "benchmarks.speed"), ("reproduce", "benchmarks.miniature")):
+        one_error(command(old, "--out=x"), new)
