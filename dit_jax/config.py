@@ -39,9 +39,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.model.remat = "auto"  # what the backward pass recomputes: "none", "dots", "full"; "auto": layout.py decides
 
     c.init = ConfigDict()  # the weights that a new run starts from; a run with checkpoints resumes from them instead
-    # The workdir of another run, a file (.pt, .npz, .safetensors), a diffusers folder, or a published name such as
-    # "DiT-XL/2-256"; "": random weights.
-    c.init.weights = ""
+    c.init.weights = ""  # a workdir, a .pt, .npz or .safetensors file, a diffusers folder or a published name; "": none
     c.init.which = "ema"  # or "raw": of a run, or of a training checkpoint of the published code
 
     c.diffusion = ConfigDict()
@@ -121,7 +119,6 @@ FIXED = (
     "data.flip",
 )
 
-DTYPES = ("auto", "float32", "bfloat16")
 PATHS = ("init.weights", "data.path", "vae.path", "eval.reference", "eval.inception")
 AT_LEAST_ONE = (
     "steps",
@@ -236,6 +233,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
     floats = tuple(field for field, value in values.items() if isinstance(value, float))
     reference = ("eval.reference",) if values["eval.every"] else ()
     inception = ("eval.inception",) if values["eval.every"] and values["eval.features"] == "inception" else ()
+    weights = "the file of InceptionV3's weights; or set eval.features=efflite0, for FD-EffLite0, which is no FID"
     return [
         (AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
@@ -245,24 +243,16 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
         (("judge.samples",), lambda v: v == 0 or v >= 2, "0, or at least 2"),
         (("sample.eta",), lambda v: 0 <= v <= 1, "between 0 and 1"),
         (("sample.cfg_scale", "eval.cfg_scale"), lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}"),
-        (
-            ("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"),
-            lambda v: 0 <= v < 1,
-            "in [0, 1)",
-        ),
+        (("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"), lambda v: 0 <= v < 1, "in [0, 1)"),
         (("diffusion.timesteps",), lambda v: 20 < v <= 1_000_000, "more than 20, and a million at most"),
         (("model.block",), one_of(*BLOCKS), f"one of {', '.join(BLOCKS)}"),
         (("model.remat",), one_of("auto", *REMAT), f"one of auto, {', '.join(REMAT)}"),
-        (("model.dtype",), one_of(*DTYPES), f"one of {', '.join(DTYPES)}"),
+        (("model.dtype",), one_of("auto", "float32", "bfloat16"), "one of auto, float32, bfloat16"),
         (("sample.sampler",), one_of("ddpm", "ddim"), "ddpm or ddim"),
         (("eval.features",), one_of("inception", "efflite0"), "inception or efflite0"),
         (("eval.num",), lambda v: v >= 4, "at least 4"),
         (reference, bool, "the .npz to compare with, or a folder of PNGs; or set eval.every=0"),
-        (
-            inception,
-            bool,
-            "the file of InceptionV3's weights; or set eval.features=efflite0, for FD-EffLite0, which is no FID",
-        ),
+        (inception, bool, weights),
         (("init.which",), one_of("ema", "raw"), "ema or raw"),
     ]
 

@@ -241,7 +241,7 @@ class Preemption:
     def __init__(self) -> None:
         global _preemption
         self.noticed: float | None = None  # when SIGTERM came
-        self.step: int | None = None
+        self.step = 0  # that this host has reached
         self.last: int | None = None
         self.lock = threading.Lock()
         self.running = False  # whether the run is at steps

@@ -87,14 +87,15 @@ def compile_only() -> None:
 
 
 def enough_threads() -> None:
-    """Gives XLA on CPU at least 16 threads if several devices or processes share the machine.
+    """Gives XLA on CPU at least 16 threads, and two for each device, if devices or processes share the machine.
 
     Why: a collective holds a thread until every device has come to it, and devices come to independent collectives in
-    any order. With as many threads as cores they can wait for each other until XLA aborts (tested with 8 devices). Can
-    go when XLA's CPU collectives no longer hold a thread.
+    any order. With as many threads as cores they can wait for each other until XLA aborts (tested with 8 and 16
+    devices). Can go when XLA's CPU collectives no longer hold a thread.
     """
-    if "device_count" in os.environ.get("XLA_FLAGS", "") or any(a.startswith("--coordinator") for a in sys.argv):
-        os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
+    devices = re.findall(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if devices or any(a.startswith("--coordinator") for a in sys.argv):
+        os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1, *(2 * int(n) for n in devices))))
 
 
 def same_threads() -> None:
