@@ -15,7 +15,7 @@ extras = {
     "test": [
         "pytest>=9.0.0",
         "pytest-xdist>=3.8.0",
-        "ruff>=0.17.0",
+        "ruff>=0.17.0,<0.18",  # another one formats otherwise
         "pyright[nodejs]>=1.1.414",
         "import-linter>=2.17",
         "scipy>=1.14.1",

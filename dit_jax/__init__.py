@@ -6,7 +6,7 @@
     images = model.sample(classes=[3, 7], num=16, cfg_scale=2.0, steps=50, sampler="ddim")  # uint8 (16, H, W, 3)
     dit_jax.grid(images)  # a PIL picture
 
-The public API is load, fit (trains in this process), grid, paper (the paper's config), Model and UserError. The
+The public API is load, fit (trains in this process), grid, paper_config (the paper's config), Model and UserError. The
 subpackages (dit_jax.models, dit_jax.diffusion, ...) are there to build on: see examples/.
 """
 
@@ -14,10 +14,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dit_jax.api import Model, UserError, fit, grid, load, paper
+    from dit_jax.api import Model, UserError, fit, grid, load, paper_config
 
 __version__ = "0.1.0"
-__all__ = ["Model", "UserError", "fit", "grid", "load", "paper"]
+__all__ = ["Model", "UserError", "fit", "grid", "load", "paper_config"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
 """The functions of the public Python API. dit_jax/__init__.py offers them as dit_jax.load and so on."""
 
+import contextlib
 import os
 
 import jax
@@ -17,15 +18,15 @@ from dit_jax.train import train
 from dit_jax.vae.files import load as load_vae
 from dit_jax.weights import load as weights
 
-__all__ = ["Model", "UserError", "fit", "grid", "load", "paper"]
+__all__ = ["Model", "UserError", "fit", "grid", "load", "paper_config"]
 
-paper = configs.paper
+paper_config = configs.paper
 
 
 def load(
-    where: str,
+    where: str | os.PathLike,
     *,
-    vae: str | None = None,
+    vae: str | os.PathLike | None = None,
     which: str = "ema",
     step: int | None = None,
     num_heads: int | None = None,
@@ -47,35 +48,53 @@ def load(
     Raises: UserError. Its text is one line that says what is wrong and what to do.
     """
     mesh = mesh or sharding.make_mesh()
-    path = files.user_path(where)
-    loaded = weights.load(path, mesh, which=which, step=step, num_heads=num_heads, num_classes=num_classes)
-    vae = loaded.vae if vae is None else vae
+    loaded = weights.load(
+        _path("where", where), mesh, which=which, step=step, num_heads=num_heads, num_classes=num_classes
+    )
+    vae = loaded.vae if vae is None else os.fspath(vae)
     return Model(loaded, mesh, load_vae(vae) if vae else None)
+
+
+def _path(name, value):
+    try:
+        path = files.user_path(os.fspath(value))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{name}={value!r}: {e}") from None
+    if not path:
+        raise UserError(f"{name} is empty: name a file or folder")
+    return path
 
 
 def fit(
     config: ConfigDict,
-    workdir: str,
+    workdir: str | os.PathLike,
     data: tuple[Shaped[np.ndarray, "n h w c"], Int[np.ndarray, " n"]] | None = None,
 ) -> Model:
     """Trains a run, or resumes it from its newest checkpoint. Returns the Model of its EMA weights.
 
     Args:
-      config: from dit_jax.paper() or a file of configs/, with fields changed.
+      config: from dit_jax.paper_config() or a file of configs/, with fields changed.
       workdir: run directory; created, or resumed if it exists.
       data: None for the source that config.data names; or (images, labels), and then config.data.source is ignored.
         Images are uint8 pictures, or float32 that is used as it is: pictures in [-1, 1], or scaled latents.
     Raises: UserError. After a KeyboardInterrupt the same call resumes from the last checkpoint.
     """
-    resolved = configs.resolve(config)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config: a {type(config).__name__}: must be a ConfigDict, as dit_jax.paper_config() makes one")
+    resolved, workdir = configs.resolve(config), _path("workdir", workdir)
+    arrays = None
     if data is not None:
         resolved["data"]["source"] = "arrays"
-    if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
-        process.one_step_at_a_time()
-    workdir = files.user_path(workdir)
-    os.makedirs(workdir, exist_ok=True)
-    with files.hold(workdir, "workdir"):
-        train(resolved, workdir, data=data)
+        arrays = np.asarray(data[0]), np.asarray(data[1])
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        files.probe(workdir)
+    except OSError as e:
+        raise UserError(f"workdir={workdir}: cannot be written ({e.strerror}): name another") from None
+    with files.hold(workdir, "workdir"), contextlib.ExitStack() as closing:
+        if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
+            closing.callback(process.one_step_at_a_time())
+        train(resolved, workdir, closing, data=arrays)
     return load(workdir)
 
 

@@ -107,6 +107,7 @@ def samples() -> "Samples":
     vae = loaded.vae if f.vae is None else f.vae
     model = Model(loaded, mesh, load_vae(vae) if vae else None)
     settings = Settings(f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels)
+    model.generator(settings, min(f.batch_size, f.num))  # checks the settings before anything is written
     labels = choose_labels(f.classes, f.num, model.args["num_classes"], f.seed, model.class_names)
     return Samples(model, settings, f.classes, labels, f.batch_size)
 

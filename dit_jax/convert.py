@@ -37,7 +37,7 @@ if __name__ == "__main__":
     cli.parse()  # above the imports that take time
 
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +59,7 @@ def main() -> None:
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
         raise UserError(f"--out={f.out}: there is no such folder: make it first")
     folder = not f.out.endswith(EXTENSIONS)
-    if folder and os.path.splitext(f.out)[1]:
+    if f.out.endswith((".pth", ".bin", ".ckpt", ".zip", ".h5", ".msgpack")):
         raise UserError(f"--out={f.out}: weights are .pt, .npz or .safetensors files, or a diffusers folder")
     if folder:
         if os.path.isdir(f.out) and os.listdir(f.out):
@@ -109,11 +109,12 @@ def save_folder(
     codec, channels = vae_files.load(vae), args["in_channels"]
     if codec.latent_channels != channels:
         raise UserError(f"--vae={vae}: decodes {codec.latent_channels} channels, and the model makes {channels}")
-    aside = f"{folder}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    vae_files.save(os.path.join(aside, "vae"), codec.args, codec.params, codec.scale)
-    diffusers.save(aside, flat, args, class_names, timesteps)
-    os.replace(aside, folder)  # which exists and is empty
+    folder = os.path.abspath(folder)
+    with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=os.path.dirname(folder)) as parent:
+        aside = os.path.join(parent, os.path.basename(folder))
+        vae_files.save(os.path.join(aside, "vae"), codec.args, codec.params, codec.scale)
+        diffusers.save(aside, flat, args, class_names, timesteps)
+        os.replace(aside, folder)  # which exists and is empty
 
 
 if __name__ == "__main__":

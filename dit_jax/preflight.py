@@ -31,8 +31,6 @@ if __name__ == "__main__":
 
 import json
 
-import jax
-
 from dit_jax import config as configs
 from dit_jax.aot import report
 from dit_jax.aot.estimate import estimate_run
@@ -44,7 +42,7 @@ from dit_jax.runtime.files import write_aside
 def main() -> int:
     f = flags.FLAGS
     process.cpu_only()  # an attached TPU is left alone
-    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, a TPU's program cannot be read back
+    process.no_compilation_cache()
     try:
         import libtpu  # noqa: F401
     except ImportError:

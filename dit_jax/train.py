@@ -16,6 +16,7 @@ if __name__ == "__main__":
     cli.define_hosts()
     cli.parse()  # above the imports that take time
 
+import contextlib
 import os
 from typing import Any
 
@@ -45,12 +46,17 @@ def main() -> int | None:
     )
     process.keep_compiled(os.path.join(f.workdir, "compiled"))
     with files.hold(f.workdir, "workdir"):
-        return train(config, f.workdir, preemption=hosts.Preemption(), debug_nans=f.debug_nans, profile=f.profile)
+        # The stack is never closed: after an error a command ends its process at once (runtime/ending.py).
+        closing = contextlib.ExitStack()
+        return train(
+            config, f.workdir, closing, preemption=hosts.Preemption(), debug_nans=f.debug_nans, profile=f.profile
+        )
 
 
 def train(
     config: dict[str, Any],
     workdir: str,
+    closing: contextlib.ExitStack,
     *,
     data: setup.Data | None = None,
     preemption: hosts.Preemption | None = None,
@@ -62,6 +68,7 @@ def train(
     Args:
       config: of config.resolve.
       workdir: the run directory, which exists and is held (runtime.files.hold).
+      closing: takes what is to be closed; closed here at the end of the run.
       data: images and labels of the source `arrays`, in place of data.path.
       preemption: stops the run after a step when SIGTERM comes.
       debug_nans: whether to stop at the first operation that makes a NaN.
@@ -73,13 +80,17 @@ def train(
     run = setup.build(config, data)
     say(run.describe())
     checkpoints = Checkpoints(workdir, config["checkpoint"]["keep"], config["checkpoint"]["keep_every"])
+    closing.callback(checkpoints.close)
     state, meta = setup.restore_or_init(run, checkpoints)
     first, steps = int(state.step), config["steps"]
     trace = Trace(profile, os.path.join(workdir, "profile"), first + 1, steps)
+    closing.callback(trace.close)
     reports = Reports(run, workdir, checkpoints, first, meta)
+    closing.callback(reports.close)
     if preemption:
         preemption.begin(lambda: f"the same command goes on from step {checkpoints.wait_for_newest(seconds=5)}")
     batches = run.batches(first)
+    closing.callback(batches.close)
     if reports.evaluate_if_due(first, state.ema):
         reports.draw_curve()
         reports.restart_clock(first)
@@ -112,10 +123,7 @@ def train(
         if stop:
             break
 
-    reports.close()
-    trace.close()
-    batches.close()
-    checkpoints.close()
+    closing.close()
     if preemption:
         preemption.end()
     if stop:

@@ -12,7 +12,7 @@ for image, label in zip(images, labels):
     top, left = 4 * (label // 2), 4 * (label % 2)
     image[top : top + 4, left : left + 4] += 180
 
-config = dit_jax.paper(model="")
+config = dit_jax.paper_config(model="")
 config.update(
     model=dict(patch_size=2, depth=2, hidden_size=64, num_heads=4, input_size=8, in_channels=1, num_classes=4),
     steps=300,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import fake_hub
 import jax
@@ -13,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 import dit_jax
 from dit_jax.models import dit
+from dit_jax.sampling.model import choose_labels
 from dit_jax.weights import diffusers as diffusers_layout, files, hub, load, published
 
 FAST = dict(steps=4, sampler="ddim", cfg_scale=2.0, seed=3)
@@ -98,14 +100,77 @@ def test_every_kind_of_weights_makes_the_same_pictures(run, mesh, command, tmp_p
 @pytest.mark.parametrize("arguments, words", [
     (dict(classes=[10]), "10 is no class"), (dict(classes=["cat"]), "'balanced', 'random' or numbers"),
     (dict(num=0), "num=0: must be at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
-    (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes")])  # fmt: skip
+    (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes"), (dict(num="4"), "num=4"), (dict(batch_size=2.5), "batch_size=2.5"),
+    (dict(classes=[3.7]), "3.7"), (dict(classes=None), "classes"), (dict(classes="random", seed=-1), "seed=-1"), (dict(seed=1.5), "seed=1.5"), (dict(cfg_scale="2"), "cfg_scale='2'")])  # fmt: skip
 def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):
     model = dit_jax.load(str(run), mesh=mesh)
     with pytest.raises(dit_jax.UserError, match=words) as e:
         model.sample(**FAST | arguments, progress=False)
     assert "\n" not in str(e.value)
-    with pytest.raises(dit_jax.UserError, match="no such file or folder.*DiT-XL/2-256"):
-        dit_jax.load("/nowhere")
+
+
+@pytest.mark.parametrize(
+    "where, more, words",
+    [
+        ("/nowhere", {}, "no such file or folder.*DiT-XL/2-256"),
+        ("gs://bucket/run", {}, "where='gs://bucket/run'.*mount the bucket"),
+        (" ", {}, "where"),
+        ("", {}, "where is empty"),
+        (3, {}, "where=3"),
+        ("RUN", {"which": "foo"}, "which='foo'"),
+        ("RUN", {"step": 99}, "--step=99"),
+        ("/dev/null", {"step": 3}, "step=3"),
+    ],
+)
+def test_what_cannot_be_loaded(where, more, words, run, mesh):
+    with pytest.raises(dit_jax.UserError, match=words):
+        dit_jax.load(run if where == "RUN" else where, mesh=mesh, **more)
+
+
+def test_what_cannot_be_trained(tmp_path):
+    (tmp_path / "file").write_text("")
+    for config, workdir, words in (
+        ({}, tmp_path / "a", "config: a dict"),
+        (dit_jax.paper_config(), tmp_path / "file", "workdir=.*cannot be written"),
+        (dit_jax.paper_config(), "", "workdir is empty"),
+    ):
+        with pytest.raises(dit_jax.UserError, match=words):
+            dit_jax.fit(config, workdir)
+
+
+def test_a_number_is_a_number_also_where_names_are_numbers():
+    names = sorted(map(str, range(12)))  # class folders 0 to 11: ["0", "1", "10", "11", "2", ...]
+    assert list(choose_labels([3, "4"], 2, 12, 0, names)) == [3, 4]
+    assert list(choose_labels("3,4", 2, 12, 0, names)) == [3, 4]
+    imagenet = ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert list(choose_labels(["Carassius auratus", "tench", imagenet[1]], 3, 2, 0, imagenet)) == [1, 0, 1]
+
+
+def test_an_interrupted_fit_leaves_nothing_running(tmp_path, monkeypatch):
+    from dit_jax.training.reports import Reports
+
+    def interrupted(self, step):
+        raise KeyboardInterrupt
+
+    config = dit_jax.paper_config(model="")
+    model = dict(patch_size=2, depth=1, hidden_size=32, num_heads=2, input_size=8, in_channels=1, num_classes=10)
+    config.update(dict(steps=20, batch_size=8, log_every=10, model=model))
+    config.update(dict(sample=dict(every=0), checkpoint=dict(every=5), data=dict(source="digits", flip=False)))
+    before, dispatch = threading.active_count(), jax.config.values["jax_cpu_enable_async_dispatch"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reports, "log", lambda self, step, batches: interrupted(self, step))
+        with pytest.raises(KeyboardInterrupt):
+            dit_jax.fit(config, tmp_path / "run")
+    assert jax.config.values["jax_cpu_enable_async_dispatch"] == dispatch
+    assert not (tmp_path / "run/.dit_jax.lock").exists()
+    assert (tmp_path / "run/checkpoints/5").is_dir()  # whole, although it was being written
+    assert threading.active_count() <= before + 2
+    assert dit_jax.fit(config, tmp_path / "run").origin["step"] == 20
+
+
+def test_no_public_name_is_a_module():
+    for name in dit_jax.__all__:
+        assert not (ROOT / "dit_jax" / f"{name}.py").exists(), name
 
 
 def test_latents_are_decoded_or_not(mesh, tmp_path):
@@ -125,7 +190,7 @@ def test_latents_are_decoded_or_not(mesh, tmp_path):
 
 
 def test_fit_trains_resumes_and_equals_the_command(command, run, tmp_path):
-    config = dit_jax.paper(model="")
+    config = dit_jax.paper_config(model="")
     config.model.update(
         dict(patch_size=2, depth=1, hidden_size=32, num_heads=2, input_size=8, in_channels=3, num_classes=4)
     )

@@ -209,7 +209,7 @@ def decode(side, path):
 
 def make(spec):
     """Returns a Timed. spec: what, the name of one of the functions above, and its arguments."""
-    jax.config.update("jax_enable_compilation_cache", False)  # how long compiling takes is to be seen
+    process.no_compilation_cache()
     process.one_step_at_a_time()  # as in train and sample
     what = {"train": train_step, "denoise": denoise, "sampler": sampler, "decode": decode}[spec.pop("what")]
     return what(**spec)

@@ -3,9 +3,7 @@
 The estimates count the parameters of a block in squares of its width: 12 in attention and MLP, 6 in adaLN-Zero.
 """
 
-import contextlib
 import math
-import os
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.parallel.chips import CHIPS, GIB, Devices
+from dit_jax.runtime.arrays import host_memory
 from dit_jax.runtime.errors import UserError
 
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
@@ -74,14 +73,7 @@ def memory_of(devices: Devices) -> float:
     On CPU it is the memory of the machine, or the limit of its control group, for each process.
     """
     if devices[0].platform == "cpu":
-        memory, groups = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "/sys/fs/cgroup"
-        limits = [f"{groups}/memory/memory.limit_in_bytes", f"{groups}/memory.max"]
-        with contextlib.suppress(OSError), open("/proc/self/cgroup") as f:
-            limits += [f"{groups}{line.strip()[3:]}/memory.max" for line in f if line.startswith("0::")]
-        for limit in limits:
-            with contextlib.suppress(OSError, ValueError), open(limit) as f:
-                memory = min(memory, int(f.read()))
-        return memory * jax.process_count()
+        return host_memory() * jax.process_count()
     chip = CHIPS.get(devices[0].device_kind)
     return len(devices) * (chip.hbm if chip else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
 

@@ -112,7 +112,7 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
     if "coordinator_address" in arguments:
         process.silence_stdout()
     process.on_lost_host(_lost)
-    jax.config.update("jax_enable_preemption_service", False)  # class Preemption handles SIGTERM
+    process.own_preemption()
     _index, _count = arguments.get("process_id", 0), arguments.get("num_processes", 1)
     ending.prefix = f"host {_index}: " if _count > 1 else ""
     start, address = time.monotonic(), arguments.get("coordinator_address")

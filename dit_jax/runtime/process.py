@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from dit_jax.runtime import ending
 from dit_jax.runtime.errors import UserError
@@ -86,6 +86,27 @@ def compile_only() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
+def no_compilation_cache() -> None:
+    """Keeps no compiled programs.
+
+    Why: without a TPU, a compiled TPU program cannot be read back, and a measured compilation must not come from a
+    cache. The first reason can go when JAX reads programs of compile-only topologies back.
+    """
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def own_preemption() -> None:
+    """Keeps jax.distributed from handling SIGTERM.
+
+    Why: runtime/hosts.py handles it: all hosts stop after the same step. Can go when jax.distributed does so and tells.
+    """
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)
+
+
 def enough_threads() -> None:
     """Gives XLA on CPU at least 16 threads, and two for each device, if devices or processes share the machine.
 
@@ -133,15 +154,17 @@ def cpu_only() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def one_step_at_a_time() -> None:
-    """Makes JAX on CPU finish a program before the call of it returns.
+def one_step_at_a_time() -> Callable[[], None]:
+    """Makes JAX on CPU finish a program before the call of it returns. Returns a function that undoes it.
 
     Why: a collective of one step can wait behind one of the next step; with two steps in flight they can lock up. (Not
     seen in a test of 3,000 steps on 8 devices with 16 threads.) Can go when XLA's CPU client orders collectives.
     """
     import jax
 
+    before = jax.config.values["jax_cpu_enable_async_dispatch"]
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return functools.partial(jax.config.update, "jax_cpu_enable_async_dispatch", before)
 
 
 def return_memory_after_compiling() -> None:
@@ -187,6 +210,22 @@ def quiet_orbax_readers() -> None:
     sys.unraisablehook = lambda u: None if "loop is closed" in str(u.exc_value) else hook(u)
 
 
+@contextlib.contextmanager
+def quiet_absl() -> Iterator[None]:
+    """Silences absl's warnings within the block.
+
+    Why: orbax warns that a reader reads only, which it was asked for. Can go when it does not.
+    """
+    from absl import logging as absl_logging
+
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(min(before, absl_logging.ERROR))
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
+
+
 def quiet_pillow() -> None:
     """Silences Pillow's warnings in this process.
 
@@ -201,7 +240,9 @@ def quiet_hub() -> None:
 
     Why: it logs each retry, and then raises the error that our one line reports. Can go when it only raises.
     """
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    from huggingface_hub.utils import logging as hub_logging  # sets its level when it is imported
+
+    hub_logging.set_verbosity(logging.CRITICAL)
 
 
 def silence_stdout() -> None:

@@ -51,9 +51,20 @@ class Request(NamedTuple):
     cfg_scale: Any
 
 
+def is_whole(value: Any) -> bool:
+    """Returns whether this is an integer, Python's or NumPy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def check(settings: Settings, args: dict[str, Any]) -> None:
     """Raises UserError naming a setting that is out of range, or that does not fit a DiT with the arguments `args`."""
     scale = settings.cfg_scale
+    for name in ("seed", "cfg_channels"):
+        if not is_whole(getattr(settings, name)):
+            raise UserError(f"{name}={getattr(settings, name)!r}: must be a whole number")
+    for name in ("cfg_scale", "eta"):
+        if not isinstance(getattr(settings, name), (int, float, np.number)):
+            raise UserError(f"{name}={getattr(settings, name)!r}: must be a number")
     if scale != 1 and not args["null_class"]:
         raise UserError(
             f"cfg_scale={scale}: guidance needs a null class, and this model was trained without label dropout; use "

@@ -1,5 +1,6 @@
 """A trained network that is ready to sample."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from dit_jax.parallel import layout, sharding
 from dit_jax.runtime import images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import Progress
-from dit_jax.sampling.generator import Generator, Settings
+from dit_jax.sampling.generator import Generator, Settings, check, is_whole
 from dit_jax.vae.autoencoder import Autoencoder
 from dit_jax.weights.load import Loaded
 
@@ -34,6 +35,8 @@ def choose_labels(
     classes: "balanced" (all in turn), "random" (uniform, from `seed`), or numbers or names that are taken in turn: a
     list, or a string with commas.
     """
+    if classes is None:
+        raise UserError("--classes=None: must be 'balanced', 'random', or a list of classes")
     if not num_classes:
         if not isinstance(classes, str) or classes not in ("balanced", "random"):
             raise UserError(f"--classes={classes}: this model has no classes (it is unconditional); leave it out")
@@ -50,12 +53,12 @@ def choose_labels(
 
 
 def _label(name, num_classes, class_names):
-    for label, synonyms in enumerate(class_names or ()):  # ImageNet's names are lists: "tench, Tinca tinca"
-        if str(name).strip() in (synonyms, *map(str.strip, synonyms.split(","))):
-            return label
     try:
-        label = int(name)
-    except ValueError:
+        label = int(name) if isinstance(name, str) else operator.index(name)
+    except (ValueError, TypeError):
+        for label, synonyms in enumerate(class_names or ()):  # ImageNet's names are lists: "tench, Tinca tinca"
+            if str(name).strip() in (synonyms, *map(str.strip, synonyms.split(","))):
+                return label
         names = f", or names as in {', '.join(class_names[:3])}" if class_names else ""
         raise UserError(f"--classes={name}: 'balanced', 'random' or numbers as in 3,7{names}") from None
     if not 0 <= label < num_classes:
@@ -199,6 +202,7 @@ class Model:
         Raises: UserError naming the argument.
         """
         settings = Settings(seed, sampler, str(steps), eta, cfg_scale, cfg_channels)
+        check(settings, self.args)
         check_batch(self.args, num, batch_size)
         labels = choose_labels(classes, num, self.args["num_classes"], seed, self.class_names)
         return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
@@ -235,7 +239,7 @@ class Samples:
 def check_batch(args: dict[str, Any], num: int, batch_size: int) -> None:
     """Raises UserError if so many samples cannot be made, or not in this machine's memory."""
     for name, count in (("num", num), ("batch_size", batch_size)):
-        if not 1 <= count <= 2**32:  # the noise of an image is drawn from its index, a uint32
+        if not is_whole(count) or not 1 <= count <= 2**32:  # the noise of an image is drawn from its index, a uint32
             raise UserError(f"--{name}={count}: must be at least 1, and 2**32 at most")
     needs = layout.least_memory(args, pictures={f"--batch_size={batch_size}": min(batch_size, num)})
     layout.check_memory(needs | {f"--num={num}": 40 * num}, jax.devices())

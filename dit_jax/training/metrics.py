@@ -80,17 +80,13 @@ def loss_curve(records: list[Record], path: str) -> None:
 
     Fréchet distances, such as "fid_5000", get a panel of their own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
     losses = [r for r in records if {"loss", "mse", "vb"} <= r.keys()]
     steps = [r["step"] for r in losses]
     distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
-    figure, panels = plt.subplots(
-        1 + bool(distances), figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained", sharex=True, squeeze=False
-    )
+    figure = Figure(figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained")
+    panels = figure.subplots(1 + bool(distances), sharex=True, squeeze=False)
     axes = panels[0, 0]
     for name, label in (("loss", "loss"), ("mse", "mean-squared error on epsilon"), ("vb", "bound, bits/dim")):
         axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
@@ -103,5 +99,4 @@ def loss_curve(records: list[Record], path: str) -> None:
         panels[1, 0].legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
     write_aside(path, file.getvalue())

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from dit_jax import config as configs
 from dit_jax.runtime import files, hosts
 from dit_jax.runtime.errors import UserError, first_line
-from dit_jax.runtime.process import quiet_orbax_readers
+from dit_jax.runtime.process import quiet_absl, quiet_orbax_readers
 from dit_jax.runtime.progress import say
 
 ITEMS = ("params", "ema", "optimizer")
@@ -79,9 +79,6 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int = 0, keep_every: int = 0, read_only: bool = False):
         self.directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, keep_period=keep_every or None, read_only=read_only, create=not read_only
-        )
         if read_only and not os.path.isdir(self.directory):
             raise UserError(f"{workdir}: holds no checkpoints; train there first, or name another --workdir")
         if not read_only and set("[]") & set(self.directory):
@@ -98,15 +95,24 @@ class Checkpoints:
             for path in glob.glob(f"{glob.escape(self.directory)}/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
         hosts.share(None)  # waits for the first host
-        self.manager = self.reader = ocp.CheckpointManager(self.directory, options=options)
-        if jax.process_count() > 1:
-            # Each host reads for itself. Orbax's own reader would wait forever if one host cannot read.
-            me = jax.process_index()
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
-            )
-            options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-            self.reader = ocp.CheckpointManager(self.directory, options=options)
+        with quiet_absl():
+            self.manager, self.reader = self._open(keep, keep_every, read_only)
+
+    def _open(self, keep, keep_every, read_only):
+        """Returns orbax's manager, and one that reads for this host alone: the same if there is one host."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, keep_period=keep_every or None, read_only=read_only, create=not read_only
+        )
+        manager = ocp.CheckpointManager(self.directory, options=options)
+        if jax.process_count() == 1:
+            return manager, manager
+        # Orbax's own reader would wait forever if one host cannot read.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
+        )
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+        return manager, ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, in order."""

@@ -37,13 +37,15 @@ def fetch(repository: str, patterns: list[str], revision: str | None = None) -> 
         return download()
 
     place = f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
-    return _checked(repository, f"{', '.join(patterns)} of {place} and name their folder", attempt)
+    what = ", ".join(patterns) if len(patterns) == 1 else "the files"
+    return _checked(repository, f"{what} of {place} and name their folder", attempt)
 
 
 def fetch_authors(file: str) -> str:
     """Fetches one of the authors' files into ~/.cache/dit_jax/weights. Returns its path. Raises UserError.
 
-    No hash of these files is published. They are zip files, so the checksum of every array is compared when it is read.
+    No hash of these files is published. They are zip files, so the checksum of every array is compared when it is read;
+    a damaged file must be removed by hand.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = os.path.join(home, "dit_jax", "weights", file)
@@ -60,8 +62,12 @@ def _download(url: str, path: str) -> str:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "ab") as f:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while another process fetches it
-        http_get(url, f, resume_size=f.tell(), displayed_filename=os.path.basename(path))
-    os.replace(f"{path}.part", path)
+        try:
+            http_get(url, f, resume_size=f.tell(), displayed_filename=os.path.basename(path))
+        finally:
+            if not f.tell():
+                os.remove(f.name)
+    os.replace(f.name, path)
     return path
 
 

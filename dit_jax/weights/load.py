@@ -99,8 +99,12 @@ def load(
     which: "ema" or "raw". step: which checkpoint of a run; None for the newest. num_heads, num_classes: as in
     published.infer_args. Raises UserError.
     """
+    if which not in ITEMS:
+        raise UserError(f"which={which!r}: must be 'ema' or 'raw'")
     if is_run(where):
         return from_run(where, mesh, which, step)
+    if step is not None:
+        raise UserError(f"step={step}: names a checkpoint of a run, and {where} is no run's directory")
     return from_source(open_source(where, which), mesh, which, num_heads, num_classes)
 
 
