@@ -146,6 +146,7 @@ def test_a_number_is_a_number_also_where_names_are_numbers():
     assert list(choose_labels(["Carassius auratus", "tench", imagenet[1]], 3, 2, 0, imagenet)) == [1, 0, 1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_leaves_nothing_running(tmp_path, monkeypatch):
     from dit_jax.training.reports import Reports
 

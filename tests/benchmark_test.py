@@ -449,7 +449,11 @@ def test_a_child_is_found_from_any_folder(monkeypatch, tmp_path):
         ([*TINY, "--config.model.num_classes=0", "--against=diffusers", "--what=train"], ["model.num_classes=0"]),
         ([*TINY, "--config.sample.cfg_scale=1", "--what=sample"], ["sample.cfg_scale=1", "--what=sample"]),
         ([*TINY, "--config.model.num_heads=5"], ["model.num_heads=5", "model.hidden_size=32"]),
-        ([*TINY, "--config.model.dtype=bfloat16", "--against=diffusers"], ["bfloat16", "--config.model.dtype=float32"]),
+        pytest.param(
+            [*TINY, "--config.model.dtype=bfloat16", "--against=diffusers"],
+            ["bfloat16", "--config.model.dtype=float32"],
+            marks=pytest.mark.slow,  # imports PyTorch
+        ),
         ([*TINY, "--what=decode", "--vae=nowhere"], ["nowhere"]),
         (["--what=data", "--cache=nowhere"], ["nowhere"]),
         (["--seconds=nan"], ["--seconds=nan"]),
