@@ -77,6 +77,17 @@ def test_a_second_call_compiles_nothing(run, mesh, compilations):
     assert np.abs(model.sample([1], 6, **FAST | {"cfg_scale": 5.0}, progress=False).astype(int) - first).max() > 0
 
 
+def test_batches_fill_the_devices(run):
+    """A batch that the devices do not divide is rounded up, and used whole."""
+    from dit_jax.parallel import sharding
+    from dit_jax.sampling.generator import Settings
+
+    model = dit_jax.load(str(run), mesh=sharding.make_mesh())  # 4 devices
+    settings = Settings(steps="2", sampler="ddim")
+    batches = list(model.batches(np.arange(10), settings, 3, progress=False))
+    assert list(map(len, batches)) == [4, 4, 2]
+
+
 def test_the_network_is_a_function(run, mesh):
     model = dit_jax.load(str(run), mesh=mesh)
     x, t, y = np.ones((2, 8, 8, 1), np.float32), np.array([1, 999]), np.array([0, 10])

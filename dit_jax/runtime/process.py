@@ -306,6 +306,12 @@ def end_with_parent(parent: int | None = None) -> None:
             os._exit(1)
 
 
+def cache_folder() -> str:
+    """Returns the folder in which this package keeps what it can make or fetch again: ~/.cache/dit_jax."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "dit_jax")
+
+
 def keep_compiled(shared: str | None = None) -> None:
     """Keeps compiled programs for the next start, in ~/.cache/dit_jax. JAX_COMPILATION_CACHE_DIR takes precedence.
 
@@ -323,13 +329,12 @@ def keep_compiled(shared: str | None = None) -> None:
         return
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     kind = jax.default_backend()
     if kind == "cpu":  # a program for one CPU may not run on another, and JAX's key does not tell them apart
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
             features = re.search(r"^(flags|Features)\s*:.*$", f.read(), re.MULTILINE)
             kind += "-" + hashlib.sha256(f"{platform.machine()} {features and features[0]}".encode()).hexdigest()[:12]
-    folder = os.path.join(shared if shared and jax.process_count() > 1 else os.path.join(home, "dit_jax"), kind)
+    folder = os.path.join(shared if shared and jax.process_count() > 1 else cache_folder(), kind)
     with contextlib.suppress(OSError):  # a home that cannot be written: no cache
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):

@@ -1,7 +1,7 @@
 """A trained network that is ready to sample."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,7 +98,6 @@ class Model:
         self._decoder = vae and vae.decoder(mesh, size)
         self._graphdef = dit.abstract(**args)[0]
         self._generators: list[Generator] = []
-        self._on_step: Callable[[int], None] = lambda step: None
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
@@ -124,7 +123,6 @@ class Model:
             timesteps=self.timesteps,
             settings=settings,
             batch_size=batch_size,
-            on_step=lambda step: self._on_step(step),
         )
         self._generators.append(generator)
         return generator
@@ -157,11 +155,11 @@ class Model:
     ) -> Iterator[np.ndarray]:
         """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded."""
         generator = self.generator(settings, min(batch_size, len(labels)))
-        size, steps = min(generator.batch_size, batch_size), len(generator.schedule)
+        size, steps = generator.batch_size, len(generator.schedule)
         starts = range(start, len(labels), size)
         bar = Progress("sample", len(starts) * steps, "steps") if progress else None
         for n, first in enumerate(starts):
-            self._on_step = lambda step: bar.update(n * steps + step) if bar else None
+            generator.on_step = lambda step: bar.update(n * steps + step) if bar else None
             part = np.arange(first, min(first + size, len(labels)))
             images = generator(self.params, labels[part], part, settings)
             yield images if latents else self.decode(images, first)

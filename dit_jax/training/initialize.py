@@ -5,7 +5,6 @@ be the same.
 """
 
 import hashlib
-import os
 from typing import Any
 
 import jax
@@ -72,7 +71,7 @@ def _from_source(where, which, args, mesh):
     if hosts.share(digest)[0] != digest:
         raise UserError("the file is not the same as on the first host")
     origin = {
-        "weights": os.path.basename(source.path) if os.path.exists(source.path) else where,
+        "weights": source.name,
         "sha256": digest,
         "which": which,
     }

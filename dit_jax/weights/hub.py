@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from dit_jax.runtime.errors import UserError, first_line
-from dit_jax.runtime.process import quiet_hub
+from dit_jax.runtime.process import cache_folder, quiet_hub
 
 AUTHORS = "https://dl.fbaipublicfiles.com/DiT/models/"
 
@@ -38,7 +38,11 @@ def fetch(repository: str, patterns: list[str], revision: str | None = None) -> 
 
     place = f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
     what = ", ".join(patterns) if len(patterns) == 1 else "the files"
-    return _checked(repository, f"{what} of {place} and name their folder", attempt)
+    folder = _download_or_explain(repository, f"{what} of {place} and name their folder", attempt)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _check_digest(os.path.join(parent, name))
+    return folder
 
 
 def fetch_authors(file: str) -> str:
@@ -47,11 +51,10 @@ def fetch_authors(file: str) -> str:
     No hash of these files is published. They are zip files, so the checksum of every array is compared when it is read;
     a damaged file must be removed by hand.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(home, "dit_jax", "weights", file)
+    path = os.path.join(cache_folder(), "weights", file)
     if not os.path.isfile(path):
         url = AUTHORS + file
-        _checked(file, f"{url} and put it at {path}", lambda: _download(url, path))
+        _download_or_explain(file, f"{url} and put it at {path}", lambda: _download(url, path))
     return path
 
 
@@ -71,20 +74,16 @@ def _download(url: str, path: str) -> str:
     return path
 
 
-def _checked(name: str, remedy: str, download: Callable[[], str]) -> str:
-    """The path that download() returns, after the digests of the files there. remedy: what to fetch by hand."""
+def _download_or_explain(name: str, remedy: str, download: Callable[[], str]) -> str:
+    """The path that download() returns; its errors become one UserError. remedy: what to fetch by hand."""
     quiet_hub()
     try:
-        path = download()
+        return download()
     except Exception as e:  # huggingface_hub raises its own errors, httpx's and the system's
         raise UserError(
             f"{name}: cannot be fetched ({first_line(e)}): run again to resume, or where there is a network fetch "
             f"{remedy}"
         ) from None
-    for parent, _, names in os.walk(path):
-        for file in names:
-            _check_digest(os.path.join(parent, file))
-    return path
 
 
 def _check_digest(path: str) -> None:

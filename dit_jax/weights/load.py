@@ -56,6 +56,11 @@ class Source:
     timesteps: int = 1000
     vae: str = ""
 
+    @property
+    def name(self) -> str:
+        """What manifests call it: the name of a file or folder, or the published name."""
+        return os.path.basename(self.path) if os.path.exists(self.path) else self.path
+
 
 def is_run(where: str) -> bool:
     """Whether `where` is the directory of a run, not a diffusers folder."""
@@ -165,7 +170,7 @@ def from_source(
     params = published.from_published(source.flat, args, sha256)
     params = jax.device_put(params, sharding.state_shardings(params, mesh))
     origin = {
-        "weights": os.path.basename(source.path) if os.path.exists(source.path) else source.path,
+        "weights": source.name,
         "sha256": sha256.hexdigest(),
         "which": which,
         "timesteps": source.timesteps,
