@@ -202,12 +202,17 @@ def quiet_orbax_readers() -> None:
     """Drops the tracebacks of orbax's reading tasks.
 
     Why: orbax reads the arrays of a checkpoint in concurrent tasks. If one fails, it raises that error, and then the
-    others report theirs: to asyncio's logger, or as an exception of a callback after the loop is closed (tested, both).
-    Can go when orbax collects the errors of its tasks.
+    others report theirs: to asyncio's logger, as an exception of a callback after the loop is closed, or as one of a
+    coroutine that Python discards unfinished (seen, all three). Can go when orbax collects the errors of its tasks.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda u: None if "loop is closed" in str(u.exc_value) else hook(u)
+
+    def of_a_reader(u):
+        code = getattr(u.object, "cr_code", None)
+        return "loop is closed" in str(u.exc_value) or (code and f"{os.sep}orbax{os.sep}" in code.co_filename)
+
+    sys.unraisablehook = lambda u: None if of_a_reader(u) else hook(u)
 
 
 @contextlib.contextmanager
