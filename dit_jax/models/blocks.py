@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dit_jax.models.derivatives import with_derivative
 from dit_jax.runtime.errors import UserError
 
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
@@ -90,38 +91,33 @@ def attention(
     return checkpoint_name(jnp.einsum("bhnm,bhmk->bhnk", weights, v), "attention")
 
 
-@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU in its tanh approximation (appendix A).
 
     The derivative is written out so that the backward pass keeps only x. JAX keeps intermediates as well, which cost
     XLA several passes through memory on CPU.
     """
-    return jax.nn.gelu(x, approximate=True)
+    function = partial(jax.nn.gelu, approximate=True)
+    return with_derivative(function, x, forward=(_gelu_tangent,), backward=_gelu_backward)
+
+
+def _gelu_tangent(x, dx):
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    t = jnp.tanh(c * (x + a * x**3))
+    return dx * (0.5 * (1 + t) + 0.5 * c * x * (1 - t * t) * (1 + 3 * a * x * x))
 
 
 def _gelu_backward(x, g):
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    t = jnp.tanh(c * (x + a * x**3))
-    return (g * (0.5 * (1 + t) + 0.5 * c * x * (1 - t * t) * (1 + 3 * a * x * x)),)
+    return (_gelu_tangent(x, g),)  # an elementwise map is its own transpose
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
-@jax.custom_vjp
 def matmul(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Float[Array, "*batch o"]:
-    """x @ kernel, with a derivative that XLA on CPU computes fast."""
-    return x @ kernel
+    """x @ kernel, with a backward pass that XLA on CPU computes fast."""
+    forward = (lambda x, kernel, dx: dx @ kernel, lambda x, kernel, dkernel: x @ dkernel)
+    return with_derivative(jnp.matmul, x, kernel, forward=forward, backward=_matmul_backward)
 
 
-def _matmul_forward(x, kernel):
-    return x @ kernel, (x, kernel)  # not matmul(x, kernel), inside which remat "dots" sees no product
-
-
-def _matmul_backward(residuals, g):
-    x, kernel = residuals
-
+def _matmul_backward(x, kernel, g):
     # With more than two dimensions XLA on CPU makes transposed copies and multiplies them more slowly. A TPU does not.
     def kernel_gradient_on_cpu(x, g):
         return x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
@@ -132,7 +128,6 @@ def _matmul_backward(residuals, g):
     return g @ kernel.T, jax.lax.platform_dependent(x, g, cpu=kernel_gradient_on_cpu, default=kernel_gradient)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
 Linear = partial(nnx.Linear, dot_general=lambda x, kernel, *_, **__: matmul(x, kernel))
 
 
@@ -243,7 +238,7 @@ class ViTBlock(nnx.Module):
             self.norm_cross = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
             self.cross_attn = CrossAttention(dim, num_heads, dtype=dtype, sharding=sharding, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], tokens: Float[Array, "b 2 d"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], tokens: Float[Array, "b m d"]) -> Float[Array, "b n d"]:
         x = x + self._branch(self.attn, self.norm1(x))
         if self.cross:
             x = x + self._branch(self.cross_attn, self.norm_cross(x), tokens)

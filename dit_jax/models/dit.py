@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from dit_jax.models.blocks import NO_SHARDING, Sharding, layer_norm, make_block, modulate, shard_tokens, xavier, zeros
 from dit_jax.runtime.errors import UserError
@@ -53,10 +53,10 @@ def model_args(name: str) -> dict[str, int]:
     return dict(MODELS[name])
 
 
-def timestep_frequencies(t: Int[Array, " b"], dim: int = FREQUENCY_DIM) -> Float[Array, "b dim"]:
-    """Sinusoidal embedding of the timestep (appendix A): [cos, sin] of t / 10000^(i / (dim / 2)), float32.
+def timestep_frequencies(t: Real[Array, " b"], dim: int = FREQUENCY_DIM) -> Float[Array, "b dim"]:
+    """Sinusoidal embedding of the time (appendix A): [cos, sin] of t / 10000^(i / (dim / 2)), float32.
 
-    t: timesteps of the unrespaced process.
+    t: timesteps of the unrespaced process, or the times of flow matching in [0, 1], as they are.
     """
     frequencies = jnp.exp(-np.log(10000) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
     angles = t.astype(jnp.float32)[:, None] * frequencies
@@ -84,7 +84,7 @@ class TimestepEmbedder(nnx.Module):
         self.fc1 = nnx.Linear(FREQUENCY_DIM, dim, kernel_init=normal, rngs=rngs)
         self.fc2 = nnx.Linear(dim, dim, kernel_init=normal, rngs=rngs)
 
-    def __call__(self, t: Int[Array, " b"]) -> Float[Array, "b d"]:
+    def __call__(self, t: Real[Array, " b"]) -> Float[Array, "b d"]:
         return self.fc2(jax.nn.silu(self.fc1(timestep_frequencies(t))))
 
 
@@ -110,7 +110,7 @@ class FinalLayer(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts the noise in x_t and the interpolation of its variance (section 3.1).
+    """Predicts what its objective asks for: in the paper the noise in x_t and the interpolation of its variance (3.1).
 
     Args:
       input_size: height and width of x. in_channels: C.
@@ -119,6 +119,9 @@ class DiT(nnx.Module):
         unconditional: its only label is 0, the null class.
       null_class: whether the label table has a row for the null class. A model trained without label dropout has none.
       block: one of blocks.BLOCKS.
+      learn_sigma: whether the head has C more channels: the variance's, which the network of SiT has and never uses.
+      second_time: whether the network takes a second time h, the interval of MeanFlow (arXiv 2505.13447). Its embedding
+        is added to c; for cross_attention and in_context it is a third condition token.
       dtype: of the matrix products and activations. Parameters are float32.
       scan: run the stacked blocks as one loop. False unrolls it, with the same parameters and result.
       remat: one of REMAT.
@@ -139,6 +142,8 @@ class DiT(nnx.Module):
         num_classes: int,
         null_class: bool = True,
         block: str = "adaln_zero",
+        learn_sigma: bool = True,
+        second_time: bool = False,
         dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         remat: str = "none",
@@ -158,7 +163,7 @@ class DiT(nnx.Module):
         if remat not in REMAT:
             raise UserError(f"unknown remat policy {remat!r}: use one of {', '.join(REMAT)}")
         self.patch_size, self.block, self.scan, self.remat = patch_size, block, scan, remat
-        self.dtype, self.sharding = dtype, sharding
+        self.second_time, self.dtype, self.sharding = second_time, dtype, sharding
 
         def one_block(key):
             return make_block(block, hidden_size, num_heads, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
@@ -171,27 +176,40 @@ class DiT(nnx.Module):
         self.y_embedder = nnx.Embed(num_classes + null_class, hidden_size, embedding_init=normal, rngs=rngs)
         # All blocks as one: each of its parameters has a leading axis of size `depth`.
         self.blocks = nnx.vmap(one_block)(jax.random.split(rngs.params(), depth))
-        self.final_layer = FinalLayer(hidden_size, 2 * patch_dim, adaptive=adaptive, dtype=dtype, rngs=rngs)
+        out_dim = (1 + learn_sigma) * patch_dim
+        self.final_layer = FinalLayer(hidden_size, out_dim, adaptive=adaptive, dtype=dtype, rngs=rngs)
+        if second_time:  # the last one, so that the others are drawn as they are without it
+            self.h_embedder = TimestepEmbedder(hidden_size, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
-    ) -> Float[Array, "b h w 2*c"]:
-        """Returns C channels of epsilon, then C channels of v, float32.
+        self,
+        x: Float[Array, "b h w c"],
+        t: Real[Array, " b"],
+        y: Int[Array, " b"],
+        h: Real[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w out"]:
+        """Returns the C channels of the prediction, then with learn_sigma C channels of v, float32.
 
-        x: x_t. t: timesteps of the unrespaced process. y: labels.
+        x: x_t. t: timesteps of the unrespaced process, or the times of flow matching in [0, 1]. y: labels. h: the
+        second time, of a network with second_time only. Raises UserError naming h if it is missing or unexpected.
         """
+        if (h is not None) != self.second_time:
+            problem = "missing: this network takes a" if self.second_time else "given: this network takes no"
+            raise UserError(f"h is {problem} second time (second_time={self.second_time})")
         p, grid = self.patch_size, x.shape[1] // self.patch_size
         x = self.x_embedder(rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p))  # (B, N, D)
         # The position embedding is frozen. It is a parameter only because weights files hold it.
         x = x + jax.lax.stop_gradient(self.pos_embed[...]).astype(x.dtype)
-        t, y = self.t_embedder(t), self.y_embedder(y)  # (B, D) each
-        c = t + y
-        tokens = jnp.stack([t, y], axis=1).astype(x.dtype)  # (B, 2, D)
+        conditions = [self.t_embedder(t), self.y_embedder(y)]  # (B, D) each
+        if h is not None:
+            conditions.insert(1, self.h_embedder(h))
+        c = sum(conditions[1:], conditions[0])
+        tokens = jnp.stack(conditions, axis=1).astype(x.dtype)  # (B, 2 or 3, D)
         if self.block == "in_context":
-            x = self._run_blocks(jnp.concatenate([x, tokens], axis=1), tokens)[:, :-2]
+            x = self._run_blocks(jnp.concatenate([x, tokens], axis=1), tokens)[:, : -len(conditions)]
         else:
             x = self._run_blocks(x, tokens if self.block == "cross_attention" else c)
-        x = self.final_layer(x, c).astype(jnp.float32)  # (B, N, p*p*2C)
+        x = self.final_layer(x, c).astype(jnp.float32)  # (B, N, p*p*C or p*p*2C)
         return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=p, q=p)
 
     def _run_blocks(self, x, condition):

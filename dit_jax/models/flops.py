@@ -42,25 +42,29 @@ def macs(
     hidden_size: int,
     depth: int,
     block: str = "adaln_zero",
+    learn_sigma: bool = True,
+    second_time: bool = False,
     out_channels: int | None = None,
     **_: Any,
 ) -> int:
     """Multiply-adds of the matrix products of one forward pass on one image.
 
-    out_channels: 2 * in_channels unless given.
+    out_channels: of the head; by default those that learn_sigma makes.
     """
     d, tokens = hidden_size, (input_size // patch_size) ** 2
-    n = tokens + 2 if block == "in_context" else tokens
+    conditions = 3 if second_time else 2
+    n = tokens + conditions if block == "in_context" else tokens
     attention = 4 * n * d * d + 2 * n * n * d
     mlp = 2 * MLP_RATIO * n * d * d
     modulation = {"adaln_zero": 6, "adaln": 4}.get(block, 0) * d * d
     cross = 0
-    if block == "cross_attention":  # q and proj of the tokens, k and v of the two condition tokens, attention
-        cross = (2 * n + 2 * 2) * d * d + 2 * n * 2 * d
-    timestep_mlp = (FREQUENCY_DIM + d) * d
+    if block == "cross_attention":  # q and proj of the tokens, k and v of the condition tokens, attention
+        cross = (2 * n + 2 * conditions) * d * d + 2 * n * conditions * d
+    timestep_mlps = (conditions - 1) * (FREQUENCY_DIM + d) * d
+    out_channels = out_channels or (1 + learn_sigma) * in_channels
     patchify = tokens * patch_size**2 * in_channels * d
-    final = tokens * patch_size**2 * (out_channels or 2 * in_channels) * d + (2 * d * d if modulation else 0)
-    return timestep_mlp + patchify + depth * (attention + cross + mlp + modulation) + final
+    final = tokens * patch_size**2 * out_channels * d + (2 * d * d if modulation else 0)
+    return timestep_mlps + patchify + depth * (attention + cross + mlp + modulation) + final
 
 
 def paper_gflops(**args: Any) -> float:
@@ -78,9 +82,12 @@ def paper_gflops(**args: Any) -> float:
     return (macs(**args, out_channels=out_channels) + layer_norms) / 1e9
 
 
-def train_flops(**args: Any) -> int:
-    """FLOPs of one training step on one image: the backward pass costs two forward passes, and remat is not counted."""
-    return 3 * 2 * macs(**args)
+def train_flops(passes: int = 3, **args: Any) -> int:
+    """FLOPs of one training step on one image. Remat is not counted.
+
+    passes: forward passes that the step costs; 3 with a backward pass, which costs two.
+    """
+    return passes * 2 * macs(**args)
 
 
 def num_params(**args: Any) -> tuple[int, int]:
