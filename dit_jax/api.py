@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dit_jax import config as configs
+from dit_jax.diffusion.objectives import Objective
 from dit_jax.parallel import sharding
 from dit_jax.runtime import files, images as pictures, process
 from dit_jax.runtime.errors import UserError
+from dit_jax.sampling.generator import is_whole
 from dit_jax.sampling.model import Model
 from dit_jax.train import train
 from dit_jax.vae.files import load as load_vae
@@ -31,31 +33,52 @@ def load(
     step: int | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
+    objective: str | Objective | None = None,
+    guide: str | os.PathLike | None = None,
+    guide_step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads the Model of a run's directory, a weights file, a diffusers folder, or a published name.
 
     Args:
       where: a run's directory; a .pt, .npz or .safetensors file of the published names; a diffusers folder; or
-        DiT-XL/2-256, DiT-XL/2-512 (the authors' files), facebook/DiT-XL-2-256, facebook/DiT-XL-2-512 (on the hub).
+        DiT-XL/2-256, DiT-XL/2-512 (the authors' files), facebook/DiT-XL-2-256, facebook/DiT-XL-2-512 (on the hub),
+        SiT-XL/2-256 (a file that you have fetched).
       vae: the VAE that decodes latents: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema. None
         takes the VAE of the run or of the weights. "" takes none: samples are latents.
-      which: "ema" or "raw" weights.
+      which: "ema" or "raw" weights, or an average of a run, as in "std0.1".
       step: which checkpoint of a run; None for the newest.
       num_heads: for a file with a width that is not in the paper.
       num_classes: for a file without a null class.
+      objective: what a weights file was trained for: "ddpm", "flow" (or as in "flow:path=gvp,prediction=noise"),
+        "meanflow", or an object of diffusion.objectives. None is "meanflow" for a network with a second time, else
+        "ddpm".
+      guide: the directory of a run whose network guides this one (autoguidance), in the place of the null class.
+      guide_step: which checkpoint of `guide`; None for the newest.
       mesh: from dit_jax.parallel.sharding.make_mesh; None for all devices, with the batch split over them.
     Raises: UserError. Its text is one line that says what is wrong and what to do.
     """
-    mesh = mesh or sharding.make_mesh()
+    if mesh is None:
+        mesh = sharding.make_mesh()
+    elif not isinstance(mesh, jax.sharding.Mesh) or set(mesh.axis_names) != {"data", "fsdp", "tensor"}:
+        raise UserError(f"mesh: a {type(mesh).__name__}: must be one of dit_jax.parallel.sharding.make_mesh")
     loaded = weights.load(
-        _path("where", where), mesh, which=which, step=step, num_heads=num_heads, num_classes=num_classes
+        _path("where", where),
+        mesh,
+        which=which,
+        step=step,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        objective=objective,
     )
-    vae = loaded.vae if vae is None else os.fspath(vae)
-    return Model(loaded, mesh, load_vae(vae) if vae else None)
+    vae = loaded.vae if vae is None else _path("vae", vae) if vae else ""
+    second = None if guide is None else weights.load(_path("guide", guide), mesh, which=which, step=guide_step)
+    return Model(loaded, mesh, load_vae(vae) if vae else None, second)
 
 
 def _path(name, value):
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"{name}={value!r}: must be text or a path")
     try:
         path = files.user_path(os.fspath(value))
     except (TypeError, ValueError) as e:
@@ -85,7 +108,7 @@ def fit(
     arrays = None
     if data is not None:
         resolved["data"]["source"] = "arrays"
-        arrays = np.asarray(data[0]), np.asarray(data[1])
+        arrays = _arrays(data)
     try:
         os.makedirs(workdir, exist_ok=True)
         files.probe(workdir)
@@ -98,9 +121,26 @@ def fit(
     return load(workdir)
 
 
+def _arrays(data):
+    try:
+        images, labels = map(np.asarray, data)
+    except (TypeError, ValueError):
+        raise UserError("data: must be (images, labels), two arrays") from None
+    # The bytes of the labels go into the identity of the data.
+    return images, labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
+
+
 def grid(images: Shaped[np.ndarray, "n h w c"], columns: int | None = None) -> Image.Image:
-    """Arranges pictures or latents of Model.sample in rows. columns: by default about as many as rows."""
+    """Arranges pictures or latents of Model.sample in rows. columns: by default about as many as rows.
+
+    Raises UserError naming the argument.
+    """
     images = np.asarray(images)
+    if images.ndim != 4 or not images.size or images.dtype == np.uint8 and not pictures.is_picture(images.shape[-1]):
+        raise UserError(f"images: {images.dtype} {images.shape}: must be (N, H, W, C), as Model.sample makes them")
+    if columns is None:
+        columns = int(np.ceil(np.sqrt(len(images))))
+    elif not is_whole(columns) or columns < 1:
+        raise UserError(f"columns={columns!r}: must be a whole number of at least 1")
     images = images if images.dtype == np.uint8 else pictures.to_uint8(images)
-    columns = columns or max(1, int(np.ceil(np.sqrt(len(images)))))
     return Image.fromarray(pictures.grid(images, columns))

@@ -20,7 +20,7 @@ if ending.is_command():  # before the imports that take time
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dit_jax.config import unknown_field
+from dit_jax.config import WHICH, is_which, unknown_field
 from dit_jax.runtime import files
 from dit_jax.runtime.errors import UserError, line_of
 
@@ -41,15 +41,23 @@ def define_config(required: bool = True) -> None:
 
 def define_hosts() -> None:
     """Defines the flags of hosts.join."""
-    flags.DEFINE_string("coordinator", None, "for several hosts that are no TPU slice: HOST:PORT of process 0")
-    flags.DEFINE_integer("process_count", None, "number of processes, one a host; 1: this host alone, also on a slice")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; for several hosts that are not a TPU slice")
+    flags.DEFINE_integer(
+        "process_count", None, "number of processes, one for each host; 1: only this host, also on a slice"
+    )
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-    timeout_help = "seconds without a sign of a host after which it counts as lost"
+    timeout_help = "seconds without a sign of life after which a host counts as lost"
     flags.DEFINE_float("host_timeout", 60, timeout_help, lower_bound=1, upper_bound=86_400)
-    flags.register_validator("host_timeout", lambda seconds: seconds == seconds, "is no number of seconds")
+    flags.register_validator("host_timeout", lambda seconds: seconds == seconds, "is not a number of seconds")
 
 
-def define_samples(num: int, classes: str, cfg_scale: float) -> None:
+def define_which() -> None:
+    """Defines the flag --which."""
+    flags.DEFINE_string("which", "ema", f"the weights: {WHICH}, which dit_jax.average makes")
+    flags.register_validator("which", is_which, f"must be {WHICH}")
+
+
+def define_samples(num: int, classes: str, cfg_scale: float | None) -> None:
     """Defines the flags of samples(), with these defaults of --num, --classes and --cfg_scale."""
     define_path("workdir", None, "run directory")
     flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
@@ -58,11 +66,12 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
         "published name such as DiT-XL/2-256"
     )
     define_path("weights", None, weights_help)
-    heads_help = "attention heads of --weights, if their width is none of the paper's"
+    heads_help = "number of attention heads of --weights; needed if their width is not one of the paper's"
     flags.DEFINE_integer("num_heads", None, heads_help, lower_bound=1)
-    table_help = "classes of --weights, if they have no null class: the rows of their label table"
+    table_help = "number of classes of --weights; needed if they have no null class: the rows of the label table"
     flags.DEFINE_integer("num_classes", None, table_help, lower_bound=1)
-    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
+    define_objective()
+    define_which()
     vae_help = (
         "the decoder of latents: a file, a folder, or a published name such as stabilityai/sd-vae-ft-ema; by default "
         "the run's; empty: none"
@@ -71,10 +80,22 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
     flags.DEFINE_integer("num", num, "number of images")
     classes_help = "balanced (all in turn), random, or class numbers or names as in 3,7 (in turn)"
     flags.DEFINE_string("classes", classes, classes_help)
-    flags.DEFINE_float("cfg_scale", cfg_scale, "scale of classifier-free guidance; 1: none")
-    flags.DEFINE_integer("cfg_channels", 3, "how many channels of epsilon are guided, the first ones; 0: all")
-    flags.DEFINE_enum("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
-    flags.DEFINE_string("steps", "250", "denoising steps: a number, a,b,c or ddimN")
+    scale_help = "scale of classifier-free guidance; 1: none" + (
+        "" if cfg_scale is not None else "; by default 4, and 1 for a MeanFlow network"
+    )
+    flags.DEFINE_float("cfg_scale", cfg_scale, scale_help)
+    flags.DEFINE_integer("cfg_channels", 3, "how many channels are guided, the first ones; 0: all")
+    interval_help = "LOW,HIGH: guide only steps at times between these, as the network sees them; by default all"
+    flags.DEFINE_string("cfg_interval", "", interval_help)
+    define_path("guide", None, "run directory of a second network, which guides instead of the null class")
+    flags.DEFINE_integer("guide_step", None, "the checkpoint of --guide; by default the newest")
+    sampler_help = (
+        "a name of dit_jax/diffusion/catalog.py with options, as in unipc or edm:churn=20; by default ddpm, heun "
+        "for flow matching, meanflow for MeanFlow"
+    )
+    flags.DEFINE_string("sampler", None, sampler_help)
+    steps_help = "evaluations of the network, for ddpm and ddim also a,b,c or ddimN; by default 250, for MeanFlow 1"
+    flags.DEFINE_string("steps", None, steps_help)
     flags.DEFINE_float("eta", 0.0, "for ddim: 0 is deterministic, 1 as noisy as ddpm")
     flags.DEFINE_integer("seed", 0, "seed of noise and random classes", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch_size", 32, "images at a time, over all devices")
@@ -83,30 +104,47 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
     define_hosts()
 
 
+def define_objective() -> None:
+    """Defines the flag of weights.load.choose_objective."""
+    help = (
+        "what a file of --weights was trained for: ddpm, flow (also flow:path=gvp,prediction=noise) or meanflow; by "
+        "default meanflow if it takes a second time, else ddpm"
+    )
+    flags.DEFINE_string("objective", None, help)
+
+
 def samples() -> "Samples":
     """Returns the samples that the flags of define_samples ask for. Raises UserError naming the flag."""
     from dit_jax.parallel import sharding
-    from dit_jax.sampling.generator import Settings
-    from dit_jax.sampling.model import Model, Samples, check_batch, choose_labels
+    from dit_jax.sampling.model import Model, Samples, check_batch, choose_labels, settings_of
     from dit_jax.vae.files import load as load_vae
     from dit_jax.weights import load
 
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
-        raise UserError("name either --workdir=RUN or --weights=FILE")
+        raise UserError("give exactly one of --workdir and --weights")
     if f.workdir is not None and not f.workdir.strip():
         raise UserError("--workdir is empty: name a run's folder")
     if f.weights and f.step is not None:
         raise UserError("--step names a checkpoint of a run: give it with --workdir")
+    for name in ("num_heads", "num_classes", "objective"):
+        if f[name].value is not None and not f.weights:
+            raise UserError(f"--{name} is of a weights file: give it with --weights; a run's config names its own")
     mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
     if f.workdir is not None:
         loaded = load.from_run(f.workdir, mesh, f.which, f.step)
     else:
-        loaded = load.from_source(load.open_source(f.weights, f.which), mesh, f.which, f.num_heads, f.num_classes)
+        source = load.open_source(f.weights, f.which)
+        loaded = load.from_source(source, mesh, f.which, f.num_heads, f.num_classes, f.objective)
     check_batch(loaded.args, f.num, f.batch_size)
     vae = loaded.vae if f.vae is None else f.vae
-    model = Model(loaded, mesh, load_vae(vae) if vae else None)
-    settings = Settings(f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels)
+    if f.guide_step is not None and f.guide is None:
+        raise UserError("--guide_step names a checkpoint of --guide: name that run as well")
+    guide = None if f.guide is None else load.from_run(f.guide, mesh, f.which, f.guide_step)
+    model = Model(loaded, mesh, load_vae(vae) if vae else None, guide)
+    settings = settings_of(
+        model.objective, f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels, f.cfg_interval
+    )
     model.generator(settings, min(f.batch_size, f.num))  # checks the settings before anything is written
     labels = choose_labels(f.classes, f.num, model.args["num_classes"], f.seed, model.class_names)
     return Samples(model, settings, f.classes, labels, f.batch_size)
@@ -217,12 +255,14 @@ def parse() -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Calls main(), which returns the exit status, and ends the process. An exception is one line and status 1."""
     process.quiet_libtpu()
-    process.enough_threads()
+    process.enough_threads("coordinator" in flags.FLAGS and flags.FLAGS.coordinator is not None)
     process.return_memory_after_compiling()
     process.quiet_logs()
+    process.quiet_pillow()
     # File names may not be UTF-8.
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
+    with process.quiet_orbax_readers():  # also after the read, as what a task reports may come late
+        app.run(lambda _: _on_hosts(main), flags_parser=lambda argv: argv)
 
 
 def make_workdir(

@@ -7,14 +7,18 @@ pass plain arguments on; the modules below them see no config.
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from dit_jax.runtime import files
 from dit_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dit_jax.diffusion.objectives import Objective
 
 
 def paper(model: str = "DiT-XL/2") -> ConfigDict:
@@ -23,6 +27,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.seed = 0  # of the initial weights, the data order, timesteps, noise and label drops
     c.steps = 400_000
     c.batch_size = 256  # global, over all devices and hosts
+    c.objective = "ddpm"  # the paper's; or "flow" (SiT), "meanflow": see dit_jax/diffusion/objectives.py
 
     c.model = ConfigDict()
     c.model.name = model  # as in "DiT-B/4"; sets those of the next four fields that are unset; "": none
@@ -33,6 +38,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.model.block = "adaln_zero"  # or "adaln", "cross_attention", "in_context"
     c.model.input_size = 32  # height and width of the latents (256 px / 8) or pictures
     c.model.in_channels = 4
+    c.model.learn_sigma = placeholder(bool)  # whether the head has channels of the variance; unset: if needed
     c.model.num_classes = 1000  # 0: unconditional; labels are ignored, and every example is of the null class
     c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 on TPU, float32 elsewhere
     c.model.scan = placeholder(bool)  # whether the blocks are one loop; unset: dit_jax/parallel/layout.py decides
@@ -40,11 +46,33 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
 
     c.init = ConfigDict()  # the weights that a new run starts from; a run with checkpoints resumes from them instead
     c.init.weights = ""  # a workdir, a .pt, .npz or .safetensors file, a diffusers folder or a published name; "": none
-    c.init.which = "ema"  # or "raw": of a run, or of a training checkpoint of the published code
+    c.init.which = "ema"  # or "raw", as in a training checkpoint of the published code, or "std0.1": see c.average
 
     c.diffusion = ConfigDict()
-    c.diffusion.timesteps = 1000
+    c.diffusion.timesteps = 1000  # of ddpm
+    c.diffusion.min_snr = 0.0  # of ddpm: gamma of the Min-SNR weight of the squared error, as in 5; 0: none
     c.diffusion.label_dropout = 0.1  # 0: no null class, so no guidance; ignored if num_classes is 0
+
+    c.flow = ConfigDict()  # the objective "flow": dit_jax/diffusion/flow.py
+    c.flow.path = "linear"  # or "gvp", "vp"
+    c.flow.prediction = "velocity"  # or "noise", "score"
+    c.flow.weight = "none"  # of noise and score: or "velocity", "likelihood"
+    c.flow.time = "uniform"  # how t is drawn; or "logit_normal"
+    c.flow.time_mean = 0.0  # of logit_normal, before the sigmoid
+    c.flow.time_std = 1.0
+    c.flow.direction = False  # add LightningDiT's cosine loss
+
+    c.meanflow = ConfigDict()  # the objective "meanflow": dit_jax/diffusion/meanflow.py
+    c.meanflow.time = "logit_normal"  # how t and r are drawn; or "uniform"
+    c.meanflow.time_mean = -0.4
+    c.meanflow.time_std = 1.0
+    c.meanflow.instantaneous = 0.75  # the share of the examples with r = t
+    c.meanflow.omega = 1.0  # guidance that is trained in; omega 1 with kappa 0: none
+    c.meanflow.kappa = 0.5
+    c.meanflow.t_start = 0.0  # guided between these times
+    c.meanflow.t_end = 1.0
+    c.meanflow.norm_p = 1.0  # power of the adaptive weight
+    c.meanflow.norm_eps = 0.01
 
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 1e-4  # constant, without warmup
@@ -53,6 +81,11 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.ema_decay = 0.9999  # the EMA starts as a copy of the initial weights
+
+    c.average = ConfigDict()  # averages whose width is chosen after training: dit_jax/average.py
+    c.average.every = 0  # steps between snapshots, and at the end; 0: none, and no averages are tracked
+    c.average.narrow = 0.05  # widths of the two that are tracked, as shares of the length of training
+    c.average.wide = 0.1
 
     c.data = ConfigDict()
     c.data.source = "latents"  # or digits, mnist, synthetic, arrays, folder, tfds: see dit_jax/data/sources.py
@@ -83,8 +116,9 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.sample.classes = 8  # the first ones
     c.sample.cfg_scale = 4.0  # classifier-free guidance; 1: none
     c.sample.cfg_channels = 3  # how many channels of epsilon are guided; 3 as published; 0: all
-    c.sample.sampler = "ddpm"  # or "ddim"
-    c.sample.steps = "250"  # a number, "a,b,c" or "ddimN"
+    c.sample.cfg_interval = ""  # "LOW,HIGH": guided only at times between these, of the objective; "": always
+    c.sample.sampler = "ddpm"  # see dit_jax/diffusion/catalog.py; "NAME:option=value,.." sets its options
+    c.sample.steps = "250"  # evaluations of the network; for ddpm and ddim also "a,b,c" or "ddimN"
     c.sample.eta = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
 
     c.eval = ConfigDict()  # FID on few samples during training, with the EMA weights and the sampler of c.sample
@@ -118,6 +152,14 @@ FIXED = (
     "data.source",
     "data.flip",
 )
+# Likewise: fields and sections that older checkpoints lack. There they had their default.
+FIXED_SINCE = ("objective", "model.learn_sigma", "diffusion.min_snr", "flow", "meanflow", "average")
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a field must not change when a run resumes."""
+    return field in FIXED or field in FIXED_SINCE or field.partition(".")[0] in FIXED_SINCE
+
 
 PATHS = ("init.weights", "data.path", "vae.path", "eval.reference", "eval.inception")
 AT_LEAST_ONE = (
@@ -143,9 +185,39 @@ NOT_NEGATIVE = (
     "sample.every",
     "sample.cfg_channels",
     "eval.every",
+    "average.every",
     "optimizer.weight_decay",
     "data.max_skipped",
 )
+
+
+# The least and the largest width of an average; the uniform average of all steps has 12**-0.5.
+AVERAGE_STD = (0.001, 0.288)
+WHICH = "ema or raw, or an average of a run by its width, as in std0.1"
+
+
+def average_name(std: float) -> str:
+    """The name of the average of this width, as in "std0.1"."""
+    return f"std{float(std)}"
+
+
+def average_std(name: str) -> float:
+    """The width of the average of this name."""
+    return float(name.removeprefix("std"))
+
+
+def average_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the averages that a run tracks; none if it tracks none."""
+    section = config.get("average", {})
+    return (average_name(section["narrow"]), average_name(section["wide"])) if section.get("every") else ()
+
+
+def is_which(which: Any) -> bool:
+    """Whether this is "ema", "raw", or the name of an average."""
+    if which in ("ema", "raw"):
+        return True
+    named = isinstance(which, str) and re.fullmatch(r"std0?\.[0-9]{1,20}", which)
+    return bool(named) and AVERAGE_STD[0] <= average_std(which) <= AVERAGE_STD[1]
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -223,13 +295,18 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
 
     values: {field: value} of all fields.
     """
-    from dit_jax.diffusion.guidance import MAX_SCALE  # not at the top, as above
+    from dit_jax.diffusion.catalog import SAMPLERS  # not at the top, as above
+    from dit_jax.diffusion.flow import FLOW_PREDICTIONS, WEIGHTS
+    from dit_jax.diffusion.guidance import MAX_SCALE
+    from dit_jax.diffusion.levels import PATHS
+    from dit_jax.diffusion.objectives import OBJECTIVES
     from dit_jax.models.blocks import BLOCKS
     from dit_jax.models.dit import REMAT
 
     def one_of(*choices):
         return choices.__contains__
 
+    low, high = AVERAGE_STD
     floats = tuple(field for field, value in values.items() if isinstance(value, float))
     reference = ("eval.reference",) if values["eval.every"] else ()
     inception = ("eval.inception",) if values["eval.every"] and values["eval.features"] == "inception" else ()
@@ -245,15 +322,24 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
         (("sample.cfg_scale", "eval.cfg_scale"), lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}"),
         (("optimizer.b1", "optimizer.b2", "ema_decay", "diffusion.label_dropout"), lambda v: 0 <= v < 1, "in [0, 1)"),
         (("diffusion.timesteps",), lambda v: 20 < v <= 1_000_000, "more than 20, and a million at most"),
+        (("sample.sampler",), lambda v: v.partition(":")[0] in SAMPLERS, f"one of {', '.join(SAMPLERS)}, with options"),
+        (("objective",), one_of(*OBJECTIVES), f"one of {', '.join(OBJECTIVES)}"),
+        (("diffusion.min_snr", "meanflow.norm_p"), lambda v: 0 <= v < math.inf, "0 or more"),
+        (("flow.path",), one_of(*PATHS), f"one of {', '.join(PATHS)}"),
+        (("flow.prediction",), one_of(*FLOW_PREDICTIONS), f"one of {', '.join(FLOW_PREDICTIONS)}"),
+        (("flow.weight",), one_of(*WEIGHTS), f"one of {', '.join(WEIGHTS)}"),
+        (("flow.time", "meanflow.time"), one_of("uniform", "logit_normal"), "uniform or logit_normal"),
+        (("flow.time_std", "meanflow.time_std", "meanflow.norm_eps"), lambda v: 0 < v < math.inf, "positive"),
+        (("meanflow.instantaneous", "meanflow.t_start", "meanflow.t_end"), lambda v: 0 <= v <= 1, "between 0 and 1"),
         (("model.block",), one_of(*BLOCKS), f"one of {', '.join(BLOCKS)}"),
         (("model.remat",), one_of("auto", *REMAT), f"one of auto, {', '.join(REMAT)}"),
         (("model.dtype",), one_of("auto", "float32", "bfloat16"), "one of auto, float32, bfloat16"),
-        (("sample.sampler",), one_of("ddpm", "ddim"), "ddpm or ddim"),
         (("eval.features",), one_of("inception", "efflite0"), "inception or efflite0"),
         (("eval.num",), lambda v: v >= 4, "at least 4"),
         (reference, bool, "the .npz to compare with, or a folder of PNGs; or set eval.every=0"),
         (inception, bool, weights),
-        (("init.which",), one_of("ema", "raw"), "ema or raw"),
+        (("init.which",), is_which, WHICH),
+        (("average.narrow", "average.wide"), lambda v: low <= v <= high, f"between {low} and {high}"),
     ]
 
 
@@ -275,6 +361,21 @@ def _check_combinations(config):
     for divisor, size in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
         if model[size] % model[divisor]:
             raise UserError(f"model.{divisor}={model[divisor]} does not divide model.{size}={model[size]}")
+    average = config["average"]
+    if average["every"] and average["narrow"] >= average["wide"]:
+        raise UserError(f"average.narrow={average['narrow']}: must be less than average.wide={average['wide']}")
+    objective = objective_of(config)
+    if objective.learn_sigma and model["learn_sigma"] is False:
+        raise UserError(f"model.learn_sigma=False: objective={objective.name} trains the variance; leave it unset")
+    m = config["meanflow"]
+    guided = objective.name == "meanflow" and (m["omega"], m["kappa"]) != (1, 0)
+    if guided and not (model["num_classes"] and config["diffusion"]["label_dropout"]):
+        raise UserError(
+            f"meanflow.omega={m['omega']}, kappa={m['kappa']}: guidance needs classes and label dropout; set omega=1 "
+            "and kappa=0"
+        )
+    if m["t_start"] > m["t_end"]:
+        raise UserError(f"meanflow.t_start={m['t_start']}: must not be above meanflow.t_end={m['t_end']}")
     if config["judge"]["samples"] and not model["num_classes"]:
         raise UserError(
             f"judge.samples={config['judge']['samples']}: the judge looks for the class asked for, and "
@@ -314,10 +415,26 @@ def dit_args(config: dict[str, Any]) -> dict[str, Any]:
         "scan",
         "remat",
     )
+    from dit_jax.diffusion.objectives import OBJECTIVES
+
+    objective = OBJECTIVES[config.get("objective", "ddpm")]
+    learn_sigma = model.get("learn_sigma")
     return {field: model[field] for field in fields} | {
+        "learn_sigma": objective.learn_sigma if learn_sigma is None else learn_sigma,
+        "second_time": objective.second_time,
         "dtype": dtype(model["dtype"]),
         "null_class": config["diffusion"]["label_dropout"] > 0 or model["num_classes"] == 0,
     }
+
+
+def objective_of(config: dict[str, Any]) -> "Objective":
+    """The objective of a resolved config. One that is older than a field has the field's default."""
+    from dit_jax.diffusion.objectives import DDPM, Flow, MeanFlow
+
+    name = config.get("objective", "ddpm")
+    if name == "ddpm":
+        return DDPM(config["diffusion"]["timesteps"], config["diffusion"].get("min_snr", 0.0))
+    return Flow(**config["flow"]) if name == "flow" else MeanFlow(**config["meanflow"])
 
 
 def stored_problem(config: Any) -> str | None:
@@ -343,7 +460,10 @@ def stored_problem(config: Any) -> str | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns (field, old, new) of every field on which two resolved configs differ."""
-    olds, news = dict(_flatten(old)), dict(_flatten(new))
-    fields = sorted({*olds, *news})
-    return [(field, olds.get(field), news.get(field)) for field in fields if olds.get(field) != news.get(field)]
+    """Returns (field, old, new) of every field on which two resolved configs differ.
+
+    A field that is missing has its default.
+    """
+    defaults = dict(_flatten(paper().to_dict()))
+    olds, news = (defaults | dict(_flatten(config)) for config in (old, new))
+    return [(field, olds[field], news[field]) for field in sorted({*olds, *news}) if olds.get(field) != news.get(field)]

@@ -1,6 +1,6 @@
 """Converts weights between formats: python -m dit_jax.convert
 
-    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz
+    python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz   # or a file of SiT, or of a MeanFlow network
     python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt   # a run's EMA weights; .pt needs the extra `torch`
     python -m dit_jax.convert --workdir=runs/xl2 --out=xl2_diffusers   # a folder for diffusers, with the VAE
 
@@ -21,10 +21,13 @@ if __name__ == "__main__":
         "a .pt, .npz or .safetensors file of the published names, a diffusers folder, or a published name such as "
         "DiT-XL/2-256",
     )
-    cli.define_path("workdir", None, "instead: a run's directory")
-    flags.DEFINE_integer("step", None, "which checkpoint of the run; by default the newest")
-    flags.DEFINE_enum("which", "ema", ["ema", "raw"], "EMA or raw weights")
-    flags.DEFINE_integer("num_heads", None, "of weights of a width that is not in the paper", lower_bound=1)
+    cli.define_path("workdir", None, "run directory, instead of --weights")
+    flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
+    cli.define_which()
+    flags.DEFINE_integer(
+        "num_heads", None, "number of attention heads; needed if the width is not one of the paper's", lower_bound=1
+    )
+    cli.define_objective()
     cli.define_path(
         "vae",
         None,
@@ -44,6 +47,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax.diffusion.objectives import DDPM, Objective
 from dit_jax.parallel import sharding
 from dit_jax.runtime.errors import UserError
 from dit_jax.vae import files as vae_files
@@ -55,7 +59,10 @@ EXTENSIONS = (".pt", ".npz", ".safetensors")
 def main() -> None:
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
-        raise UserError("say --workdir=RUN or --weights=FILE, one of them")
+        raise UserError("give exactly one of --workdir and --weights")
+    for name in ("num_heads", "objective"):
+        if f[name].value is not None and not f.weights:
+            raise UserError(f"--{name} is of a weights file: give it with --weights; a run's config names its own")
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
         raise UserError(f"--out={f.out}: there is no such folder: make it first")
     folder = not f.out.endswith(EXTENSIONS)
@@ -71,14 +78,16 @@ def main() -> None:
         source = load.open_source(f.weights, f.which)
         # Converted to our layout and back, so that the result is checked: this package can read it.
         args = published.infer_args(source.flat, f.num_heads or source.num_heads, source.num_classes)
+        class_names, vae, objective = source.class_names, source.vae, source.objective or DDPM()
+        if f.objective is not None:  # the published names do not depend on it
+            objective = load.choose_objective(source, args, f.objective)
         flat = published.to_published(published.from_published(source.flat, args), args)
-        class_names, vae, timesteps = source.class_names, source.vae, source.timesteps
     else:
         loaded = load.from_run(f.workdir, sharding.make_mesh(devices=jax.devices()[:1]), f.which, f.step)
-        args, flat = loaded.args, published.to_published(loaded.params, loaded.args)
-        class_names, vae, timesteps = loaded.class_names, loaded.vae, loaded.timesteps
+        args, class_names, vae, objective = loaded.args, loaded.class_names, loaded.vae, loaded.objective
+        flat = published.to_published(loaded.params, args)
     if folder:
-        save_folder(f.out, flat, args, class_names, timesteps, vae if f.vae is None else f.vae)
+        save_folder(f.out, flat, args, class_names, objective, vae if f.vae is None else f.vae)
     else:
         files.write(f.out, flat)
     size, channels = args["input_size"], args["in_channels"]
@@ -95,13 +104,14 @@ def save_folder(
     flat: Mapping[str, np.ndarray],
     args: dict[str, Any],
     class_names: Sequence[str] | None,
-    timesteps: int,
+    objective: Objective,
     vae: str,
 ) -> None:
     """Writes a diffusers folder with the network and the VAE. Arguments: see weights.diffusers.save. Raises UserError.
 
     vae: a file, folder or published name.
     """
+    diffusers.check(folder, args, objective)
     if not vae:
         raise UserError(
             "--vae is missing: a diffusers pipeline decodes latents: name a VAE's file, folder or published name"
@@ -113,7 +123,7 @@ def save_folder(
     with tempfile.TemporaryDirectory(prefix=".dit_jax-", dir=os.path.dirname(folder)) as parent:
         aside = os.path.join(parent, os.path.basename(folder))
         vae_files.save(os.path.join(aside, "vae"), codec.args, codec.params, codec.scale)
-        diffusers.save(aside, flat, args, class_names, timesteps)
+        diffusers.save(aside, flat, args, class_names, objective)
         os.replace(aside, folder)  # which exists and is empty
 
 

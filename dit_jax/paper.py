@@ -1,7 +1,7 @@
 """The paper's results as commands: python -m dit_jax.paper
 
 Prints every row of DiT in tables 2 to 5 of arXiv 2212.09748v2 with the commands that reproduce it, and whether they
-were run.
+were run; then those of SiT and of MeanFlow.
 """
 
 from dit_jax import cli
@@ -16,6 +16,7 @@ from dit_jax.evaluation.paper import (
     EMA,
     FULL_STEPS,
     GUIDED,
+    LATER,
     MSE,
     NO_GUIDANCE,
     ORIGINAL,
@@ -34,10 +35,28 @@ def _evaluate(source, size, scale, vae=EMA):
 
 def _train(config, steps):
     size = 512 if config.endswith("512") else 256
+    return _train_run(f"{config}.py", f"runs/{config}", steps, size)
+
+
+def _train_run(config, workdir, steps, size):
     return (
-        f"python -m dit_jax.train --config=configs/{config}.py --workdir=runs/{config} --config.steps={steps} "
+        f"python -m dit_jax.train --config=configs/{config} --workdir={workdir} --config.steps={steps} "
         f"--config.data.path=/data/imagenet-latents-{size}"
     )
+
+
+def _later():
+    """Lines: the results of later papers, each a recipe of configs/."""
+    for paper, rows in LATER.items():
+        yield from ("", f"{paper}: FID-50K, 256 px")
+        for config, steps, flags, value in rows:
+            workdir = "runs/" + config.replace(".py", "").replace(":", "_").replace("/", "").lower()
+            evaluate = _evaluate(f"--workdir={workdir} --step={steps}", 256, 0).replace("--cfg_scale=0", flags)
+            yield from (
+                f"  {config} after {steps:,} steps, {flags}: {value}   [not run]",
+                f"    {_train_run(config, workdir, steps, 256)}",
+                f"    {evaluate}",
+            )
 
 
 def listing() -> list[str]:
@@ -100,7 +119,7 @@ def listing() -> list[str]:
             f"  {vae}: {' '.join(map(str, values))}   [not run]",
             f"    {_evaluate(f'--weights={WEIGHTS[256]}', 256, 1.5, path)}",
         ]
-    return lines
+    return [*lines, *_later()]
 
 
 def main() -> None:

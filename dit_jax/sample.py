@@ -15,7 +15,7 @@ from dit_jax import cli  # before all else: from here on a signal is one line
 from absl import flags
 
 if __name__ == "__main__":
-    cli.define_samples(num=16, classes="balanced", cfg_scale=4.0)
+    cli.define_samples(num=16, classes="balanced", cfg_scale=None)
     cli.define_path("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_bool("png", False, "also write single pictures")
     cli.parse()  # above the imports that take time

@@ -42,7 +42,7 @@ def main() -> int | None:
     cli.make_workdir(
         f.workdir,
         files_in=("metrics.jsonl", "loss.png", "report.json"),
-        folders_in=("checkpoints", "damaged", "samples", "tensorboard", "profile"),
+        folders_in=("checkpoints", "damaged", "samples", "tensorboard", "profile", "averages"),
     )
     process.keep_compiled(os.path.join(f.workdir, "compiled"))
     with files.hold(f.workdir, "workdir"):
@@ -88,7 +88,7 @@ def train(
     reports = Reports(run, workdir, checkpoints, first, meta)
     closing.callback(reports.close)
     if preemption:
-        preemption.begin(lambda: f"the same command goes on from step {checkpoints.wait_for_newest(seconds=5)}")
+        preemption.begin(lambda: f"run the same command to resume from step {checkpoints.wait_for_newest(seconds=5)}")
     batches = run.batches(first)
     closing.callback(batches.close)
     if reports.evaluate_if_due(first, state.ema):
@@ -107,17 +107,20 @@ def train(
         stop, last = bool(preemption and preemption.reached(step)), step == steps
         log = last or step % config["log_every"] == 0
         save = last or stop or step % config["checkpoint"]["every"] == 0
+        snapshot = config["average"]["every"] and (last or step % config["average"]["every"] == 0)
         draw = config["sample"]["every"] and (last or step % config["sample"]["every"] == 0)
-        if log or save:
+        if log or save or snapshot:
             reports.read_values(step)
         if log:
             reports.log(step, batches)
+        if snapshot:
+            reports.write_snapshot(step, state.averages)
         if save:
             checkpoints.save(step, to_items(state), reports.checkpoint_meta())
         if draw:
             reports.draw_grid(step, state.ema)
         evaluated = not stop and reports.evaluate_if_due(step, state.ema)
-        if save or draw or evaluated:
+        if save or draw or evaluated or snapshot:
             reports.draw_curve()
             reports.restart_clock(step, batches)
         if stop:
@@ -127,7 +130,7 @@ def train(
     if preemption:
         preemption.end()
     if stop:
-        say(f"preempted: step {step} of {steps} is saved in {workdir}, and the same command goes on from there")
+        say(f"preempted: step {step} of {steps} is saved in {workdir}; run the same command to resume from there")
         return ending.AGAIN
     train_seconds = reports.seconds() if first < steps else meta["train_seconds"]
     say(f"done: step {steps}. All of the run is in {workdir}")

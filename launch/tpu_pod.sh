@@ -8,7 +8,7 @@
 #
 #   create    ask for the slice as a queued resource, and wait until it is there
 #   install   send this checkout (its last commit) to all hosts and install it there
-#   train     start the run on all hosts; it goes on when the connection ends, and restarts after a crash
+#   train     start the run on all hosts; it continues when the connection ends, and restarts after a crash
 #   status    the state of the slice, and of the run on each host
 #   logs      follow the log of one host
 #   stop      SIGTERM to the run: it saves and ends
@@ -44,7 +44,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MOUNT=/mnt/bucket
 TRIES=6
 # On a host. dit_jax.train ends with 0: done; 1: bad input, which another start would not mend; 75: stopped by SIGTERM
-# after saving, or another host was lost: the same command goes on.
+# after saving, or another host was lost: the same command resumes.
 CODE=$HOME/dit_jax
 VENV=$HOME/dit_jax-venv
 RUN=$HOME/dit_jax-run
@@ -323,7 +323,7 @@ watch() {
                 running*) failures=0 ;;
                 done*) say "now 'fetch', then 'delete': the slice is paid for until then"; return ;;
                 failed*) die "the run of $NAME ended for good: $report; 'logs' has the reason" ;;
-                "stopped on request"*) die "the run of $NAME was stopped; 'train' goes on with it" ;;
+                "stopped on request"*) die "the run of $NAME was stopped; 'train' resumes it" ;;
                 stopped* | dead*) (train) || failures=$((failures + 1)) ;;
                 none*) (install && train) || failures=$((failures + 1)) ;;
                 *) failures=$((failures + 1)) ;;

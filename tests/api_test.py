@@ -1,5 +1,7 @@
 """The public Python API: the pictures of the commands, without a process, a flag or a compilation more."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -94,6 +96,9 @@ def test_the_network_is_a_function(run, mesh):
     out = model(x, t, y)
     assert out.shape == (2, 8, 8, 2)
     assert_array_equal(jax.jit(model.apply)(model.params, x, t, y).shape, out.shape)
+    for one_t, one_y, name in ((1, y, "t"), (t, 2, "y"), (t, y[:1], "y")):
+        with pytest.raises(dit_jax.UserError, match=rf"{name}: \(.*\): must be \(2,\), one for each image"):
+            model(x, one_t, one_y)
     grads = jax.grad(lambda params: model.apply(params, x, t, y).sum())(model.params)
     assert jax.tree.structure(grads) == jax.tree.structure(model.params)
 
@@ -110,8 +115,8 @@ def test_every_kind_of_weights_makes_the_same_pictures(run, mesh, command, tmp_p
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(classes=[10]), "10 is no class"), (dict(classes=["cat"]), "'balanced', 'random' or numbers"),
-    (dict(num=0), "num=0: must be at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
-    (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes"), (dict(num="4"), "num=4"), (dict(batch_size=2.5), "batch_size=2.5"),
+    (dict(num=0), "num=0: must be a whole number of at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
+    (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes"), (dict(num="4"), "num=4: must be a whole number"), (dict(batch_size=2.5), "batch_size=2.5"),
     (dict(classes=[3.7]), "3.7"), (dict(classes=None), "classes"), (dict(classes="random", seed=-1), "seed=-1"), (dict(seed=1.5), "seed=1.5"), (dict(cfg_scale="2"), "cfg_scale='2'")])  # fmt: skip
 def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):
     model = dit_jax.load(str(run), mesh=mesh)
@@ -128,14 +133,22 @@ def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):
         (" ", {}, "where"),
         ("", {}, "where is empty"),
         (3, {}, "where=3"),
+        (None, {}, "where=None: must be text or a path"),
+        ("EMPTY", {}, "holds no checkpoints: name the directory of a run"),
+        ("RUN", {"mesh": 3}, "mesh: a int"),
+        ("RUN", {"vae": 3}, "vae=3: must be text or a path"),
+        ("RUN", {"num_heads": 5}, "num_heads=5: is for a weights file"),
+        ("RUN", {"num_classes": 11}, "num_classes=11: is for a weights file"),
         ("RUN", {"which": "foo"}, "which='foo'"),
         ("RUN", {"step": 99}, "--step=99"),
         ("/dev/null", {"step": 3}, "step=3"),
     ],
 )
-def test_what_cannot_be_loaded(where, more, words, run, mesh):
-    with pytest.raises(dit_jax.UserError, match=words):
-        dit_jax.load(run if where == "RUN" else where, mesh=mesh, **more)
+def test_what_cannot_be_loaded(where, more, words, run, mesh, tmp_path):
+    where = {"RUN": run, "EMPTY": tmp_path}.get(where, where)
+    with pytest.raises(dit_jax.UserError, match=words) as e:
+        dit_jax.load(where, **{"mesh": mesh} | more)
+    assert "\n" not in str(e.value)
 
 
 def test_what_cannot_be_trained(tmp_path):
@@ -147,6 +160,24 @@ def test_what_cannot_be_trained(tmp_path):
     ):
         with pytest.raises(dit_jax.UserError, match=words):
             dit_jax.fit(config, workdir)
+    with pytest.raises(dit_jax.UserError, match=r"data: must be \(images, labels\)"):
+        dit_jax.fit(dit_jax.paper_config(), tmp_path / "a", data=(np.zeros((4, 8, 8, 3), np.uint8),))
+
+
+@pytest.mark.parametrize(
+    "shape, columns, words",
+    [
+        ((8, 8, 3), None, r"images: uint8 \(8, 8, 3\): must be"),
+        ((4, 8, 8), None, "images: uint8"),
+        ((4, 8, 8, 4), None, "images: uint8"),
+        ((0, 8, 8, 3), None, "images: uint8"),
+        ((4, 8, 8, 3), 2.5, "columns=2.5: must be a whole number"),
+        ((4, 8, 8, 3), 0, "columns=0"),
+    ],
+)
+def test_what_is_no_grid(shape, columns, words):
+    with pytest.raises(dit_jax.UserError, match=words):
+        dit_jax.grid(np.zeros(shape, np.uint8), columns)
 
 
 def test_a_number_is_a_number_also_where_names_are_numbers():
@@ -216,6 +247,7 @@ def test_fit_trains_resumes_and_equals_the_command(command, run, tmp_path):
     config.steps = 4
     parts = dit_jax.fit(config, str(tmp_path / "parts"), data=(images, labels))
     jax.tree.map(assert_array_equal, parts.params, whole.params)
+    dit_jax.fit(config, str(tmp_path / "parts"), data=(images, labels.astype(np.int32)))  # the same data
     with pytest.raises(dit_jax.UserError, match="another run.*the data"):
         dit_jax.fit(config, str(tmp_path / "parts"), data=(images[::-1], labels))
     with pytest.raises(dit_jax.UserError, match="data: labels.*one integer for each"):
@@ -267,9 +299,52 @@ def test_published_names_are_fetched_once(mesh, tmp_path, monkeypatch, command):
         dit_jax.load("DiT-XL/2-512", mesh=mesh)
 
 
+def test_nothing_of_the_process_stays_changed(run, tmp_path):
+    """Loading a run, a damaged checkpoint, and a name that cannot be fetched. What other libraries change when they are
+    imported is theirs."""
+    shutil.copytree(run, tmp_path / "damaged")
+    for path in (tmp_path / "damaged/checkpoints/3/ema").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    code = """
+import gc, logging, os, signal, sys, warnings
+import huggingface_hub.file_download, jax, orbax.checkpoint, PIL.Image, scipy.special
+def state():
+    loggers = [logging.getLogger(name).level for name in (None, "asyncio", "absl", "huggingface_hub")]
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return sys.unraisablehook, loggers, handlers, list(warnings.filters), sys.argv[:], dict(os.environ)
+before = state()
+import dit_jax, dit_jax.data.decode
+run, damaged = sys.argv[1:]
+dit_jax.load(run)
+for where in (damaged, "facebook/DiT-XL-2-256"):
+    try:
+        dit_jax.load(where)
+    except dit_jax.UserError as e:
+        print(e)
+gc.collect()
+assert not [pair for pair in zip(before, state()) if pair[0] != pair[1]]
+"""
+    more = {
+        "JAX_PLATFORMS": "cpu",
+        "HF_ENDPOINT": "http://localhost:9",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hub"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(tmp_path / "damaged")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | more,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "no checkpoint can be read" in done.stdout and "cannot be fetched" in done.stdout
+
+
 def test_importing_is_quick_and_leaves_no_flags():
     code = (
         "import sys, dit_jax; assert 'jax' not in sys.modules; dit_jax.load; from absl import flags; "
+        "assert {*dit_jax.__all__, '__version__'} <= {*dir(dit_jax)}; "
         "assert not flags.FLAGS.is_parsed() and 'workdir' not in flags.FLAGS; print(sorted(dit_jax.__all__))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -23,7 +23,7 @@ from benchmarks.speed import evaluation, page, parts, profile
 from benchmarks.speed.child import Child
 from dit_jax import config as configs
 from dit_jax.diffusion import ddpm, samplers
-from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion.guidance import guide
 from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.runtime import files
 from dit_jax.runtime.process import MALLOC
@@ -124,9 +124,8 @@ def test_pytorch_denoises_the_same(both):
     model = lambda x, t, y: nnx.merge(graphdef, params)(x, t, y)
     for i in (7, 0):
         t = np.full(3, i)
-        told = schedule.timestep_map[np.full(6, i)]
-        out = forward_with_cfg(model, np.concatenate([x, x]), told, y, 4.0)
-        of_jax = samplers.ddpm_step(schedule, out[:3], x, jnp.asarray(t), noise)
+        out = guide(model, y[:3], 5, 4.0)(x, schedule.timestep_map[t])
+        of_jax = samplers.ddpm_step(schedule, out, x, jnp.asarray(t), noise)
         with torch.inference_mode():
             of_pytorch = pytorch_side.Diffusion(schedule).guided_step(
                 trainer.model, *(torch.tensor(nchw(a)) for a in (x, noise)), torch.tensor(y), i, 4.0, 3

@@ -1,5 +1,6 @@
 """What the commands share."""
 
+import logging
 import os
 import re
 import subprocess
@@ -51,6 +52,36 @@ def test_interrupted_is_one_line():
     one_error(end_of("default_int_handler", interrupt), "interrupted")
     one_error(end_of("default_int_handler", f"cli.run(lambda: ({interrupt}, time.sleep(1)))"), "interrupted")
     assert end_of("SIG_IGN", interrupt) == (0, "goes on\n", "")
+
+
+@pytest.mark.parametrize(
+    "flags, threads", [(["--coordinator=h:1"], True), (["--coordinator", "h:1"], True), ([], False)]
+)
+def test_processes_that_may_share_a_machine_get_enough_threads(flags, threads):
+    code = (
+        "import os, sys\nfrom dit_jax import cli\ncli.define_hosts()\ncli.parse()\n"
+        "cli.app.run = lambda *_, **__: print(int(os.environ.get('PJRT_NPROC', 0)) >= 16)\ncli.run(lambda: None)"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stdout == f"{threads}\n", done.stderr
+
+
+@pytest.mark.parametrize("quiet", [process.quiet_orbax_readers, process.quiet_absl, process.quiet_hub])
+def test_what_is_silenced_is_so_until_the_last_thread_has_left(quiet):
+    from huggingface_hub.utils import logging as hub_logging
+
+    def state():
+        levels = [logging.getLogger(name).level for name in ("asyncio", "absl")]
+        return sys.unraisablehook, levels, hub_logging.get_verbosity()
+
+    before, first, second = state(), quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert state() != before
+    second.__exit__(None, None, None)
+    assert state() == before
 
 
 @pytest.mark.slow

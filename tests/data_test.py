@@ -331,7 +331,7 @@ def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp
         f"--workdir={tmp_path}/run",
     ]
     run("train", *flags, "--config.steps=3")
-    assert "goes on from step 3 of 6" in run("train", *flags, "--config.steps=6")
+    assert "resuming from step 3 of 6" in run("train", *flags, "--config.steps=6")
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     for step in (3, 6):
         with Image.open(tmp_path / f"run/samples/{step:08d}.png") as grid:

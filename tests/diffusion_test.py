@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from dit_jax.diffusion import ddpm, samplers
-from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion import catalog, ddpm, samplers
+from dit_jax.diffusion.guidance import guide
+from dit_jax.diffusion.objectives import DDPM
 from dit_jax.diffusion.process import kept_timesteps, linear_schedule, respace
 
 FULL = linear_schedule(1000)
@@ -26,18 +27,13 @@ def gaussian_model(mean, std):
 @pytest.mark.parametrize("sampler, eta, steps", [("ddpm", 0.0, "250"), ("ddim", 0.0, "ddim250"), ("ddim", 1.0, "250")])
 def test_samplers_reach_a_known_distribution(sampler, eta, steps):
     """With the exact network for Gaussian data the samples have the data's mean and deviation."""
-    schedule, key = respace(FULL, steps), jax.random.key(0)
-    x_T = jax.random.normal(key, (64, 8, 8, 2))
-    out = jax.jit(
-        lambda x: samplers.sample(
-            schedule,
-            gaussian_model(0.5, 0.3),
-            x,
-            lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape),
-            sampler,
-            eta,
-        )
-    )(x_T)
+    exact, key = gaussian_model(0.5, 0.3), jax.random.key(0)
+    sampler = catalog.make(sampler, DDPM(), steps, **({"eta": eta} if eta else {}))
+
+    def noise_fn(i):
+        return jax.random.normal(jax.random.fold_in(key, i), (64, 8, 8, 2))
+
+    out = jax.jit(lambda: samplers.sample(sampler, lambda x, t, h, i: exact(x, t), noise_fn))()
     assert abs(out.mean() - 0.5) < 0.02 and abs(out.std() - 0.3) < 0.02
 
 
@@ -45,17 +41,16 @@ def test_sampling_is_one_compiled_loop():
     """The model appears once in the program, whatever the number of steps."""
 
     def program(steps):
-        schedule = respace(FULL, steps)
-        return (
-            jax.jit(
-                lambda x: samplers.sample(schedule, lambda x, t: jnp.concatenate([jnp.sin(x)] * 2, -1), x, lambda i: x)
-            )
-            .lower(jnp.zeros((1, 2, 2, 1)))
-            .as_text()
-        )
+        sampler = catalog.make(name, DDPM(), steps)
 
-    assert program("250").count("sine") == program("10").count("sine") == 1
-    assert program("250").count("stablehlo.while") >= 1
+        def model(x, t, h, i):
+            return jnp.concatenate([jnp.sin(x)] * 2, -1)
+
+        return jax.jit(lambda x: samplers.sample(sampler, model, lambda i: x)).lower(jnp.zeros((1, 2, 2, 1))).as_text()
+
+    for name in ("ddpm", "unipc"):
+        assert program("250").count("sine") == program("10").count("sine") == 1
+        assert program("250").count("stablehlo.while") >= 1
 
 
 def test_respacing_keeps_the_marginals():
@@ -74,26 +69,23 @@ def test_impossible_respacing_is_refused(spec):
 def test_guided_channels_are_capped_and_scale_one_is_conditional():
     rng = np.random.default_rng(0)
     for channels in (1, 3, 4):
-        x = rng.standard_normal((4, 2, 2, channels), np.float32)
+        x = rng.standard_normal((2, 2, 2, channels), np.float32)
         out = rng.standard_normal((4, 2, 2, 2 * channels), np.float32)
         seen = []
 
         def model(x, t, y):
-            seen.append(np.asarray(x))
+            seen.append((np.asarray(x), np.asarray(y).tolist()))
             return out
 
-        guided = np.asarray(forward_with_cfg(model, x, np.zeros(4, int), np.zeros(4, int), 1.0, channels=3))
-        assert_array_equal(seen[0][:2], seen[0][2:])
-        n = min(3, channels)
-        assert_allclose(guided[:2], out[:2], atol=1e-6)
-        assert_allclose(guided[2:, ..., :n], out[:2, ..., :n], atol=1e-6)
-        assert_array_equal(guided[2:, ..., n:], out[2:, ..., n:])
-        every = np.asarray(forward_with_cfg(model, x, None, None, 3.0, channels=None))
-        assert_allclose(
-            every[:2, ..., :channels],
-            out[2:, ..., :channels] + 3 * (out[:2, ..., :channels] - out[2:, ..., :channels]),
-            atol=1e-5,
-        )
+        conditional, null = out[:2], out[2:]
+        y, t = np.array([3, 4]), np.zeros(2, int)
+        assert_allclose(guide(model, y, 9, 1.0)(x, t), conditional, atol=1e-6)
+        assert_array_equal(seen[0][0], np.concatenate([x, x]))
+        assert seen[0][1] == [3, 4, 9, 9]
+        for few, n in ((3, min(3, channels)), (0, channels)):
+            guided = np.asarray(guide(model, y, 9, 3.0, few)(x, t))
+            assert_allclose(guided[..., :n], null[..., :n] + 3 * (conditional - null)[..., :n], atol=1e-5)
+            assert_array_equal(guided[..., n:], conditional[..., n:])
 
 
 def test_bound_trains_only_the_variance():

@@ -46,15 +46,17 @@ class Hub:
                 self.send(data, body, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": len(data),
                                        "X-Linked-Etag": f'"{digest(data)}"', "Accept-Ranges": "bytes"})  # fmt: skip
 
-            def error(self):
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
+            def error(self, status=404, headers={"X-Error-Code": "EntryNotFound"}):
+                self.send_response(status)
+                for name, value in (headers | {"Content-Length": "0"}).items():
+                    self.send_header(name, value)
                 self.end_headers()
 
             def send(self, data, body, headers):
                 start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
                 whole, data = len(data), data[int(start[1]) if start else 0 :]
+                if start and not data:
+                    return self.error(416, {"Content-Range": f"bytes */{whole}"})
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start[1]}-{whole - 1}/{whole}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dit_jax import config as configs
 from dit_jax.data import sources
-from dit_jax.diffusion.process import linear_schedule
+from dit_jax.diffusion.objectives import DDPM
 from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
@@ -142,9 +142,7 @@ def test_of_an_unconditional_model_labels_do_not_matter():
     params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
     optimizer, x = make_optimizer(1e-4), rng.normal(size=(4, 4, 4, 1)).astype(np.float32)
     step = jax.jit(
-        make_train_step(
-            graphdef, linear_schedule(1000), optimizer, seed=0, ema_decay=0.99, label_dropout=0.1, num_classes=0
-        )
+        make_train_step(graphdef, DDPM(), optimizer, seed=0, ema_decay=0.99, label_dropout=0.1, num_classes=0)
     )
     state = TrainState(np.int32(0), params, params, optimizer.init(params))
     zeros, other = (step(state, {"x": x, "y": np.array(y, np.int32)}) for y in ([0, 0, 0, 0], [3, 999, -1, 0]))
@@ -258,7 +256,7 @@ def test_samples_without_classes():
             args,
             ONE,
             sharding.state_shardings(dit.abstract(**args)[1], ONE),
-            timesteps=1000,
+            objective=DDPM(),
             settings=Settings(0, "ddim", "2", 0.0, 1.5, 0),
             batch_size=2,
         )
@@ -280,7 +278,7 @@ def restore(workdir, which):
 
 @pytest.mark.slow
 def test_a_run_goes_over_to_other_classes_and_another_size(command, uninterrupted, tmp_path):
-    """From a run on digits to 5 of them at twice the size; the run goes on without the first one."""
+    """From a run on digits to 5 of them at twice the size; the run resumes without the first one."""
     digits, data, workdir = sources.digits()[0], tmp_path / "data", tmp_path / "run"
     data.mkdir()
     np.save(data / "images.npy", digits.x[digits.y < 5].repeat(2, axis=1).repeat(2, axis=2))
@@ -309,7 +307,7 @@ def test_a_run_goes_over_to_other_classes_and_another_size(command, uninterrupte
         assert_array_equal(new.pop("y_embedder")["embedding"][5:], table[10:])
         jax.tree.map(assert_array_equal, new, old | {"pos_embed": dit.position_embedding(args["hidden_size"], 8)})
     status, out, err = command("train", *flags, "--config.steps=3")
-    assert status == 0 and "goes on from step 1 of 3" in out and "init:" not in out, err
+    assert status == 0 and "resuming from step 1 of 3" in out and "init:" not in out, err
     assert f"changed since the checkpoint: init.weights '{uninterrupted}' -> ''" in out
     assert restore(workdir, "ema")[2]["init"] == origin and np.isfinite(list(losses(workdir).values())).all()
 

@@ -10,8 +10,9 @@ from conftest import GOLDEN, nhwc
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from dit_jax.diffusion import ddpm, samplers
-from dit_jax.diffusion.guidance import forward_with_cfg
+from dit_jax.diffusion import catalog, ddpm, samplers
+from dit_jax.diffusion.guidance import guide
+from dit_jax.diffusion.objectives import DDPM
 from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.models.dit import position_embedding
 from dit_jax.training.step import TrainState, make_optimizer, update
@@ -32,8 +33,10 @@ def test_forward_and_guided_forward(golden, network, which):
     assert_allclose(model(params, x, z["t"], z["y"]), nhwc(z["out"]), atol=2e-5)
     for key in z:
         if key.startswith("cfg_"):
-            out = forward_with_cfg(lambda *a: model(params, *a), x, z["t"], z["y"], float(key[4:]))
-            assert_allclose(out, nhwc(z[key]), atol=2e-5)
+            # Times and labels of the file are those of the doubled batch; guide doubles x.
+            half = len(x) // 2
+            guided = guide(lambda x, *_: model(params, x, z["t"], z["y"]), z["y"][:half], 0, float(key[4:]))
+            assert_allclose(guided(x[:half], z["t"][:half]), nhwc(z[key])[:half], atol=2e-5)
 
 
 def test_position_embedding(golden):
@@ -136,20 +139,18 @@ def test_whole_trajectories(path, network):
     z, model = np.load(path), apply(graphdef)
     schedule = respace(FULL, str(z["respacing"]))
     assert_array_equal(schedule.timestep_map, z["timestep_map"])
-    x_T = np.concatenate([nhwc(z["z"])] * 2)
-    y = np.concatenate([z["y"], np.full_like(z["y"], z["null_class"])])
-    step_noise = nhwc(z["step_noise"])  # in the order drawn: the last step of the schedule first
+    half = len(z["y"])
+    x_T = nhwc(z["z"])
+    step_noise = nhwc(z["step_noise"])[:, :half]  # in the order drawn: the last step of the schedule first
+    noises = np.concatenate([step_noise[::-1], x_T[None]])
+    options = {"eta": float(z["eta"])} if "ddim" in path else {}
+    sampler = catalog.make("ddim" if "ddim" in path else "ddpm", DDPM(), str(z["respacing"]), **options)
+    assert len(sampler) == len(schedule)
 
     @jax.jit
-    def run(params, x_T, step_noise):
-        return samplers.sample(
-            schedule,
-            lambda x, t: forward_with_cfg(lambda *a: model(params, *a), x, t, y, float(z["cfg_scale"])),
-            x_T,
-            lambda i: step_noise[len(schedule) - 1 - i],
-            sampler="ddim" if "ddim" in path else "ddpm",
-            eta=float(z["eta"]),
-        )
+    def run(params, noises):
+        guided = guide(lambda *a: model(params, *a), z["y"], int(z["null_class"]), float(z["cfg_scale"]))
+        return samplers.sample(sampler, lambda x, t, h, i: guided(x, t), lambda j: noises[j])
 
-    out = run(params, x_T, step_noise)
-    assert_allclose(out, nhwc(z["out"]), atol=2e-5 * max(1, np.abs(z["out"]).max()))
+    out = run(params, noises)
+    assert_allclose(out, nhwc(z["out"])[:half], atol=2e-5 * max(1, np.abs(z["out"]).max()))

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import dit_jax
+
 PACKAGE = ROOT / "dit_jax"
 BIN = f"{sys.prefix}/bin"
 
@@ -20,6 +22,21 @@ def run(*command):
 def test_imports_go_one_way():
     """The contracts in pyproject.toml: the floors, no circles, who may know what."""
     run(f"{BIN}/lint-imports", "--no-cache")
+
+
+def test_no_wing_imports_the_api():
+    """By the package's own name, which the contracts do not see: import dit_jax, from dit_jax import load."""
+    found = []
+    for path in PACKAGE.glob("*/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, path  # relative imports would need a rule of their own
+                names = names if node.module == "dit_jax" else []
+                found += [f"{path}: from dit_jax import {name}" for name in names if name in (*dit_jax.__all__, "*")]
+            else:
+                found += [f"{path}: import dit_jax" for name in names if name == "dit_jax"]
+    assert not found, "\n".join(found)
 
 
 def test_lint_and_format():

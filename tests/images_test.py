@@ -277,7 +277,7 @@ def test_cut_short_or_damaged():
                 assert "\n" not in str(e)
 
 
-def test_no_warnings(tmp_path):
+def test_a_command_has_no_warnings(tmp_path):
     broken_exif = encoded(RGB, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
     no_frames = png(RGB.astype(int), 8, 2, chunk(b"acTL", struct.pack(">II", 0, 0)))
     palette = png(spread(1), 1, 3, chunk(b"PLTE", bytes(6)), chunk(b"tRNS", b"\1\2"))
@@ -285,13 +285,16 @@ def test_no_warnings(tmp_path):
     for i, data in enumerate((broken_exif, no_frames, palette, large)):
         (tmp_path / str(i)).write_bytes(data)
     code = """import sys
-from dit_jax.data.decode import BadImage
-from dit_jax.data.decode import decode
-for file in sys.argv[1:]:
-    try:
-        print(decode(open(file, "rb").read()).size)
-    except BadImage as e:
-        print(e)
+from dit_jax import cli
+from dit_jax.data.decode import BadImage, decode
+def main():
+    for file in sys.argv[1:]:
+        try:
+            print(decode(open(file, "rb").read()).size)
+        except BadImage as e:
+            print(e)
+cli.flags.FLAGS.mark_as_parsed()
+cli.run(main)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, sorted(tmp_path.iterdir()))], cwd=ROOT, text=True, capture_output=True
@@ -579,7 +582,7 @@ def test_imagenet_is_what_tfds_writes(tfds, ilsvrc, command, tmp_path, monkeypat
         for record, (name, data, label) in zip(plain, raw, strict=True):
             assert (names[label], data) == files[name]
             assert (record["file_name"].decode(), record["image"], record["label"]) == (name, data, label)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         prepare(str(root), str(tmp_path / "data"), partial=True)
 
 
@@ -615,7 +618,7 @@ def test_imagenet_refused(ilsvrc, tmp_path):
 
 
 def test_imagenet_goes_on(tfds, ilsvrc, tmp_path, monkeypatch):
-    """Stopped between shards and amid one, preparing goes on with what is whole, to the same bytes."""
+    """Stopped between shards and amid one, preparing resumes from what is complete, to the same bytes."""
     from array_record.python import array_record_module
     from tensorflow_datasets.core.utils import shard_utils
 

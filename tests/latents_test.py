@@ -494,7 +494,7 @@ def test_the_cache_holds_the_posteriors_of_the_pictures(cache, folder, small_vae
 
 
 def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypatch):
-    """Killed before each rename and removal in turn, and gone on with: the finished folder is the same to the byte."""
+    """Killed before each rename and removal in turn, and resumed: the finished folder is the same to the byte."""
 
     class Killed(BaseException):
         pass
@@ -537,7 +537,7 @@ def test_a_shard_whose_record_is_damaged_is_made_again(cache, encoded, tmp_path,
     first.write_text(first.read_text().replace('"count": 8', '"count": 7'))
     second.write_text("{}")
     encoded(tmp_path)
-    assert "goes on: 1 of 3" in capsys.readouterr().out
+    assert "resuming: 1 of 3" in capsys.readouterr().out
     assert contents(tmp_path) == contents(cache)
 
 
@@ -698,7 +698,7 @@ def test_killed_and_gone_on_with_on_other_hosts_and_devices(command, encoded, fo
     processes = start(out, count=2)
     results = [p.communicate(timeout=60) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], results
-    assert "799 pictures" in results[0][0] and "goes on: " in results[0][0]
+    assert "799 pictures" in results[0][0] and "resuming: " in results[0][0]
     assert contents(out) == expected
     processes = start(out, count=2)
     results = [p.communicate(timeout=60) for p in processes]

@@ -480,7 +480,7 @@ def test_watch_ends_where_the_run_cannot_go_on(cloud):
     wait_for((cloud.path / "hosts/0/up").exists, "at work")
     assert cloud.run("stop")[0] == 0
     status, _, err = cloud.run("watch", *flags)
-    assert status == 1 and "was stopped; 'train' goes on" in err.splitlines()[-1]
+    assert status == 1 and "was stopped; 'train' resumes" in err.splitlines()[-1]
 
 
 def test_recover_once(cloud):
@@ -689,7 +689,7 @@ def test_supervisor_of_real_training(tmp_path):
     assert train("--config.batch_size=0").startswith("failed, status 1: error: batch_size=0")
     assert train() == "done"
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
-    assert train() == "done" and "goes on from step 3 of 3" in (tmp_path / "dit_jax-run/log").read_text()
+    assert train() == "done" and "resuming from step 3 of 3" in (tmp_path / "dit_jax-run/log").read_text()
 
 
 # ---- The GKE manifest

@@ -131,7 +131,7 @@ def test_preempted_on_two_hosts_the_run_goes_on_on_one(start, tmp_path):
         assert all(row in mine for row in read) and all(row in read for row in mine[: 4 * step])
 
     [(status, out, err)] = ends(start(1, *flags, f"--workdir={workdir}"))
-    assert status == 0 and f"goes on from step {step} of 24" in out, err
+    assert status == 0 and f"resuming from step {step} of 24" in out, err
     ours, alone = losses(workdir), losses(tmp_path / "alone")
     assert_allclose([ours[s] for s in alone], list(alone.values()), rtol=1e-4)
 
@@ -151,12 +151,12 @@ def test_hosts_are_killed_and_their_number_changes(start, alone, tmp_path):
         others = [p for p in processes if p is not processes[victim]]
         for status, out, err in ends(others, timeout=10 + 15):
             assert status == hosts.AGAIN, (status, err)
-            one_line(err, "another host was lost", "goes on")
+            one_line(err, "another host was lost", "to resume")
         processes[victim].kill()
         steps = [int(name) for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()]
         assert max(steps) >= max(before, at - 6)
     [(status, out, err)] = ends(start(1, *RUN, f"--workdir={tmp_path}"))
-    assert status == 0 and "goes on from step" in out, err
+    assert status == 0 and "resuming from step" in out, err
     ours = losses(tmp_path)
     assert_allclose([ours[s] for s in alone], list(alone.values()), rtol=1e-4)
 
@@ -227,7 +227,7 @@ checkpoint.Checkpoints.meta = unreadable
     results = ends(start(2, *flags, faults={1: fault}))
     assert [status for status, _, _ in results] == [0, 0], results
     assert (
-        "checkpoints/8 cannot be read (input/output error)" in results[0][1] and "goes on from step 4" in results[0][1]
+        "checkpoints/8 cannot be read (input/output error)" in results[0][1] and "resuming from step 4" in results[0][1]
     )
     assert os.listdir(tmp_path / "damaged") == ["8"]
     ours = losses(tmp_path)
@@ -249,7 +249,7 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_pa
     assert status == hosts.AGAIN
     one_line(err, "another host was lost")
     results = ends(start(2, *flags, f"--out={tmp_path}/again", name="sample"))
-    assert [status for status, _, _ in results] == [0, 0] and "goes on from image 8 of 20" in results[0][1], results
+    assert [status for status, _, _ in results] == [0, 0] and "resuming from image 8 of 20" in results[0][1], results
     for name in ("samples.npz", "grid.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -445,3 +445,22 @@ def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t-0,t-1,t-2")
     assert hosts._arguments(None, None, None) == {"cluster_detection_method": "gketpu"}
     assert hosts._arguments(None, 1, None) is None
+
+
+@pytest.mark.slow
+def test_snapshots_of_averages_are_those_of_one_host(start, tmp_path):
+    """The averages are split over the hosts, and the first one writes them whole."""
+    from dit_jax.weights import snapshots
+
+    flags = [*TINY, "--config.model.hidden_size=128", "--config.steps=6", "--config.average.every=3"]
+    for count, mesh in ((1, []), (2, ["--config.mesh.fsdp=2"])):
+        for status, _, err in ends(start(count, *flags, *mesh, f"--workdir={tmp_path}/{count}")):
+            assert status == 0, err
+    for step in (3, 6):
+        one, two = (
+            snapshots.open_file(snapshots.path_of(f"{tmp_path}/{count}", snapshots.SNAPSHOTS, step))[1]
+            for count in (1, 2)
+        )
+        assert set(one) == set(two)
+        for name, value in one.items():
+            assert_allclose(two[name], value, atol=1e-4, err_msg=name)

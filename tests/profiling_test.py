@@ -25,7 +25,7 @@ def test_a_trace_holds_the_steps_asked_for(command, tmp_path):
     assert steps == [3, 4, 5]
     # The same command, as after a preemption, must go on.
     status, out, err = command("train", *flags, "--config.steps=8", "--profile=5:7")
-    assert status == 0 and "the run is at step 6 already; no trace" in out and "done: step 8" in out, err
+    assert status == 0 and "the run is already at step 6; no trace" in out and "done: step 8" in out, err
 
 
 @pytest.mark.parametrize("text", ["5", "5:3", "0:2", "3:9", "a:b", "-1:2"])

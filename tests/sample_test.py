@@ -11,6 +11,7 @@ from conftest import TINY, one_error
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+from dit_jax.diffusion.objectives import DDPM
 from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
 from dit_jax.runtime.errors import UserError
@@ -45,7 +46,7 @@ def test_pictures_do_not_depend_on_batch_size_or_devices(network):
             args,
             mesh,
             sharding.state_shardings(params, mesh),
-            timesteps=1000,
+            objective=DDPM(),
             settings=Settings(7, "ddpm", "20", 0.0, 1.5, 3),
             batch_size=batch_size,
         )
@@ -63,7 +64,7 @@ def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
     """On a mesh; with a call after every step."""
     args, _, params, _ = network("a")
     args, mesh, seen = dict(args, null_class=True), sharding.make_mesh(data=1, fsdp=2, tensor=2), []
-    settings = dict(timesteps=1000, settings=Settings(7, sampler, "7", eta, 1.5, 3), batch_size=4)
+    settings = dict(objective=DDPM(), settings=Settings(7, sampler, "7", eta, 1.5, 3), batch_size=4)
     whole, steps = (
         Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=on_step)(
             params, np.arange(5), np.arange(5)
@@ -115,7 +116,7 @@ def test_killed_sampling_goes_on_with_the_same_pictures(command, run, tmp_path):
     process.communicate()
     assert not (tmp_path / "a/samples.npz").exists()
     status, out, err = command("sample", *flags, f"--out={tmp_path}/a", "--batch_size=64", devices=2)
-    assert status == 0 and "goes on from image" in out, err
+    assert status == 0 and "resuming from image" in out, err
     assert command("sample", *flags, f"--out={tmp_path}/b", "--batch_size=100")[0] == 0
     difference = np.abs(images(tmp_path / "a").astype(int) - images(tmp_path / "b"))
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
@@ -209,6 +210,7 @@ def test_a_class_out_of_range(command, run, tmp_path):
         (["--step=3"], ["--step=3", "2, 4"]),
         (["--sampler=euler"], ["sampler"]),
         (["--workdir=/tmp/none"], ["/tmp/none"]),
+        (["--num_heads=5"], ["--num_heads is of a weights file"]),
         (["--weights=x.pt"], ["--workdir", "--weights"]),
         (["--tensor=3"], ["mesh"]),
     ],
@@ -247,7 +249,7 @@ def test_settings_that_make_no_pictures_are_refused(network, change, words):
             dict(args, null_class=True),
             mesh,
             sharding.state_shardings(params, mesh),
-            timesteps=1000,
+            objective=DDPM(),
             settings=settings,
             batch_size=2,
         )

@@ -10,13 +10,13 @@ from flax import nnx
 from benchmarks.speed import profile
 from benchmarks.speed.child import Timed, peak_memory, serve
 from dit_jax import cli, config as configs
-from dit_jax.diffusion import samplers
-from dit_jax.diffusion.process import linear_schedule, respace
+from dit_jax.diffusion.guidance import guide
+from dit_jax.diffusion.objectives import DDPM
 from dit_jax.models import dit, flops
 from dit_jax.parallel import chips, layout, sharding
 from dit_jax.runtime import process
 from dit_jax.runtime.errors import UserError
-from dit_jax.sampling.generator import Generator, Settings, guided
+from dit_jax.sampling.generator import Generator, Settings, make_sampler
 from dit_jax.training.setup import make_programs
 from dit_jax.vae import files as vae_files, network
 from dit_jax.vae.autoencoder import DECODING, Autoencoder, batch_size
@@ -125,11 +125,14 @@ def denoise(config, images, steps=1):
     config, args, mesh, params, _, labels = _sampling(config, images)
     s, batch = config["sample"], sharding.batch_sharding(mesh)
     graphdef = dit.abstract(**args | {"sharding": sharding.MeshSharding(mesh, args["num_heads"])})[0]
-    schedule = respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"])
+    sampler = make_sampler(
+        Settings(sampler=s["sampler"], steps=s["steps"], eta=s["eta"]), DDPM(config["diffusion"]["timesteps"])
+    )
 
     def step(params, x, noise, labels, i):
-        model = guided(nnx.merge(graphdef, params), labels, args["num_classes"], s["cfg_scale"], s["cfg_channels"])
-        return samplers.step(schedule, model, x, i, lambda _: noise, s["sampler"], s["eta"])
+        network = nnx.merge(graphdef, params)
+        guided = guide(network, labels, args["num_classes"], s["cfg_scale"], s["cfg_channels"])
+        return sampler.step(lambda x, t, h, i: guided(x, t), (x,), i, lambda _: noise)[0]
 
     x, noise = (
         jax.device_put(a, batch)
@@ -139,7 +142,7 @@ def denoise(config, images, steps=1):
     )
     labels = jax.device_put(labels, batch)
     program, seconds = compiled(jax.jit(step, out_shardings=batch), params, x, noise, labels, jnp.int32(0))
-    order = [jnp.int32(len(schedule) - 1 - k) for k in range(steps)]
+    order = [jnp.int32(i) for i in range(steps)]
 
     def call():
         x_t = x
@@ -159,22 +162,21 @@ def sampler(config, images):
         args,
         mesh,
         shardings,
-        timesteps=config["diffusion"]["timesteps"],
+        objective=DDPM(config["diffusion"]["timesteps"]),
         settings=settings,
         batch_size=images,
         on_step=lambda step: None,
     )
     indices = np.arange(images)
-    x = jax.ShapeDtypeStruct((images, args["input_size"], args["input_size"], args["in_channels"]), jnp.float32)
-    program, seconds = compiled(generator.step, params, generator.abstract_request(), x, np.int32(0))
-    generator.step = program  # pyright: ignore[reportAttributeAccessIssue]
     start = generator.start(generator.request(labels, indices))
-    generator.whole(start).block_until_ready()  # compiles these two as well, before a call is timed
+    program, seconds = compiled(generator.step, params, generator.abstract_request(), start, np.int32(0))
+    generator.step = program  # pyright: ignore[reportAttributeAccessIssue]
+    generator.result(start).block_until_ready()  # compiles this one as well, before a call is timed
     return timed(
         lambda: {"value": float(np.abs(generator(params, labels, indices)).mean())},
         seconds,
         args["dtype"],
-        len(generator.schedule) * images * 4 * flops.macs(**args),
+        len(generator.sampler) * images * 4 * flops.macs(**args),
         images,
     )
 

@@ -11,7 +11,6 @@ import numpy as np
 from dit_jax import config as configs
 from dit_jax.aot.cost import Program
 from dit_jax.aot.slices import SLICES, find_devices
-from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.models import flops
 from dit_jax.parallel import layout, sharding
 from dit_jax.parallel.chips import CHIPS
@@ -188,12 +187,9 @@ def _model_flops(config, what):
     """Returns the model's own FLOPs per image, or None for the VAE, which is not counted."""
     args: dict[str, Any] = configs.dit_args(config)
     if what == "train":
-        return flops.train_flops(**args)
+        return flops.train_flops(configs.objective_of(config).train_passes, **args)
     if what == "sample":
-        s = config["sample"]
-        branches = 2 if s["cfg_scale"] != 1 else 1
-        steps = len(respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"]))
-        return 2 * flops.macs(**args) * branches * steps
+        return 2 * flops.macs(**args) * setup.network_passes(config)
     return None
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from dit_jax.runtime.process import quiet_pillow
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm".split())
 MAX_PIXELS = 178_956_970  # Pillow refuses a larger picture as a decompression bomb
@@ -25,8 +23,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-quiet_pillow()
 
 
 class BadImage(ValueError):

@@ -83,7 +83,7 @@ def scan_cache(out: str, settings: Fields) -> tuple[Fields | None, dict[int, Fie
         check_same(out, begun, settings)
     elif SETTINGS in there:
         file, advice = os.path.join(out, SETTINGS), "remove it to begin again, or use another --out"
-        raise UserError(f"{file}: is damaged, so that nobody can tell how the shards were made; {advice}")
+        raise UserError(f"{file}: is damaged, so the settings of its shards are unknown: {advice}")
     shards = {name for name in there if re.fullmatch(r"latents-\d+-of-\d+\.array_record", name)}
     if foreign := sorted(shards - set(names)):
         file = os.path.join(out, foreign[0])
@@ -148,14 +148,14 @@ def finish(
         example = "{name}: {reason}".format(**fields["skipped"][0])
         raise UserError(f"none of the {settings['pictures']} pictures can be used, e.g. {example}")
     latents.write_manifest(out, fields)
-    say("all shards are whole; a few pictures are decoded again, to be looked at")
+    say("all shards are complete; writing preview.png")
     preview(out, source, vae)
     for name in leftover_files(latents.sizes(out), names):
         os.remove(os.path.join(out, name))
     if before and before["shards"] != shards:
         say(
-            "what was made again is not byte for byte what it was (another kind of device, or other versions): the "
-            "cache has another identity, and a run that was trained on it will not go on with it"
+            "the re-encoded shards differ from the originals (another device or other versions): runs trained on the "
+            "old cache cannot resume with this one"
         )
     return fields
 
@@ -326,7 +326,7 @@ def make(
             say(f"{out}: finished already: {describe(manifest)}")
         return
     if done:
-        say(f"goes on: {len(done)} of {len(done) + len(todo)} shards are there")
+        say(f"resuming: {len(done)} of {len(done) + len(todo)} shards are complete")
 
     start, made = time.perf_counter(), {}
     pictures_of = {i: min(shard_size, len(source) - i * shard_size) for i in todo}

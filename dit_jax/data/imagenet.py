@@ -257,7 +257,7 @@ def prepare(tars: str, data_dir: str, partial: bool = False) -> str:
     features: Any = info.features
     classes = {name: label for label, name in enumerate(features["label"].names)}
     if os.path.exists(out):
-        raise UserError(f"{out}: is there already: remove it to prepare it again")
+        raise UserError(f"{out}: already exists: remove it to prepare it again")
     splits = contents(tars, partial)
     _sort_as_tfds(splits)
     work = f"{out}.incomplete"

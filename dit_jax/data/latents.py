@@ -62,8 +62,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     file = os.path.join(path, MANIFEST)
     if not os.path.exists(file):
         raise UserError(
-            f"{file}: not there: either {path} is no latent cache, or its making was not finished (the same encode "
-            "command goes on)"
+            f"{file}: does not exist: either {path} is no latent cache, or encoding did not finish (run the same "
+            "encode command to resume)"
         )
     advice = "is damaged ({reason}): take it from a copy, or remove it and encode everything again"
     with reading(file, "a manifest", advice):

@@ -120,18 +120,29 @@ def vb_term(schedule: Schedule, model_output: Output, x_start: Images, x_t: Imag
     return jnp.where(t == 0, mean_flat(nll), mean_flat(kl)) / np.log(2.0)
 
 
+def min_snr_weight(schedule: Schedule, t: Steps, gamma: float, prediction: str = "noise") -> Float[Array, " b"]:
+    """The Min-SNR weight (arXiv 2303.09556) of the squared error at t, with SNR = alpha_bar / (1 - alpha_bar).
+
+    min(SNR, gamma) for a prediction of x_0, over SNR for the noise, over SNR + 1 for the velocity.
+    """
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    divisor = {"noise": snr, "x_0": 1.0, "velocity": snr + 1}[prediction]
+    return jnp.asarray(np.minimum(snr, gamma) / divisor, jnp.float32)[t]
+
+
 def training_losses(
-    schedule: Schedule, model_fn: ModelFn, x_start: Images, t: Steps, noise: Images
+    schedule: Schedule, model_fn: ModelFn, x_start: Images, t: Steps, noise: Images, min_snr: float = 0.0
 ) -> dict[str, Float[Array, " b"]]:
     """Returns {loss, mse, vb} of each example: the hybrid loss, Improved DDPM equation 16.
 
     mse is the squared error of epsilon (DDPM equation 14). vb trains only the variance: no gradient flows from it to
     epsilon. vb is the one term of the bound that t draws, on average 1/S of the bound. With S = 1000 steps that is the
-    weight lambda = 0.001 of the equation.
+    weight lambda = 0.001 of the equation. min_snr: gamma of min_snr_weight for mse in the loss; 0 weighs nothing.
     """
     x_t = q_sample(schedule, x_start, t, noise)
     out = model_fn(x_t, jnp.asarray(schedule.timestep_map)[t])
     eps, v = jnp.split(out, 2, axis=-1)
     mse = mean_flat(jnp.square(noise - eps))
     vb = vb_term(schedule, jnp.concatenate([jax.lax.stop_gradient(eps), v], axis=-1), x_start, x_t, t)
-    return dict(loss=mse + vb, mse=mse, vb=vb)
+    weighted = min_snr_weight(schedule, t, min_snr) * mse if min_snr else mse
+    return dict(loss=weighted + vb, mse=mse, vb=vb)

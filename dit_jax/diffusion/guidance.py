@@ -1,34 +1,54 @@
-"""Classifier-free guidance (arXiv 2207.12598; paper section 3.1)."""
+"""Guidance: classifier-free (arXiv 2207.12598; paper section 3.1), by a second network (autoguidance, arXiv
+2406.02507),
+in an interval of times (arXiv 2404.07724)."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 MAX_SCALE = 1000  # far beyond scales that make images, and far below the overflow of float32
 
+Network = Callable[..., Array]  # network(x, t, y), or network(x, t, y, h) with a second time
 
-def forward_with_cfg(
-    model_fn: Callable[[Array, Array, Array], Array],
-    x: Float[Array, "2*n h w c"],
-    t: Int[Array, " 2*n"],
-    y: Int[Array, " 2*n"],
-    cfg_scale: float | Float[Array, ""],
-    channels: int | None = 3,
-) -> Float[Array, "2*n h w 2*c"]:
-    """Evaluates the network once on a doubled batch, as published.
 
-    epsilon = epsilon(x, null) + cfg_scale * (epsilon(x, y) - epsilon(x, null))
+def guide(
+    network: Network,
+    y: Int[Array, " n"],
+    null: int,
+    scale: float | Float[Array, ""],
+    channels: int = 3,
+    *,
+    reference: Network | None = None,
+) -> Callable[..., Array]:
+    """Returns model(x, t, *h, on=True) for the labels y, with the output
 
-    The first half of y holds the labels, the second half the null class. Both halves see the first half of x, and both
-    get the guided epsilon. The variance comes from each half itself.
+        output(x, null) + scale * (output(x, y) - output(x, null))
 
-    channels: guides only the first channels of epsilon, None all of them. The paper's tables guide three of four.
+    in the first `channels` channels (0: all), and output(x, y) in the others. The network sees a batch twice as large.
+
+    reference: a second network, in the place of the first one with the null class; it sees the labels y. on: whether to
+    guide. Where it is false, only output(x, y) is computed, also if it is a traced value.
     """
-    half = x[: len(x) // 2]
-    out = model_fn(jnp.concatenate([half, half]), t, y)
-    channels = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    eps, rest = out[..., :channels], out[..., channels:]
-    conditional, unconditional = jnp.split(eps, 2)
-    guided = unconditional + cfg_scale * (conditional - unconditional)
-    return jnp.concatenate([jnp.concatenate([guided, guided]), rest], axis=-1)
+
+    def guided(x, t, *h):
+        colors = x.shape[-1]  # the output may have channels of the variance beside them
+        if reference is not None:
+            positive, negative = network(x, t, y, *h), reference(x, t, y, *h)
+        else:
+            x, t, *h = (jnp.concatenate([a, a]) for a in (x, t, *h))
+            positive, negative = jnp.split(network(x, t, jnp.concatenate([y, jnp.full_like(y, null)]), *h), 2)
+        few = min(channels, colors) if channels else colors
+        toward = negative[..., :few] + scale * (positive[..., :few] - negative[..., :few])
+        return jnp.concatenate([toward, positive[..., few:]], axis=-1)
+
+    def conditional(x, t, *h):
+        return network(x, t, y, *h)
+
+    def model(x: Array, t: Array, *h: Array, on: bool | Bool[Array, ""] = True) -> Array:
+        if isinstance(on, bool):
+            return (guided if on else conditional)(x, t, *h)
+        return jax.lax.cond(on, guided, conditional, x, t, *h)
+
+    return model

@@ -51,6 +51,28 @@ WEIGHTS = {size: f"DiT-XL-2-{size}x{size}.pt" for size in (256, 512)}
 CONFIG = {256: "xl2", 512: "xl2_512"}  # of the published weights
 
 
+# Later papers on the paper's networks, 256 px: {paper: [(config, steps, flags of the samples, FID-50K)]}. SiT's table 1
+# (sampled with its SDE), MeanFlow's tables 1 and 2.
+SIT_SDE = "--sampler=sde_euler --steps=250"
+LATER = {
+    "SiT, flow matching (arXiv 2401.08740)": [
+        ("sit.py:S/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 57.6),
+        ("sit.py:B/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 33.0),
+        ("sit.py:L/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 18.8),
+        ("sit.py:XL/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 17.2),
+        ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1", 8.3),
+        ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1.5", 2.06),
+    ],
+    "MeanFlow, one and two steps (arXiv 2505.13447)": [
+        ("meanflow.py:B/4", 400_000, "--cfg_scale=1", 61.06),
+        ("meanflow.py:B/2", 1_200_000, "--cfg_scale=1", 6.17),
+        ("meanflow.py:L/2", 1_200_000, "--cfg_scale=1", 3.84),
+        ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1", 3.43),
+        ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1 --steps=2", 2.93),
+    ],
+}
+
+
 def _config(model):
     """Returns the name in configs/ of a manifest's `model`, or None if it is none of the paper's."""
     fields = ("patch_size", "depth", "hidden_size", "num_heads")
@@ -74,6 +96,8 @@ def row(manifest: dict[str, Any], size: int) -> tuple[str, dict[str, float]] | N
     decoder = DECODER_FILES.get(vae.get("sha256", ""))
     if config is None or any(manifest.get(key) != value for key, value in required.items()):
         return None
+    if any(manifest.get(key) for key in ("objective", "cfg_interval", "guide", "min_snr")):
+        return None  # no method of the paper
     if manifest.get("classes") not in ("random", "balanced") or (scale != 1 and manifest.get("cfg_channels") != 3):
         return None
     published = manifest.get("weights") == WEIGHTS.get(size) and config == CONFIG.get(size)

@@ -29,8 +29,9 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> flo
     depth, width = model["depth"], model["hidden_size"]
     tokens = (model["input_size"] // model["patch_size"]) ** 2
     tokens_per_device = config["batch_size"] * tokens / num_devices
-    # 16 bytes a parameter: float32 parameters, EMA and two moments.
-    state = 16 * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
+    # 4 bytes a parameter: float32 parameters, EMA, two moments, and the averages of config.average.
+    copies = 4 + (2 if config.get("average", {}).get("every") else 0)
+    state = 4 * copies * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
     return state + tokens_per_device * _token_bytes(model, tokens, depth, remat)
 
 
@@ -41,19 +42,24 @@ def _token_bytes(model, tokens, depth, remat):
 
 
 def least_memory(
-    model: dict[str, Any], training: int | None = None, remat: str = "full", pictures: dict[str, int] | None = None
+    model: dict[str, Any],
+    training: int | None = None,
+    remat: str = "full",
+    pictures: dict[str, int] | None = None,
+    averages: int = 0,
 ) -> dict[str, int]:
     """Returns {setting: bytes}: the least memory that each setting takes, over all devices and on any mesh.
 
     model: config.model, or the arguments of models.dit.DiT. training: the examples of a training step, or None. remat:
-    of the training step. pictures: {setting: images that go through the network at once in sampling}.
+    of the training step. pictures: {setting: images that go through the network at once in sampling}. averages: further
+    copies of the parameters in the training state.
     """
     depth, width, patch = model["depth"], model["hidden_size"], model["patch_size"]
     size, channels, num_classes = model["input_size"], model["in_channels"], model["num_classes"]
     tokens = (size // patch) ** 2
     kernels = 12 + {"adaln_zero": 6, "adaln": 4, "cross_attention": 4}.get(model["block"], 0)
     # float32 parameters; in training also EMA, two moments and gradients.
-    parameter = 4 * (5 if training else 1)
+    parameter = 4 * (5 + averages if training else 1)
     needs = {
         f"depth={depth} and hidden_size={width}": parameter * kernels * depth * width**2,
         f"num_classes={num_classes}": parameter * (num_classes + 1) * width,

@@ -33,7 +33,7 @@ RULES = [
     (r"blocks/adaLN_modulation/kernel$", P(None, None, "tensor")),  # (L, D, 6D)
     (r"blocks/adaLN_modulation/bias$", P(None, "tensor")),
     (r"blocks/.*(bias|scale)$", None),
-    (r"(x_embedder|t_embedder/fc[12]|final_layer/(linear|adaLN_modulation))/(kernel|bias)$", None),
+    (r"(x_embedder|[th]_embedder/fc[12]|final_layer/(linear|adaLN_modulation))/(kernel|bias)$", None),
     (r"final_layer/norm/(bias|scale)$", None),
     (r"(pos_embed|y_embedder/embedding)$", None),
     (r"(^|/)(step|count)$", None),

@@ -4,7 +4,7 @@ Nothing is unwound, closed or waited for. It need not be: runtime/files.py write
 it is whole, so the files on disk can be used at any moment. It must not be: when the interpreter shuts down, threads of
 libraries (orbax, gRPC) print tracebacks or wait for each other for minutes.
 
-Exit status 75 (EX_TEMPFAIL) means that the same command, run again, goes on.
+Exit status 75 (EX_TEMPFAIL) means that the same command, run again, resumes.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 AGAIN = 75
-GOES_ON = "the same command goes on from what is whole, or starts over"
+RESUME = "run the same command to resume (or start over if nothing was saved)"
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 SIGNALS = (signal.SIGINT, *STOPS)
 
@@ -66,12 +66,12 @@ def last_words(line: str) -> None:
 
 def end_interrupted() -> NoReturn:
     """Ends this process because of Ctrl-C."""
-    end(1, f"interrupted; {GOES_ON}")
+    end(1, f"interrupted; {RESUME}")
 
 
 def end_stopped(number: int) -> NoReturn:
     """Ends this process because of the signal of this number."""
-    end(AGAIN, f"stopped by {signal.Signals(number).name}; {GOES_ON}")
+    end(AGAIN, f"stopped by {signal.Signals(number).name}; {RESUME}")
 
 
 def on_signal(number: int, action: Callable[[], object]) -> None:

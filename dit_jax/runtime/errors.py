@@ -43,7 +43,7 @@ def os_problem(error: OSError) -> str:
     """Returns the line that reports an OSError: the path, the reason, what to do."""
     path = "the output" if error.filename is None else os.fsdecode(error.filename)
     reason, advice = error.strerror or error, ADVICE.get(error.errno or 0, "look at this path")
-    return f"{path}: {reason}: {advice}; what is whole is kept, and the same command goes on or starts over"
+    return f"{path}: {reason}: {advice}; complete files are kept; run the same command again to resume"
 
 
 def line_of(error: BaseException) -> str:
@@ -57,7 +57,7 @@ def line_of(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more; the same command goes on"
+        return "nobody reads the output any more; run the same command again to resume"
     if isinstance(error, OSError):
         return os_problem(error)
     first = first_line(error, 300) if str(error).strip() else ""

@@ -148,7 +148,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with naming(path):
         check_file(path)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        f = _open_locked(aside)
+        f = open_locked(aside)
         if f is None:
             raise UserError(f"{path}: another process is writing it: wait for its end, or name another file")
         with f:
@@ -182,8 +182,8 @@ def append(path: str, data: bytes) -> None:
             raise
 
 
-def _open_locked(path):
-    """Opens the file `path`, created if it does not exist, and locks it until it is closed.
+def open_locked(path: str) -> BinaryIO | None:
+    """Opens the file `path` to write, created if it does not exist, and locks it until it is closed.
 
     Returns None if another process has the lock. On a file system without locks nothing is locked.
     """
@@ -219,7 +219,7 @@ def hold(folder: str, flag: str) -> Iterator[None]:
     path = os.path.join(folder, LOCK)
     with naming(path):
         for _ in range(20):  # the holder may be about to write its name, or to let go
-            f = _open_locked(path)
+            f = open_locked(path)
             holder = None if f else _holder(path)
             if f or holder:
                 break

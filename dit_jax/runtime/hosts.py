@@ -23,7 +23,7 @@ from dit_jax.runtime.ending import AGAIN
 from dit_jax.runtime.errors import UserError, chain, first_line, line_of
 
 POLL = 0.5  # seconds between reads of the store
-GOES_ON = "the same command on every host goes on from what was saved last"
+RESUME = "run the same command on every host to resume from what was saved last"
 FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a lost host ends the wait sooner
 
 _client: Any = None  # of jax.distributed; None with one process
@@ -134,9 +134,9 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
         _too_late(start, address, why)
     _client, _index, _count = global_state.client, global_state.process_id, global_state.num_processes
     ending.prefix = f"host {_index}: "
-    ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {GOES_ON}"))
+    ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {RESUME}"))
     for number in ending.STOPS:
-        ending.on_signal(number, functools.partial(stop, AGAIN, f"stopped by {number.name}; {GOES_ON}"))
+        ending.on_signal(number, functools.partial(stop, AGAIN, f"stopped by {number.name}; {RESUME}"))
     threading.Thread(target=_watch, daemon=True).start()
 
 
@@ -152,7 +152,7 @@ def _too_late(start, address, why, then=lambda: None):
 
 def _lost():
     ending.end(
-        AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); {GOES_ON}"
+        AGAIN, f"another host was lost (no sign of it for {_timeout:.0f} s, or the coordinator is gone); {RESUME}"
     )
 
 
@@ -206,7 +206,7 @@ def fail(error: BaseException) -> NoReturn:
     if _client is not None and "Gloo" in text:
         # On CPU the loss of a host breaks a connection before jaxlib notices it.
         time.sleep(4 * POLL)  # that host may have said why
-        ending.end(AGAIN, f"another host was lost (its connection is closed); {GOES_ON}")
+        ending.end(AGAIN, f"another host was lost (its connection is closed); {RESUME}")
     from_runtime = any(isinstance(e, jax.errors.JaxRuntimeError) for e in errors)
     from_program = "RESOURCE_EXHAUSTED" in text or "INVALID_ARGUMENT" in text
     if _client is not None and from_runtime and not from_program:
@@ -252,12 +252,12 @@ class Preemption:
         # A shutdown may signal this process and the one that started it, which passes the signal on: one notice.
         now = time.monotonic()
         if not self.running or self.noticed is not None and now - self.noticed > 10:
-            stop(AGAIN, f"stopped by SIGTERM; {GOES_ON if _count > 1 else ending.GOES_ON}")
+            stop(AGAIN, f"stopped by SIGTERM; {RESUME if _count > 1 else ending.RESUME}")
         self.noticed = self.noticed or now
 
-    def begin(self, goes_on: Callable[[], str]) -> None:
-        """Says that the run is at steps from here on. goes_on(): ends the line after Ctrl-C; called by a new thread."""
-        ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {goes_on()}"))
+    def begin(self, advice: Callable[[], str]) -> None:
+        """Says that the run is at steps from here on. advice(): ends the line after Ctrl-C; called by a new thread."""
+        ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {advice()}"))
         self.running = True
 
     def end(self) -> None:

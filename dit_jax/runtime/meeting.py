@@ -4,8 +4,8 @@ jax.distributed waits in silence when the flags of two processes contradict each
 comes. Here a contradiction ends all processes within seconds.
 
 Each process, process 0 too, connects to the coordinator's port at process 0 and says in one line of JSON who it is: its
-greeting. A thread of process 0 answers with lines {"dit_jax": [exit status, text]}. The status is null while the
-meeting goes on.
+greeting. A thread of process 0 answers with lines {"dit_jax": [exit status, text]}. The status is null until
+the meeting is over.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ PULSE = 5  # seconds between the lines of process 0 to a process that waits
 POLL = 0.5  # seconds
 
 Greeting = dict[str, Any]
-Status = int | None  # the exit status that the meeting ends with; None while it goes on
+Status = int | None  # the exit status that the meeting ends with; None until then
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ def _listen(address):
         )
     except OSError as e:
         raise UserError(
-            f"--coordinator={address}: the port cannot be had here ({os.strerror(e.errno or 0)}; perhaps another "
+            f"--coordinator={address}: this port cannot be opened ({os.strerror(e.errno or 0)}; perhaps another "
             "process has --process_id=0); name another"
         ) from None
 
@@ -202,6 +202,6 @@ def _answers(connection: socket.socket, address: str) -> Iterator[tuple[Status, 
             if line.startswith(b"\0\0"):  # HTTP/2: jax.distributed of a run that may end soon, as it lost this host
                 raise ConnectionError("a run that has begun is there")
             if not line.startswith(b'{"dit_jax": '):
-                raise UserError(f"--coordinator={address}: what answers there is no process of dit_jax ({line[:40]!r})")
+                raise UserError(f"--coordinator={address}: another program answers at this address ({line[:40]!r})")
             yield json.loads(line)["dit_jax"]
     raise ConnectionError("the connection was closed")

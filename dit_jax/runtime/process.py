@@ -8,6 +8,7 @@ libtpu 0.0.52, orbax 0.12.8 and Pillow 13.0.
 import contextlib
 import ctypes
 import functools
+import gc
 import glob
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,7 +109,7 @@ def own_preemption() -> None:
     jax.config.update("jax_enable_preemption_service", False)
 
 
-def enough_threads() -> None:
+def enough_threads(several_processes: bool) -> None:
     """Gives XLA on CPU at least 16 threads, and two for each device, if devices or processes share the machine.
 
     Why: a collective holds a thread until every device has come to it, and devices come to independent collectives in
@@ -115,7 +117,7 @@ def enough_threads() -> None:
     devices). Can go when XLA's CPU collectives no longer hold a thread.
     """
     devices = re.findall(r"device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    if devices or any(a.startswith("--coordinator") for a in sys.argv):
+    if devices or several_processes:
         os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1, *(2 * int(n) for n in devices))))
 
 
@@ -197,42 +199,74 @@ def quiet_logs() -> None:
     absl_logging.set_stderrthreshold("fatal")
 
 
-@functools.cache
-def quiet_orbax_readers() -> None:
-    """Drops the tracebacks of orbax's reading tasks.
+def _within_block(
+    change: Callable[[], Callable[[], object]],
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Decorates change(), which returns a function that undoes it, to make it hold within a block.
+
+    Threads may be in such blocks at the same time: the change holds until the last one has left.
+    """
+    lock, inside, undo = threading.Lock(), 0, None
+
+    @contextlib.contextmanager
+    @functools.wraps(change)
+    def block() -> Iterator[None]:
+        nonlocal inside, undo
+        with lock:
+            undo = undo or change()
+            inside += 1
+        try:
+            yield
+        finally:
+            with lock:
+                inside -= 1
+                if not inside:
+                    undo()
+                    undo = None
+
+    return block
+
+
+@_within_block
+def quiet_orbax_readers() -> Callable[[], None]:
+    """Drops the tracebacks of orbax's reading tasks within the block.
 
     Why: orbax reads the arrays of a checkpoint in concurrent tasks. If one fails, it raises that error, and then the
     others report theirs: to asyncio's logger, as an exception of a callback after the loop is closed, or as one of a
-    coroutine that Python discards unfinished (seen, all three). Can go when orbax collects the errors of its tasks.
+    coroutine that Python discards unfinished (seen, all three). The last kind can come long after the read, so the end
+    of the block discards what is unfinished. Can go when orbax collects the errors of its tasks.
     """
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = logger.level
 
     def of_a_reader(u):
         code = getattr(u.object, "cr_code", None)
         return "loop is closed" in str(u.exc_value) or (code and f"{os.sep}orbax{os.sep}" in code.co_filename)
 
+    def undo():
+        gc.collect()
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+    logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda u: None if of_a_reader(u) else hook(u)
+    return undo
 
 
-@contextlib.contextmanager
-def quiet_absl() -> Iterator[None]:
+@_within_block
+def quiet_absl() -> Callable[[], None]:
     """Silences absl's warnings within the block.
 
     Why: orbax warns that a reader reads only, which it was asked for. Can go when it does not.
     """
-    from absl import logging as absl_logging
-
-    before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(min(before, absl_logging.ERROR))
-    try:
-        yield
-    finally:
-        absl_logging.set_verbosity(before)
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(max(before, logging.ERROR))
+    return functools.partial(logger.setLevel, before)
 
 
 def quiet_pillow() -> None:
-    """Silences Pillow's warnings in this process.
+    """Silences Pillow's warnings in this process, which is a command's.
 
     Why: Pillow warns of odd metadata (tested: damaged EXIF), which does not matter here; wrong pixels raise. A filter
     around each call is not safe in threads. Can go when it is (Python 3.14's context-aware warnings).
@@ -240,14 +274,17 @@ def quiet_pillow() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def quiet_hub() -> None:
-    """Silences huggingface_hub's warnings.
+@_within_block
+def quiet_hub() -> Callable[[], None]:
+    """Silences huggingface_hub's warnings within the block.
 
     Why: it logs each retry, and then raises the error that our one line reports. Can go when it only raises.
     """
     from huggingface_hub.utils import logging as hub_logging  # sets its level when it is imported
 
+    before = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.CRITICAL)
+    return functools.partial(hub_logging.set_verbosity, before)
 
 
 def silence_stdout() -> None:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dit_jax.diffusion import samplers
-from dit_jax.diffusion.guidance import MAX_SCALE, forward_with_cfg
-from dit_jax.diffusion.process import linear_schedule, respace
+from dit_jax.diffusion import catalog, samplers
+from dit_jax.diffusion.guidance import MAX_SCALE, guide
+from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
 from dit_jax.parallel import sharding
 from dit_jax.runtime.errors import UserError
@@ -22,8 +21,10 @@ from dit_jax.runtime.errors import UserError
 class Settings:
     """How samples are made. The fields are named like the flags of dit_jax.sample.
 
-    steps: a number, "a,b,c" or "ddimN" (diffusion.process.kept_timesteps). eta: noise of DDIM. cfg_scale: 1 is no
-    guidance. cfg_channels: guides only the first channels of epsilon; 0 guides all.
+    sampler: a name of diffusion.catalog, with its options. steps: evaluations of the network; for ddpm and ddim also
+    "a,b,c" or "ddimN" (diffusion.process.kept_timesteps). eta: noise of DDIM. cfg_scale: 1 is no guidance.
+    cfg_channels: guides only the first channels; 0 guides all. cfg_interval: "LOW,HIGH", the times of the network
+    between which a step is guided; "": all.
     """
 
     seed: int = 0
@@ -32,23 +33,55 @@ class Settings:
     eta: float = 0.0
     cfg_scale: float = 4.0
     cfg_channels: int = 3
+    cfg_interval: str = ""
 
     @property
     def compiled(self) -> tuple:
         """The settings that are compiled into the sampler. The others are arguments of the program."""
-        return self.sampler, self.steps, self.eta, self.cfg_channels, self.cfg_scale != 1
+        return self.sampler, self.steps, self.eta, self.cfg_channels, self.cfg_scale != 1, bool(self.cfg_interval)
 
 
 class Request(NamedTuple):
     """The arguments of the compiled sampler for one batch: arrays, their shapes or their shardings.
 
-    labels (n,) int32 and indices (n,) uint32 of the images. seed () uint32. cfg_scale () float32.
+    labels (n,) int32 and indices (n,) uint32 of the images. seed () uint32. cfg_scale () float32. guided (evaluations,)
+    bool: whether an evaluation is guided; None if all are.
     """
 
     labels: Any
     indices: Any
     seed: Any
     cfg_scale: Any
+    guided: Any = None
+
+
+class Guide(NamedTuple):
+    """A second network that guides the first (autoguidance): the arguments of models.dit.DiT, and its parameters."""
+
+    args: dict[str, Any]
+    params: Any
+
+
+def make_sampler(settings: Settings, objective: Objective) -> samplers.Sampler:
+    """The sampler of these settings. Raises UserError."""
+    eta = {"eta": settings.eta} if settings.eta and settings.sampler.partition(":")[0] == "ddim" else {}
+    return catalog.make(settings.sampler, objective, settings.steps, **eta)
+
+
+def guided_steps(interval: str, sampler: samplers.Sampler) -> Bool[np.ndarray, " n"]:
+    """Whether each evaluation is guided: where the time at the beginning of its step lies in "LOW,HIGH".
+
+    Raises UserError naming cfg_interval.
+    """
+    try:
+        low, high = map(float, interval.split(","))
+    except ValueError:
+        low, high = np.nan, np.nan
+    if not low <= high:
+        raise UserError(f"cfg_interval={interval!r}: must be LOW,HIGH, two times of the objective, as in 0.2,0.8")
+    first = np.searchsorted(sampler.steps, sampler.steps)  # the first evaluation of each one's step
+    times = sampler.times[first]
+    return (times >= low) & (times <= high)
 
 
 def is_whole(value: Any) -> bool:
@@ -56,8 +89,11 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check(settings: Settings, args: dict[str, Any]) -> None:
-    """Raises UserError naming a setting that is out of range, or that does not fit a DiT with the arguments `args`."""
+def check(settings: Settings, args: dict[str, Any], objective: Objective, guide: bool = False) -> None:
+    """Raises UserError naming a setting that is out of range, or that does not fit a DiT with the arguments `args`.
+
+    guide: whether a second network guides.
+    """
     scale = settings.cfg_scale
     for name in ("seed", "cfg_channels"):
         if not is_whole(getattr(settings, name)):
@@ -65,12 +101,20 @@ def check(settings: Settings, args: dict[str, Any]) -> None:
     for name in ("cfg_scale", "eta"):
         if not isinstance(getattr(settings, name), (int, float, np.number)):
             raise UserError(f"{name}={getattr(settings, name)!r}: must be a number")
-    if scale != 1 and not args["null_class"]:
+    if scale != 1 and objective.name == "meanflow" and settings.sampler.partition(":")[0] == "meanflow":
+        raise UserError(
+            f"cfg_scale={scale}: sampler=meanflow is guided by what was trained in; use cfg_scale=1, or another sampler"
+        )
+    if settings.cfg_interval and scale == 1:
+        raise UserError(f"cfg_interval={settings.cfg_interval}: is for guidance, and cfg_scale=1 is none")
+    if guide and scale == 1:
+        raise UserError("guide: a second network guides, and cfg_scale=1 is no guidance; use another scale")
+    if scale != 1 and not guide and not args["null_class"]:
         raise UserError(
             f"cfg_scale={scale}: guidance needs a null class, and this model was trained without label dropout; use "
             "cfg_scale=1"
         )
-    if scale != 1 and not args["num_classes"]:
+    if scale != 1 and not guide and not args["num_classes"]:
         raise UserError(
             f"cfg_scale={scale}: guidance needs classes, and this model has none (it is unconditional); use cfg_scale=1"
         )
@@ -84,26 +128,6 @@ def check(settings: Settings, args: dict[str, Any]) -> None:
         raise UserError(f"seed={settings.seed}: must be at least 0, and below 2**32")
 
 
-def guided(
-    model: Callable[[Array, Array, Array], Array],
-    labels: Int[Array, " n"],
-    null: int,
-    cfg_scale: Float[Array, ""] | float,
-    cfg_channels: int,
-) -> Callable[[Array, Array], Array]:
-    """Returns a function (x, t) -> the output of model(x, t, y) for `labels` with classifier-free guidance.
-
-    The batch is doubled; its second half is of the class `null`. cfg_channels: 0 guides all channels.
-    """
-    y = jnp.concatenate([labels, jnp.full_like(labels, null)])
-
-    def model_fn(x, t):
-        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        return forward_with_cfg(model, x, t, y, cfg_scale, cfg_channels or None)[: len(labels)]
-
-    return model_fn
-
-
 class Generator:
     """generator(params, labels, indices) -> images (N, H, W, C) float32 in host memory.
 
@@ -114,7 +138,8 @@ class Generator:
     Args:
       args: of models.dit.DiT. If num_classes is 0, all labels are 0.
       params_sharding: a tree of shardings like the parameters.
-      timesteps: of the diffusion process.
+      objective: of the network.
+      guide: a second network, or None. Its parameters are sharded like its `params`.
       batch_size: images that go through the network at once; rounded up to a multiple that the mesh can split.
       on_step: called as on_step(step) after each denoising step, counted from 1. Each step is then a program of its
         own, because JAX does not cache a program that calls back to the host.
@@ -127,48 +152,42 @@ class Generator:
         mesh: jax.sharding.Mesh,
         params_sharding: Any,
         *,
-        timesteps: int,
+        objective: Objective,
         settings: Settings,
         batch_size: int,
+        guide: Guide | None = None,
         on_step: Callable[[int], None] | None = None,
     ):
-        check(settings, args)
-        graphdef = dit.abstract(**args | {"sharding": sharding.MeshSharding(mesh, args["num_heads"])})[0]
-        self.args, self.settings, self.on_step, self.mesh = args, settings, on_step, mesh
-        self.num_classes = args["num_classes"]
-        self.schedule = respace(linear_schedule(timesteps), settings.steps)
+        check(settings, args, objective, bool(guide))
+        self.args, self.settings, self.objective, self.on_step, self.mesh = args, settings, objective, on_step, mesh
+        self.num_classes, self.guide = args["num_classes"], guide
+        self.sampler = sampler = make_sampler(settings, objective)
         shards = sharding.batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         shape = (args["input_size"], args["input_size"], args["in_channels"])
-        sampler, eta, last = settings.sampler, settings.eta, len(self.schedule)
-        guides = settings.cfg_scale != 1
+        model_fn = _model_fn(args, mesh, settings, guide)
 
         def noise_of(request):
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(request.seed), index))(request.indices)
             return lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
 
-        def model_fn(params, request):
-            model = nnx.merge(graphdef, params)
-            if not guides:
-                return lambda x, t: model(x, t, request.labels)
-            return guided(model, request.labels, self.num_classes, request.cfg_scale, settings.cfg_channels)
-
         def start(request):
-            return noise_of(request)(last)
+            return sampler.init(noise_of(request))
 
-        def step(params, request, x, i):
-            return samplers.step(self.schedule, model_fn(params, request), x, i, noise_of(request), sampler, eta)
+        def step(params, request, state, i):
+            return sampler.step(model_fn(params, request), state, i, noise_of(request))
 
         def run(params, request):
-            noise = noise_of(request)
-            return samplers.sample(self.schedule, model_fn(params, request), noise(last), noise, sampler, eta)
+            return samplers.sample(sampler, model_fn(params, request), noise_of(request))
 
         batch, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self.shardings = Request(batch, batch, replicated, replicated)
-        step_shardings = params_sharding, self.shardings, batch, replicated
+        if guide:
+            params_sharding = params_sharding, sharding.shardings_of(guide.params)
+        self.shardings = Request(batch, batch, replicated, replicated, replicated if settings.cfg_interval else None)
         self.start = jax.jit(start, in_shardings=(self.shardings,), out_shardings=batch)
+        step_shardings = params_sharding, self.shardings, batch, replicated
         self.step = jax.jit(step, in_shardings=step_shardings, out_shardings=batch)
-        self.whole = jax.jit(lambda x: x, out_shardings=replicated)
+        self.result = jax.jit(sampler.result, out_shardings=replicated)
         self.run = jax.jit(run, in_shardings=(params_sharding, self.shardings), out_shardings=replicated)
 
     def request(
@@ -182,6 +201,8 @@ class Generator:
             np.uint32(settings.seed),
             np.float32(settings.cfg_scale),
         )
+        if settings.cfg_interval:
+            values += (guided_steps(settings.cfg_interval, self.sampler),)
         return Request(*(sharding.put(np.asarray(a), s) for a, s in zip(values, self.shardings)))
 
     def abstract_request(self) -> Request:
@@ -192,6 +213,7 @@ class Generator:
             jax.ShapeDtypeStruct((n,), np.uint32, sharding=on.indices),
             jax.ShapeDtypeStruct((), np.uint32, sharding=on.seed),
             jax.ShapeDtypeStruct((), np.float32, sharding=on.cfg_scale),
+            on.guided and jax.ShapeDtypeStruct((len(self.sampler),), bool, sharding=on.guided),
         )
 
     def __call__(
@@ -207,26 +229,56 @@ class Generator:
         """
         labels, indices = np.asarray(labels), np.asarray(indices)
         if settings is not None:
-            check(settings, self.args)
+            check(settings, self.args, self.objective, bool(self.guide))
             assert settings.compiled == self.settings.compiled
         highest = max(self.num_classes, 1) - 1
         if labels.min() < 0 or labels.max() > highest:
             wrong = labels.min() if labels.min() < 0 else labels.max()
             raise UserError(f"class {wrong}: this model has classes 0 to {highest}")
-        images = []
+        images, weights = [], (params, self.guide.params) if self.guide else params
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
             request = self.request(labels[part], indices[part], settings)
             if self.on_step:
-                images.append(np.asarray(self._run_in_steps(params, request, self.on_step)))
+                images.append(np.asarray(self._run_in_steps(weights, request, self.on_step)))
             else:
-                images.append(np.asarray(self.run(params, request)))
+                images.append(np.asarray(self.run(weights, request)))
         return np.concatenate(images)[: len(labels)]
 
     def _run_in_steps(self, params, request, on_step):
-        x, steps = self.start(request), len(self.schedule)
-        for k in range(steps):
-            x = self.step(params, request, x, np.int32(steps - 1 - k))
-            x.block_until_ready()
-            on_step(k + 1)
-        return self.whole(x)
+        state = self.start(request)
+        for i in range(len(self.sampler)):
+            state = self.step(params, request, state, np.int32(i))
+            jax.block_until_ready(state)
+            on_step(i + 1)
+        return self.result(state)
+
+
+def _model_fn(args, mesh, settings, second):
+    """Returns model_fn(params, request) -> model(x, t, h, i), guided as the settings say. second: a Guide, or None."""
+
+    def network_of(args):
+        graphdef = dit.abstract(**args | {"sharding": sharding.MeshSharding(mesh, args["num_heads"])})[0]
+        return lambda params: nnx.merge(graphdef, params)
+
+    build, second_time = network_of(args), args.get("second_time", False)
+    build_second = second and network_of(second.args)
+
+    def model_fn(params, request):
+        if build_second:
+            params, second_params = params
+            reference = build_second(second_params)
+        else:
+            reference = None
+        network, y = build(params), request.labels
+        if settings.cfg_scale == 1:
+            return lambda x, t, h, i: network(x, t, y, h) if second_time else network(x, t, y)
+        guided = guide(network, y, args["num_classes"], request.cfg_scale, settings.cfg_channels, reference=reference)
+
+        def model(x, t, h, i):
+            on = True if request.guided is None else request.guided[i]
+            return guided(x, t, h, on=on) if second_time else guided(x, t, on=on)
+
+        return model
+
+    return model_fn

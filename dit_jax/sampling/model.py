@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from dit_jax.diffusion import catalog
+from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime import images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import Progress
-from dit_jax.sampling.generator import Generator, Settings, check, is_whole
+from dit_jax.sampling.generator import Generator, Guide, Settings, check, is_whole
 from dit_jax.vae.autoencoder import Autoencoder
 from dit_jax.weights.load import Loaded
 
@@ -76,14 +78,21 @@ class Model:
       params: nested dict of jax.Array.
       config: the resolved config of its run, or None.
       class_names: a list, or None.
-      timesteps: of the diffusion process.
+      objective: of diffusion.objectives: what the network predicts.
+      guide: a second network that guides (autoguidance), or None.
       vae: vae.autoencoder.Autoencoder, or None.
       latent: whether samples are latents, because there is no VAE to decode them.
       shape: of a sample, (H, W, 3) of a picture or (H, W, C) of a latent.
       origin: where the weights come from, for manifests.
     """
 
-    def __init__(self, loaded: Loaded, mesh: jax.sharding.Mesh, vae: Autoencoder | None = None):
+    def __init__(
+        self,
+        loaded: Loaded,
+        mesh: jax.sharding.Mesh,
+        vae: Autoencoder | None = None,
+        guide: Loaded | None = None,
+    ):
         args = loaded.args
         if vae and vae.latent_channels != args["in_channels"]:
             raise UserError(
@@ -92,7 +101,11 @@ class Model:
             )
         size = args["input_size"] * (vae.factor if vae else 1)
         self.args, self.params, self.config, self.origin = args, loaded.params, loaded.config, loaded.origin
-        self.class_names, self.timesteps, self.mesh, self.vae = loaded.class_names, loaded.timesteps, mesh, vae
+        self.class_names, self.objective, self.mesh, self.vae = loaded.class_names, loaded.objective, mesh, vae
+        self.guide = guide and Guide(guide.args, guide.params)
+        if guide:
+            _check_guide(guide, loaded)
+            self.origin = self.origin | {"guide": guide.origin}
         self.latent = not vae and not pictures.is_picture(args["in_channels"])
         self.shape = size, size, args["in_channels"] if self.latent else 3
         self._decoder = vae and vae.decoder(mesh, size)
@@ -100,16 +113,31 @@ class Model:
         self._generators: list[Generator] = []
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
-    ) -> Float[Array, "b h w 2*c"]:
-        """The network's output at x_t: the noise, then the interpolated variance."""
-        return self.apply(self.params, x, t, y)
+        self, x: Float[Array, "b h w c"], t: Shaped[Array, " b"], y: Int[Array, " b"], *h: Float[Array, " b"]
+    ) -> Float[Array, "b h w out"]:
+        """The network's output at x_t, as its objective says: for the paper's the noise, then the interpolated
+        variance.
+
+        t: integer timesteps, or times in [0, 1] of a flow. h: the interval of MeanFlow, for its networks only.
+        """
+        return self.apply(self.params, x, t, y, *h)
 
     def apply(
-        self, params: Any, x: Float[Array, "b h w c"], t: Int[Array, " b"], y: Int[Array, " b"]
-    ) -> Float[Array, "b h w 2*c"]:
-        """The network's output with other parameters. A pure function, for jax.jit and jax.grad."""
-        return nnx.merge(self._graphdef, params)(x, t, y)
+        self,
+        params: Any,
+        x: Float[Array, "b h w c"],
+        t: Shaped[Array, " b"],
+        y: Int[Array, " b"],
+        *h: Float[Array, " b"],
+    ) -> Float[Array, "b h w out"]:
+        """The network's output with other parameters. A pure function, for jax.jit, jax.grad and jax.jvp.
+
+        Raises UserError if there is not one t, y and h for each image.
+        """
+        for name, value in (("t", t), ("y", y), *(("h", value) for value in h)):
+            if np.shape(value) != np.shape(x)[:1]:
+                raise UserError(f"{name}: {np.shape(value)}: must be {np.shape(x)[:1]}, one for each image of x")
+        return nnx.merge(self._graphdef, params)(x, t, y, *h)
 
     def generator(self, settings: Settings, batch_size: int) -> Generator:
         """A Generator for these settings and at least `batch_size` images at once. An existing one is used again."""
@@ -120,9 +148,10 @@ class Model:
             self.args,
             self.mesh,
             sharding.shardings_of(self.params),
-            timesteps=self.timesteps,
+            objective=self.objective,
             settings=settings,
             batch_size=batch_size,
+            guide=self.guide,
         )
         self._generators.append(generator)
         return generator
@@ -155,7 +184,7 @@ class Model:
     ) -> Iterator[np.ndarray]:
         """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded."""
         generator = self.generator(settings, min(batch_size, len(labels)))
-        size, steps = generator.batch_size, len(generator.schedule)
+        size, steps = generator.batch_size, len(generator.sampler)
         starts = range(start, len(labels), size)
         bar = Progress("sample", len(starts) * steps, "steps") if progress else None
         for n, first in enumerate(starts):
@@ -171,11 +200,12 @@ class Model:
         classes: str | Sequence[int | str] = "balanced",
         num: int = 16,
         *,
-        cfg_scale: float = 4.0,
-        steps: int | str = 250,
-        sampler: str = "ddpm",
+        cfg_scale: float | None = None,
+        steps: int | str | None = None,
+        sampler: str | None = None,
         eta: float = 0.0,
         cfg_channels: int = 3,
+        cfg_interval: str | tuple[float, float] = "",
         seed: int = 0,
         batch_size: int = 32,
         latents: bool = False,
@@ -185,25 +215,69 @@ class Model:
 
         `python -m dit_jax.sample` makes the same pictures with flags of these names. A picture depends only on (seed,
         its index). The first call compiles. A later call does not if it changes only the classes, the seed, the
-        guidance scale (other than between 1 and not 1), or the number up to the first call's batch.
+        guidance scale (other than between 1 and not 1), or the number to a smaller one. A number above the first
+        call's compiles again, up to batch_size; larger numbers are made in batches of that size.
 
         Args:
           classes: "balanced" (all in turn), "random", or a list of numbers or class names that are taken in turn.
-          cfg_scale: scale of classifier-free guidance; 1 is none.
+          cfg_scale: scale of classifier-free guidance; 1 is none. By default 4; 1 for a MeanFlow network.
           cfg_channels: guides only the first channels; 0 guides all.
-          steps: denoising steps: a number, "a,b,c" or "ddimN".
-          sampler: "ddpm" or "ddim".
+          cfg_interval: (low, high), the times of the network between which a step is guided; by default all.
+          steps: evaluations of the network, by default 250, or 1 of a MeanFlow network; for ddpm and ddim also "a,b,c"
+            or "ddimN".
+          sampler: a name of diffusion.catalog.SAMPLERS with its options, as in "unipc" or "edm:churn=20". By default
+            "ddpm", "heun" for flow matching, "meanflow" for MeanFlow.
           eta: noise of ddim; 0 is deterministic, 1 as noisy as ddpm.
           batch_size: images that go through the network at once, over all devices.
           latents: whether to return latents without decoding them.
           progress: whether to show a bar.
         Raises: UserError naming the argument.
         """
-        settings = Settings(seed, sampler, str(steps), eta, cfg_scale, cfg_channels)
-        check(settings, self.args)
+        if not isinstance(cfg_interval, str):
+            cfg_interval = ",".join(map(str, cfg_interval))
+        settings = settings_of(self.objective, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval)
+        check(settings, self.args, self.objective, bool(self.guide))
         check_batch(self.args, num, batch_size)
         labels = choose_labels(classes, num, self.args["num_classes"], seed, self.class_names)
         return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
+
+
+def settings_of(
+    objective: Objective,
+    seed: int,
+    sampler: str | None,
+    steps: int | str | None,
+    eta: float,
+    cfg_scale: float | None,
+    cfg_channels: int,
+    cfg_interval: str,
+) -> Settings:
+    """The Settings in which what is None has the default of the objective."""
+    default_sampler, default_steps = catalog.DEFAULTS[objective.name]
+    sampler = default_sampler if sampler is None else sampler
+    if cfg_scale is None:
+        cfg_scale = 1.0 if sampler == "meanflow" else 4.0
+    return Settings(
+        seed, sampler, default_steps if steps is None else str(steps), eta, cfg_scale, cfg_channels, cfg_interval
+    )
+
+
+def _check_guide(guide, loaded):
+    for field in ("input_size", "in_channels", "num_classes"):
+        if guide.args[field] != loaded.args[field]:
+            raise UserError(
+                f"--guide: its {field} is {guide.args[field]}, and the guided network's {loaded.args[field]}; they "
+                "must be the same"
+            )
+    first, second = (_meaning(network.objective) for network in (loaded, guide))
+    if first != second:
+        raise UserError(f"--guide: its network is of {second}, and the one that it guides of {first}")
+
+
+def _meaning(objective):
+    """What tells how to read the output, in words."""
+    of = (getattr(objective, name, None) for name in ("name", "path", "prediction", "timesteps"))
+    return " ".join(str(value) for value in of if value is not None)
 
 
 @dataclass(frozen=True)
@@ -223,7 +297,7 @@ class Samples:
         return self.model.origin | {
             "num": len(self.labels),
             "classes": self.classes if args["num_classes"] else None,
-            **asdict(self.settings),
+            **_described(self.settings),
             "dtype": args["dtype"].name,
             "vae": vae and vae.identity,
             "model": {key: args[key] for key in MANIFEST_ARGS},
@@ -234,10 +308,15 @@ class Samples:
         return self.model.batches(self.labels, self.settings, self.batch_size, start=start)
 
 
+def _described(settings):
+    """The settings for a manifest. Without an interval there is no field for it, as in manifests of before."""
+    return {key: value for key, value in asdict(settings).items() if key != "cfg_interval" or value}
+
+
 def check_batch(args: dict[str, Any], num: int, batch_size: int) -> None:
     """Raises UserError if so many samples cannot be made, or not in this machine's memory."""
     for name, count in (("num", num), ("batch_size", batch_size)):
         if not is_whole(count) or not 1 <= count <= 2**32:  # the noise of an image is drawn from its index, a uint32
-            raise UserError(f"--{name}={count}: must be at least 1, and 2**32 at most")
+            raise UserError(f"--{name}={count}: must be a whole number of at least 1, and 2**32 at most")
     needs = layout.least_memory(args, pictures={f"--batch_size={batch_size}": min(batch_size, num)})
     layout.check_memory(needs | {f"--num={num}": 40 * num}, jax.devices())

@@ -193,7 +193,7 @@ def make(samples: "Samples", out: str, single: bool) -> None:
     finished, done = hosts.share((parts is None, parts.done if parts else 0))[0]
     if not finished:
         if done:
-            say(f"goes on from image {done} of {num}")
+            say(f"resuming from image {done} of {num}")
         for images in samples.batches(done):
             if parts:
                 parts.append(images)

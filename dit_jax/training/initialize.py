@@ -1,7 +1,8 @@
 """The initial parameters of a run that starts from published weights or from another run.
 
-The label table may be for another number of classes, and the frozen position embedding for another size. All else must
-be the same.
+The label table may be for another number of classes, and the frozen position embedding for another size. A head with
+channels of the variance may lose them. All else must be the same. The objective may be another one: weights of the
+paper's DiT and of SiT are of one network.
 """
 
 import hashlib
@@ -26,11 +27,11 @@ def initial_params(
 ) -> tuple[Any, dict[str, Any]]:
     """Returns (the parameters of DiT(**args) on the mesh, their origin: a dict of plain values).
 
-    Prints the origin, and a line for the label table or the position embedding if it is made anew.
+    Prints the origin, and a line for each of label table, position embedding and head that is not as it was.
 
     Args:
       weights: a .pt or .npz file of the published format, or the workdir of a run.
-      which: "ema" or "raw".
+      which: "ema" or "raw", or an average of a run, as in "std0.1".
       seed: for new rows of the label table.
     Raises: UserError naming init.weights, the file and the field or array that does not fit.
     """
@@ -43,6 +44,7 @@ def initial_params(
     say("init: " + ", ".join(f"{key} {value}" for key, value in origin.items()))
     shardings = sharding.state_shardings(dit.abstract(**args)[1], mesh)
     params = _fit_labels(params, source_args, args, shardings, seed)
+    params = _fit_head(params, source_args, args, shardings)
     return _fit_position_embedding(params, source_args, args, shardings), origin
 
 
@@ -85,6 +87,21 @@ def _check_same(source_args, args):
                 f"{field} is {source_args[field]} in these weights, but model.{field}={args[field]}; only "
                 "model.num_classes and model.input_size may differ"
             )
+    if source_args["second_time"] and not args.get("second_time", False):
+        raise UserError(
+            f"these weights have {published.SECOND_TIME}, the second time of MeanFlow, and this run's network has not: "
+            "set objective=meanflow, or start from other weights"
+        )
+    if args.get("second_time", False) and not source_args["second_time"]:
+        raise UserError(
+            f"{published.SECOND_TIME} are missing, the second time of objective=meanflow: start from weights of a "
+            "MeanFlow network, or from none (init.weights='')"
+        )
+    if args.get("learn_sigma", True) and not source_args["learn_sigma"]:
+        raise UserError(
+            "final_layer.linear has no channels of the variance in these weights, but model.learn_sigma=True; leave it "
+            "unset with objective=flow or meanflow, or start from other weights"
+        )
 
 
 def _fit_labels(params, source_args, args, shardings, seed):
@@ -114,6 +131,27 @@ def _fit_labels(params, source_args, args, shardings, seed):
     change = "kept" if old == new else f"re-made for {new or 'none'}"
     say(f"init: the label table of {old or 'no'} classes is {change}{null}")
     return params | {"y_embedder": jax.tree.map(fit, params["y_embedder"], shardings["y_embedder"])}
+
+
+def _fit_head(params, source_args, args, shardings):
+    """Leaves out the head's channels of the variance, the last C of 2C of each pixel, if the network has none."""
+    if source_args["learn_sigma"] == args.get("learn_sigma", True):
+        return params
+    channels, layer = args["in_channels"], params["final_layer"]
+
+    def fit(array, sharding):
+        def keep(array):  # columns (p q c)
+            pixels = array.reshape(*array.shape[:-1], -1, 2 * channels)
+            return pixels[..., :channels].reshape(*array.shape[:-1], -1)
+
+        return jax.jit(keep, out_shardings=sharding)(array)
+
+    say(
+        f"init: the head keeps the {channels} channels of the prediction (those of the variance are left out: "
+        "model.learn_sigma=False)"
+    )
+    head = jax.tree.map(fit, layer["linear"], shardings["final_layer"]["linear"])
+    return params | {"final_layer": layer | {"linear": head}}
 
 
 def _fit_position_embedding(params, source_args, args, shardings):

@@ -11,6 +11,14 @@ from dit_jax.runtime.files import append, reading, write_aside
 
 MAX_LINE = 2**20  # characters; every record is shorter
 
+# The losses of the objectives: {name in a record: what it is}.
+LOSSES = {
+    "loss": "loss",
+    "mse": "mean-squared error",
+    "vb": "bound, bits/dim",
+    "direction": "1 - cosine",
+}
+
 Record = dict[str, Any]  # {"step": int, name: number, ...}
 
 
@@ -76,20 +84,21 @@ def _is_record(record):
 
 
 def loss_curve(records: list[Record], path: str) -> None:
-    """Draws a picture of the records' losses (loss, mse, vb).
+    """Draws a picture of the records' losses (LOSSES).
 
     Fréchet distances, such as "fid_5000", get a panel of their own.
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-    losses = [r for r in records if {"loss", "mse", "vb"} <= r.keys()]
+    losses = [r for r in records if "loss" in r]
     steps = [r["step"] for r in losses]
     distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
     figure = Figure(figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained")
     panels = figure.subplots(1 + bool(distances), sharex=True, squeeze=False)
     axes = panels[0, 0]
-    for name, label in (("loss", "loss"), ("mse", "mean-squared error on epsilon"), ("vb", "bound, bits/dim")):
-        axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
+    for name, label in LOSSES.items():
+        if losses and all(name in r for r in losses):
+            axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
     axes.set(xlabel="step", ylabel="mean over the interval", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

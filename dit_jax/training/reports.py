@@ -16,8 +16,9 @@ from dit_jax.runtime import hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import Progress, duration, say
-from dit_jax.training.metrics import Metrics, loss_curve
+from dit_jax.training.metrics import LOSSES, Metrics, loss_curve
 from dit_jax.training.setup import Run, grid_labels
+from dit_jax.weights import snapshots
 from dit_jax.weights.checkpoint import Checkpoints
 
 
@@ -37,6 +38,8 @@ class Reports:
         self.run, self.workdir, self.checkpoints, self.meta = run, workdir, checkpoints, meta
         self.steps = run.config["steps"]
         self.metrics = Metrics(workdir, first)
+        if jax.process_index() == 0:
+            snapshots.remove_later(workdir, first)
         self.progress = Progress("train", self.steps, "steps", done=first)
         self.pending: list[dict[str, jax.Array]] = []
         self.unlogged: list[dict[str, float]] = meta.get("unlogged", [])
@@ -96,23 +99,33 @@ class Reports:
         self.restart_clock(step, batches)
         self.progress.update(step, f"loss {record['loss']:.4f}, {images:.0f} img/s, MFU {record['mfu']:.0%}")
         wait = f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""
+        losses = "  ".join(f"{name} {record[name]:.4f}" for name in LOSSES if name in record)
         self.progress.say(
-            f"step {step}/{self.steps}  loss {record['loss']:.4f}  mse {record['mse']:.4f}  vb {record['vb']:.4f}  "
+            f"step {step}/{self.steps}  {losses}  "
             f"{rate:.3g} steps/s  {images:.4g} images/s  MFU {record['mfu']:.0%}  "
             f"{duration((self.steps - step) / rate)} left{wait}"
         )
 
-    def checkpoint_meta(self) -> dict[str, Any]:
-        """The meta of a checkpoint that is saved now."""
+    def run_meta(self) -> dict[str, Any]:
+        """What the meta of a checkpoint or a snapshot says of the run."""
         return {
             "config": self.run.config,
             "data": self.run.source.identity,
             "class_names": self.run.source.class_names,
             "init": self.meta.get("init"),
-            "train_seconds": self.seconds(),
-            "unlogged": self.unlogged,
             "versions": {"jax": jax.__version__},
         }
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """The meta of a checkpoint that is saved now."""
+        return self.run_meta() | {"train_seconds": self.seconds(), "unlogged": self.unlogged}
+
+    def write_snapshot(self, step: int, averages: dict[str, Any]) -> None:
+        """Writes averages/snapshots/STEP.npz. To be called before a checkpoint of this step is saved.
+
+        So the steps up to a checkpoint have their snapshots, wherever the run is killed.
+        """
+        snapshots.write_snapshot(self.workdir, step, averages, self.run_meta())
 
     def draw_grid(self, step: int, ema: Any) -> None:
         """Writes samples/STEP.png: config.sample.per_class samples of each of the first classes, a row a class."""

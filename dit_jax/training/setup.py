@@ -12,7 +12,6 @@ from jaxtyping import Int, Shaped
 
 from dit_jax import config as configs
 from dit_jax.data import pipeline, sources
-from dit_jax.diffusion.process import linear_schedule
 from dit_jax.evaluation.periodic import PeriodicEvaluation
 from dit_jax.models import dit, flops
 from dit_jax.parallel import chips, layout, sharding
@@ -20,7 +19,7 @@ from dit_jax.runtime import hosts
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.images import is_picture
 from dit_jax.runtime.progress import say
-from dit_jax.sampling.generator import Generator, Settings
+from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler
 from dit_jax.training import initialize
 from dit_jax.training.step import TrainState, from_items, init_state, make_optimizer, make_train_step, to_items
 from dit_jax.vae import files as vae_files
@@ -40,7 +39,7 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
     optimizer = make_optimizer(**config["optimizer"])
     step = make_train_step(
         dit.abstract(**args)[0],
-        linear_schedule(config["diffusion"]["timesteps"]),
+        configs.objective_of(config),
         optimizer,
         seed=config["seed"],
         ema_decay=config["ema_decay"],
@@ -49,7 +48,7 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
     )
 
     def init(key):
-        return init_state(key, args, optimizer)
+        return init_state(key, args, optimizer, configs.average_names(config))
 
     target = sharding.abstract_arrays(jax.eval_shape(init, jax.random.key(0)), mesh)
     shardings = sharding.shardings_of(target)
@@ -76,12 +75,13 @@ def state_from_params(params: Any, init: Callable[[jax.Array], TrainState], targ
 def least_memory(config: dict[str, Any]) -> dict[str, int]:
     """{setting: bytes} that a config of layout.resolve_auto needs at least: training, grids, evaluation, judge."""
     s, e, judged, model = config["sample"], config["eval"], config["judge"]["samples"], config["model"]
+    averages = len(configs.average_names(config))
     grid = min(s["classes"], model["num_classes"] or s["classes"]) * s["per_class"]
     at_once = {
         f"sample.per_class={s['per_class']}": grid if s["every"] or judged else 0,
         f"eval.batch_size={e['batch_size']}": min(e["num"], e["batch_size"]) if e["every"] else 0,
     }
-    return layout.least_memory(model, config["batch_size"], model["remat"], at_once) | {
+    return layout.least_memory(model, config["batch_size"], model["remat"], at_once, averages) | {
         f"judge.samples={judged}": judged * 4 * model["input_size"] ** 2 * model["in_channels"],
         f"eval.num={e['num']}": e["num"] * layout.FEATURE_BYTES if e["every"] else 0,
     }
@@ -92,6 +92,12 @@ def grid_labels(config: dict[str, Any]) -> Int[np.ndarray, " n"]:
     s, num_classes = config["sample"], config["model"]["num_classes"]
     classes = np.arange(min(s["classes"], num_classes)) if num_classes else np.zeros(s["classes"], int)
     return np.repeat(classes, s["per_class"])
+
+
+def sample_settings(config: dict[str, Any]) -> Settings:
+    """The settings of config.sample."""
+    names = ("sampler", "steps", "eta", "cfg_scale", "cfg_channels", "cfg_interval")
+    return Settings(seed=config["seed"], **{name: config["sample"][name] for name in names})
 
 
 def make_generator(
@@ -106,23 +112,27 @@ def make_generator(
 
     cfg_scale: in place of the config's. batch_size: by default the images of a grid.
     """
-    s = config["sample"]
-    settings = Settings(
-        seed=config["seed"],
-        sampler=s["sampler"],
-        steps=s["steps"],
-        eta=s["eta"],
-        cfg_scale=s["cfg_scale"] if cfg_scale is None else cfg_scale,
-        cfg_channels=s["cfg_channels"],
-    )
+    settings = sample_settings(config)
+    if cfg_scale is not None:
+        settings = replace(settings, cfg_scale=cfg_scale, cfg_interval=settings.cfg_interval if cfg_scale != 1 else "")
     return Generator(
         configs.dit_args(config),
         mesh,
         sharding.shardings_of(target.ema),
-        timesteps=config["diffusion"]["timesteps"],
+        objective=configs.objective_of(config),
         settings=settings,
         batch_size=batch_size or len(grid_labels(config)),
     )
+
+
+def network_passes(config: dict[str, Any]) -> int:
+    """How many images of batch size 1 go through the network for one sample with the settings of config.sample."""
+    settings = sample_settings(config)
+    sampler = make_sampler(settings, configs.objective_of(config))
+    if settings.cfg_scale == 1:
+        return len(sampler)
+    guided = guided_steps(settings.cfg_interval, sampler).sum() if settings.cfg_interval else len(sampler)
+    return len(sampler) + int(guided)
 
 
 @dataclass
@@ -170,7 +180,8 @@ class Run:
 
     def mfu(self, images_per_second: float) -> float:
         """Model FLOPs utilization: the share of the devices' peak rate that the model's arithmetic takes."""
-        return images_per_second * flops.train_flops(**self.args) / (self.peak * len(jax.devices()))
+        passes = configs.objective_of(self.config).train_passes
+        return images_per_second * flops.train_flops(passes, **self.args) / (self.peak * len(jax.devices()))
 
     def describe(self) -> str:
         """A line about the model, the data and the devices."""
@@ -275,7 +286,7 @@ def check_same_run(config: dict[str, Any], identity: str) -> Callable[[dict[str,
 
     def check(meta):
         changed = configs.differences(meta["config"], config)
-        fixed = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in changed if field in configs.FIXED]
+        fixed = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in changed if configs.is_fixed(field)]
         if not fixed and meta["data"] != identity:
             fixed = [f"the data ({meta['data']} there, {identity} here)"]
         if fixed:
@@ -315,9 +326,10 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dic
         step = int(state.step)
         if step > config["steps"]:
             raise UserError(
-                f"steps={config['steps']}: the checkpoint in {checkpoints.directory} is at step {step} already"
+                f"steps={config['steps']}: the checkpoint in {checkpoints.directory} is already at step {step}; set "
+                "steps higher"
             )
-        say(f"goes on from step {step} of {config['steps']}")
+        say(f"resuming from step {step} of {config['steps']}")
         return state, meta
     meta: dict[str, Any] = {"train_seconds": 0.0}
     if config["init"]["weights"]:

@@ -1,18 +1,19 @@
 """The training state, and the training step: a plain function of (state, batch)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_jax.diffusion.ddpm import training_losses
-from dit_jax.diffusion.process import Schedule
+from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
+from dit_jax.training.averages import track
 
 Batch = dict[str, jax.Array]  # x (B, H, W, C) float32, y (B,) int32
 Scalars = dict[str, Float[Array, ""]]  # the metrics of a step
@@ -21,22 +22,30 @@ Scalars = dict[str, Float[Array, ""]]  # the metrics of a step
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """Everything that a training step changes. step: how many updates were made. ema: a tree like params."""
+    """Everything that a training step changes.
+
+    step: how many updates were made. ema: a tree like params. averages: {name: a tree like params} of
+    training.averages; empty unless the config asks for them.
+    """
 
     step: Int[Array, ""]
     params: Any
     ema: Any
     opt_state: Any
+    averages: dict[str, Any] = field(default_factory=dict)
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """The items of a checkpoint (weights.checkpoint.ITEMS) of a TrainState."""
-    return {"params": state.params, "ema": state.ema, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    """The items of a checkpoint (weights.checkpoint.ITEMS) of a TrainState; "averages" only if there are any."""
+    optimizer = {"step": state.step, "opt_state": state.opt_state}
+    items = {"params": state.params, "ema": state.ema, "optimizer": optimizer}
+    return items | ({"averages": state.averages} if state.averages else {})
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
     """The TrainState of the items of a checkpoint."""
-    return TrainState(items["optimizer"]["step"], items["params"], items["ema"], items["optimizer"]["opt_state"])
+    optimizer, averages = items["optimizer"], items.get("averages", {})
+    return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"], averages)
 
 
 def make_optimizer(
@@ -50,10 +59,19 @@ def make_optimizer(
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
 
 
-def init_state(key: jax.Array, model_args: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0. model_args: of models.dit.DiT. The EMA starts as a copy of the parameters."""
+def init_state(
+    key: jax.Array,
+    model_args: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    averages: Sequence[str] = (),
+) -> TrainState:
+    """The state at step 0. The EMA starts as a copy of the parameters.
+
+    model_args: of models.dit.DiT. averages: names of those to track. They start as zeros, which the first step forgets.
+    """
     _, params = dit.split(dit.DiT(**model_args, rngs=nnx.Rngs(params=key)))
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    ema, zeros = jax.tree.map(jnp.copy, params), {name: jax.tree.map(jnp.zeros_like, params) for name in averages}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), zeros)
 
 
 def update(
@@ -71,14 +89,15 @@ def update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+        averages = {name: track(name, a, params, state.step + 1) for name, a in state.averages.items()}
         # Both are checked to be finite: the gradient for this step, the parameters for what would be saved.
         metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, averages), metrics
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    schedule: Schedule,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
@@ -95,16 +114,16 @@ def make_train_step(
     def step(state, batch):
         x, y = batch["x"], batch["y"]
         key_t, key_noise, key_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), 3)
-        t = jax.random.randint(key_t, (len(x),), 0, len(schedule))
-        noise = jax.random.normal(key_noise, x.shape, jnp.float32)
+        drawn = objective.draw(key_t, key_noise, x)
         if num_classes == 0:
             y = jnp.zeros_like(y)
-        elif label_dropout:
-            y = jnp.where(jax.random.bernoulli(key_drop, label_dropout, y.shape), num_classes, y)
+        drawn |= dict(label=y, dropped=np.zeros(y.shape, bool), null=num_classes)
+        if num_classes and label_dropout:
+            drawn["dropped"] = objective.drop(key_drop, label_dropout, y.shape)
+            y = jnp.where(drawn["dropped"], num_classes, y)
 
         def loss_fn(params):
-            model = nnx.merge(graphdef, params)
-            losses = training_losses(schedule, lambda x_t, t: model(x_t, t, y), x, t, noise)
+            losses = objective.losses(nnx.merge(graphdef, params), x, y, drawn)
             means = jax.tree.map(jnp.mean, losses)
             return means["loss"], means
 

@@ -32,7 +32,7 @@ class Trace:
         if not 1 <= self.start <= self.stop <= last:
             raise UserError(f"--profile={text}: START must not be after STOP, and the run's steps are 1 to {last}")
         if self.start < first:  # the same command must be able to resume the run after its trace
-            say(f"--profile={text}: the run is at step {first - 1} already; no trace")
+            say(f"--profile={text}: the run is already at step {first - 1}; no trace")
             self.start = self.stop = None
 
     @contextlib.contextmanager

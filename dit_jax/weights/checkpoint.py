@@ -80,7 +80,7 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int = 0, keep_every: int = 0, read_only: bool = False):
         self.directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
         if read_only and not os.path.isdir(self.directory):
-            raise UserError(f"{workdir}: holds no checkpoints; train there first, or name another --workdir")
+            raise UserError(f"{workdir}: holds no checkpoints: name the directory of a run that has saved one")
         if not read_only and set("[]") & set(self.directory):
             raise UserError(
                 f"{workdir}: orbax reads [ and ] in a path as a pattern, and would lose checkpoints: name another "
@@ -89,7 +89,6 @@ class Checkpoints:
         for name in os.listdir(self.directory) if os.path.isdir(self.directory) else ():
             if name.isdigit() and not os.path.isdir(os.path.join(self.directory, name)):
                 raise UserError(f"{self.directory}/{name}: is a file where a checkpoint's folder goes: move it away")
-        quiet_orbax_readers()
         if not read_only and jax.process_index() == 0:
             # Left by a killed run. Orbax would delete them in a thread of its own, which outlives an error here.
             for path in glob.glob(f"{glob.escape(self.directory)}/*.orbax-checkpoint-tmp*"):
@@ -195,20 +194,23 @@ class Checkpoints:
         items: Any = {}
         meta: dict[str, Any] = {}
         why = None
-        try:
-            meta = self.meta(step)
-            check(meta)
-            arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-            items = self.reader.restore(step, args=ocp.args.Composite(**arrays))
-        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is not at fault
-            raise
-        except Exception as e:
-            why = _reason(e)
+        with quiet_orbax_readers():
+            try:
+                meta = self.meta(step)
+                check(meta)
+                arrays = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+                items = self.reader.restore(step, args=ocp.args.Composite(**arrays))
+            except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the checkpoint is not at fault
+                raise
+            except Exception as e:
+                why = _reason(e)
+            if why:
+                time.sleep(0.5)  # the other readers are cancelled now, and report it from their threads
         why = next((w for w in hosts.share(why) if w), None)
         if why:
             raise _Damaged(why)
         # Orbax notices a file that is cut short, but not a byte that has changed.
-        changed = [name for name in targets if int(_fingerprint(items[name])) != meta["fingerprints"][name]]
+        changed = [name for name in targets if int(_fingerprint(items[name])) != meta["fingerprints"].get(name)]
         if changed:
             raise _Damaged(f"the bytes of {', '.join(changed)} are not those that were written")
         return items, meta
@@ -266,14 +268,15 @@ class Checkpoints:
 
     def _latest_meta(self, step):
         why = None
-        for s in [step] if step is not None and step in self.steps() else reversed(self.steps()):
-            try:
-                return self.meta(s)
-            except UserError:
-                raise
-            except Exception as e:
-                why = _reason(e)
-                say(f"checkpoint {self.directory}/{s} cannot be read ({why})")
+        with quiet_orbax_readers():
+            for s in [step] if step is not None and step in self.steps() else reversed(self.steps()):
+                try:
+                    return self.meta(s)
+                except UserError:
+                    raise
+                except Exception as e:
+                    why = _reason(e)
+                    say(f"checkpoint {self.directory}/{s} cannot be read ({why})")
         raise self._none_readable(why)
 
     def _none_readable(self, why: str | None) -> UserError:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.diffusion.objectives import DDPM, Objective
 from dit_jax.models import dit
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import reading, write_aside
@@ -22,6 +23,10 @@ from dit_jax.weights import files
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PATTERNS = ["model_index.json", "*/config.json", "*/scheduler_config.json", *(f"*/{name}" for name in WEIGHTS)]
+# A fetched folder is complete if it has a file for each of these.
+NEEDED = ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"]
+NEEDED += [f"{folder}/diffusion_pytorch_model.*" for folder in ("transformer", "vae")]
+PAPER = DDPM()
 NULL_CLASS = 1000  # DiTPipeline's, for any number of classes
 # Published layer -> diffusers layer: BLOCK of a block, ENDS of the rest. diffusers stores the embedders (EMBEDDERS and
 # LABELS) in every block.
@@ -185,12 +190,27 @@ def _position_embedding(config, width):
     return dit.position_embedding(width, config["sample_size"] // config["patch_size"])[None]
 
 
+def check(folder: str, args: dict[str, Any], objective: Objective) -> None:
+    """Raises UserError naming the folder if diffusers' DiT cannot be a network with the arguments `args`."""
+    if not isinstance(objective, DDPM):
+        raise UserError(f"{folder}: diffusers' DiT pipeline is of objective=ddpm, and this network of {objective.name}")
+    if not args.get("learn_sigma", True) or args.get("second_time", False):
+        lacks = "a second time" if args.get("second_time", False) else "no channels of the variance"
+        raise UserError(f"{folder}: diffusers' DiT is the paper's, and this network has {lacks}: write a weights file")
+    classes = args["num_classes"]
+    if not 0 < classes <= NULL_CLASS or not args.get("null_class", True):
+        raise UserError(
+            f"{folder}: diffusers' DiT takes 1 to {NULL_CLASS} classes and a null class, and this model has {classes} "
+            f"class(es), {'with' if args.get('null_class', True) else 'without'} a null class"
+        )
+
+
 def save(
     folder: str,
     flat: Mapping[str, np.ndarray],
     args: dict[str, Any],
     class_names: Sequence[str] | None,
-    timesteps: int = 1000,
+    objective: Objective = PAPER,
 ) -> None:
     """Writes a pipeline's folder: transformer/, scheduler/ and model_index.json. vae.files.save writes vae/.
 
@@ -198,17 +218,13 @@ def save(
 
     Args:
       flat: {published name: float32 array} of an adaLN-Zero DiT. args: the arguments of that DiT.
-      class_names: None if the classes are only numbers. timesteps: of the diffusion process.
-    Raises: UserError if diffusers cannot represent the network.
+      class_names: None if the classes are only numbers.
+    Raises: UserError if diffusers cannot represent the network or its objective.
     """
-    classes = args["num_classes"]
-    if not 0 < classes <= NULL_CLASS or not args.get("null_class", True):
-        raise UserError(
-            f"{folder}: diffusers' DiT takes 1 to {NULL_CLASS} classes and a null class, and this model has {classes} "
-            f"class(es), {'with' if args.get('null_class', True) else 'without'} a null class"
-        )
+    check(folder, args, objective)
+    assert isinstance(objective, DDPM)
     arrays = _from_published(flat, args)
-    names = [str(name) for name in class_names or range(classes)]
+    names = [str(name) for name in class_names or range(args["num_classes"])]
     config = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": args["num_heads"],
@@ -234,7 +250,7 @@ def save(
     }
     configs = {
         "transformer/config.json": config,
-        "scheduler/scheduler_config.json": SCHEDULER | _betas(timesteps),
+        "scheduler/scheduler_config.json": SCHEDULER | _betas(objective.timesteps),
         "model_index.json": index,
     }
     files.write(os.path.join(folder, "transformer", WEIGHTS[0]), arrays)

@@ -25,6 +25,8 @@ NAMES = {
     "x_embedder": "x_embedder.proj",
     "t_embedder/fc1": "t_embedder.mlp.0",
     "t_embedder/fc2": "t_embedder.mlp.2",
+    "h_embedder/fc1": "h_embedder.mlp.0",  # of a network with a second time only
+    "h_embedder/fc2": "h_embedder.mlp.2",
     "y_embedder/embedding": "y_embedder.embedding_table.weight",
     "blocks/attn/qkv": "blocks.{}.attn.qkv",
     "blocks/attn/proj": "blocks.{}.attn.proj",
@@ -34,17 +36,21 @@ NAMES = {
     "final_layer/linear": "final_layer.linear",
     "final_layer/adaLN_modulation": "final_layer.adaLN_modulation.1",
 }
+SECOND_TIME = "h_embedder.mlp.0 and h_embedder.mlp.2"  # what errors call its arrays
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}  # of the paper's models, by width
 
 
-def _pairs(depth: int) -> Iterator[tuple[str, int | None, str]]:
+def _pairs(args: Mapping[str, Any]) -> Iterator[tuple[str, int | None, str]]:
     """(our path, block index or None, published name) of every array, in the published order."""
-    for block in [None, *range(depth)]:
-        for path, name in NAMES.items():
+    names = NAMES
+    if not args.get("second_time", False):
+        names = {path: name for path, name in NAMES.items() if not path.startswith("h_embedder")}
+    for block in [None, *range(args["depth"])]:
+        for path, name in names.items():
             if path.startswith("blocks/") != (block is not None) or path.startswith("final_layer"):
                 continue
             yield from _leaves(path, block, name.format(block))
-    for path, name in NAMES.items():
+    for path, name in names.items():
         if path.startswith("final_layer"):
             yield from _leaves(path, None, name)
 
@@ -82,20 +88,23 @@ def _to_published(path, a, args):
 def published_shapes(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """{published name: shape} of the adaLN-Zero DiT with these arguments, in the published order."""
     d, p, c = args["hidden_size"], args["patch_size"], args["in_channels"]
+    out = (1 + args.get("learn_sigma", True)) * c
     linear = {
         "x_embedder.proj": (d, c, p, p),
         "t_embedder.mlp.0": (d, 256),
         "t_embedder.mlp.2": (d, d),
+        "h_embedder.mlp.0": (d, 256),
+        "h_embedder.mlp.2": (d, d),
         "attn.qkv": (3 * d, d),
         "attn.proj": (d, d),
         "mlp.fc1": (MLP_RATIO * d, d),
         "mlp.fc2": (d, MLP_RATIO * d),
         "blocks.adaLN_modulation.1": (6 * d, d),
-        "final_layer.linear": (p * p * 2 * c, d),
+        "final_layer.linear": (p * p * out, d),
         "final_layer.adaLN_modulation.1": (2 * d, d),
     }
     shapes = {}
-    for path, _, name in _pairs(args["depth"]):
+    for path, _, name in _pairs(args):
         if path == "pos_embed":
             shapes[name] = (1, (args["input_size"] // p) ** 2, d)
         elif path == "y_embedder/embedding":
@@ -120,7 +129,7 @@ def from_published(flat: Mapping[str, np.ndarray], args: Mapping[str, Any], sha2
     if len(flat) > len(expected):
         raise UserError(f"{file}: unknown array {next(name for name in flat if name not in expected)}")
     # In the order of the file, so that it is read once, one array at a time.
-    places = {name: (path, block) for path, block, name in _pairs(args["depth"])}
+    places = {name: (path, block) for path, block, name in _pairs(args)}
     leaves, hashed = {}, None
     with ThreadPoolExecutor(1) as pool:
         for name, a in flat.items():
@@ -153,7 +162,7 @@ def to_published(params: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str
     if args.get("block", "adaln_zero") != "adaln_zero":
         raise UserError(f"model.block={args['block']}: the published format knows adaln_zero only")
     flat = {}
-    for path, block, name in _pairs(args["depth"]):
+    for path, block, name in _pairs(args):
         a: Any = params
         for key in path.split("/"):
             a = a[key]
@@ -167,7 +176,8 @@ def infer_args(
 ) -> dict[str, Any]:
     """The arguments of the DiT with these published arrays, inferred from their shapes. Raises UserError.
 
-    A label table of one row is that of an unconditional model.
+    A label table of one row is that of an unconditional model. A head of C channels has learn_sigma=False.
+    An array h_embedder.* shows a second time.
 
     Args:
       num_heads: no shape shows it; by default the paper's for the width.
@@ -195,6 +205,7 @@ def infer_args(
     depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in flat) if m), default=-1)
     if depth > len(flat):  # published_shapes would list every missing block
         raise UserError(f"{file}: has an array of block {depth - 1}, and {len(flat)} arrays in all: blocks are missing")
+    head = "final_layer.linear.weight"
     return dict(
         input_size=math.isqrt(tokens) * p,
         patch_size=p,
@@ -204,4 +215,6 @@ def infer_args(
         num_heads=num_heads,
         num_classes=num_classes,
         null_class=num_classes == rows - 1,
+        learn_sigma=head not in flat or flat[head].shape[:1] != (p * p * c,),
+        second_time=any(name.startswith("h_embedder.") for name in flat),
     )
