@@ -18,6 +18,7 @@ from dit_jax.diffusion import catalog, ddpm, samplers, solvers, spacing
 from dit_jax.diffusion.flow import WEIGHTS, Flow, flow_losses
 from dit_jax.diffusion.guidance import guide
 from dit_jax.diffusion.levels import PATHS, Levels, path_levels
+from dit_jax.diffusion.likelihood import log_likelihood
 from dit_jax.diffusion.meanflow import MeanFlow, drop_first, meanflow_losses
 from dit_jax.diffusion.objectives import DDPM
 from dit_jax.diffusion.samplers import TableSampler
@@ -694,3 +695,25 @@ def meanflow_network(z, golden):
     flat |= {key.removeprefix(prefix): z[key] for key in z.files if key.startswith(prefix)}
     args = published.infer_args(flat, num_heads=text(z, "geometry")["num_heads"])
     return args, dit.abstract(**args)[0], published.from_published(flat, args)
+
+
+def test_likelihood_on_a_toy():
+    """Its Jacobian is diagonal: every draw of signs gives the same divergence."""
+    z = flow_file("sit_likelihood_toy")
+    a, x, tested = text(z, "toy"), nhwc(z["x"]), 0
+
+    def velocity(x, t):
+        return a["a"] * x * jnp.cos(a["b"] * column(t)) + a["c"]
+
+    for key in z.files:
+        method, *points = key.removesuffix(":logp").split(":")
+        if not key.endswith(":logp") or method not in METHODS:
+            continue
+        steps = int(points[0]) - 1
+        value, latent = log_likelihood(Flow(), velocity, x, jax.random.key(steps), steps, METHODS[method])
+        close(value, z[key], 1e-6, key)
+        close(latent, nhwc(z[key.replace("logp", "latent")]), 2e-6, key)
+        tested += 1
+    value, _ = log_likelihood(Flow(), velocity, x, jax.random.key(0), 64, "rk4")
+    close(value, z["dopri5_tight:logp"], 1e-6)
+    assert tested > 2

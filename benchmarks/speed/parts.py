@@ -92,6 +92,8 @@ def of_config(what, config, settings, scratch):
     if config is None:
         config = configs.paper("DiT-S/2")
         config.batch_size = 8
+    if config.objective != "ddpm":
+        raise UserError(f"objective={config.objective}: only the paper's, ddpm, is timed")
     return _parts([(kind, config, settings.images) for kind in WHAT if kind in what], settings, scratch)
 
 
