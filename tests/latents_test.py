@@ -393,7 +393,7 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_format(posteriors, tmp
         with pytest.raises(ValueError, match=f"format {other}, and this program reads format 3: encode anew"):
             latents.LatentCache(path)
     manifest.unlink()
-    with pytest.raises(ValueError, match="manifest.json: not there"):
+    with pytest.raises(ValueError, match="manifest.json: does not exist"):
         latents.LatentCache(path)
 
 

@@ -208,7 +208,7 @@ def test_a_class_out_of_range(command, run, tmp_path):
         (["--num=0"], ["--num=0"]),
         (["--batch_size=-1"], ["--batch_size=-1"]),
         (["--step=3"], ["--step=3", "2, 4"]),
-        (["--sampler=euler"], ["sampler"]),
+        (["--sampler=eulre"], ["sampler"]),
         (["--workdir=/tmp/none"], ["/tmp/none"]),
         (["--num_heads=5"], ["--num_heads is of a weights file"]),
         (["--weights=x.pt"], ["--workdir", "--weights"]),
