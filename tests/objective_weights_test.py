@@ -252,6 +252,7 @@ def without_variance(flat):
     return flat | {name: a.reshape(pixels * channels, *a.shape[2:]) for name, a in heads.items()}
 
 
+@pytest.mark.slow
 def test_a_head_loses_its_variance(written, run, capsys):
     """From a file and from a run of ddpm into a flow run, on one device and on four."""
     line = "init: the head keeps the 4 channels of the prediction (those of the variance are left out"
@@ -304,6 +305,7 @@ def test_a_file_of_sit_samples(written, command, tmp_path):
     assert_array_equal(np.load(tmp_path / "samples.npz")["latents"], images)
 
 
+@pytest.mark.slow
 def test_a_flow_run_starts_from_weights_of_sit(command, written, tmp_path):
     done = command(
         "train", *TINY, "--config.objective=flow", "--config.steps=1", "--config.data.source=synthetic",

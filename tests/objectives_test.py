@@ -64,9 +64,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "meanflow" else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
 def test_losses_fall_and_agree_on_every_mesh(name):
     config, across = tiny(**{"batch_size": 16, "model.remat": "none", **CHANGES[name]}), []
     source = sources.digits()[0]
@@ -119,22 +118,25 @@ def test_measured_while_it_trains(command, picture_folders, tmp_path):
     assert (tmp_path / "run/samples/00000004.png").exists() and (tmp_path / "run/report.json").exists()
 
 
-def test_the_api_and_the_command_make_the_same_pictures(run, command, mesh, tmp_path):
-    for objective, options in (
+@pytest.mark.parametrize(
+    "objective, options",
+    [
         ("flow", dict(sampler="unipc:order=3", steps=6, cfg_interval="0.2,0.9")),
-        ("flow", dict(sampler="sde_heun:form=linear", steps=5, cfg_scale=3.0)),
-        ("meanflow", {}),
-    ):
-        where, out = run(objective), tmp_path / str(len(list(tmp_path.iterdir())))
-        flags = [f"--{name}={value}" for name, value in options.items()]
-        status, _, err = command("sample", f"--workdir={where}", f"--out={out}", "--num=5", "--classes=3,7", *flags)
-        assert status == 0, err
-        model = dit_jax.load(where, mesh=mesh)
-        images = model.sample(classes=[3, 7], num=5, progress=False, **options)
-        assert_array_equal(images, np.load(out / "samples.npz")["arr_0"])
-        manifest = json.loads((out / "manifest.json").read_text())
-        assert manifest["objective"]["name"] == objective
-        assert manifest["sampler"] == options.get("sampler", "meanflow")
+        pytest.param("flow", dict(sampler="sde_heun:form=linear", steps=5, cfg_scale=3.0), marks=pytest.mark.slow),
+        pytest.param("meanflow", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_api_and_the_command_make_the_same_pictures(run, command, mesh, tmp_path, objective, options):
+    where, out = run(objective), tmp_path / str(len(list(tmp_path.iterdir())))
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    status, _, err = command("sample", f"--workdir={where}", f"--out={out}", "--num=5", "--classes=3,7", *flags)
+    assert status == 0, err
+    model = dit_jax.load(where, mesh=mesh)
+    images = model.sample(classes=[3, 7], num=5, progress=False, **options)
+    assert_array_equal(images, np.load(out / "samples.npz")["arr_0"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["objective"]["name"] == objective
+    assert manifest["sampler"] == options.get("sampler", "meanflow")
     assert images.std() > 0
 
 
@@ -236,34 +238,44 @@ def test_fields_that_cannot_be_are_one_line(changes, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_every_sampler_fits_an_objective_and_makes_finite_pictures():
-    """Each one, with a network that is exact for Gaussian data, brings noise to that data."""
+@pytest.mark.parametrize(
+    "objective, count",
+    [
+        (Flow(), 25),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in ((DDPM(), 61), (Flow("gvp", "score"), 61), (MeanFlow(), 24))
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_every_sampler_brings_noise_to_the_data(objective, count):
+    """With a network that is exact for Gaussian data."""
     mean, std = 0.5, 0.3
-    for objective, count in ((DDPM(), 61), (Flow(), 61), (Flow("gvp", "score"), 61), (MeanFlow(), 24)):
 
-        def model(x, t, h, i, objective=objective):
-            at = objective.levels(np.asarray(t[:1], np.float64))
-            alpha, sigma = float(at.alpha[0]), float(at.sigma[0])
-            noise = sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)  # E[epsilon | x]
-            if objective.prediction == "noise":
-                return jnp.concatenate([noise, jnp.zeros_like(noise)], axis=-1)
-            if objective.prediction == "score":
-                return -noise / sigma
-            x_0 = mean + alpha * std**2 * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-            return float(at.d_alpha[0]) * x_0 + float(at.d_sigma[0]) * noise
+    def model(x, t, h, i):
+        at = objective.levels(np.asarray(t[:1], np.float64))
+        alpha, sigma = float(at.alpha[0]), float(at.sigma[0])
+        noise = sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)  # E[epsilon | x]
+        if objective.prediction == "noise":
+            return jnp.concatenate([noise, jnp.zeros_like(noise)], axis=-1)
+        if objective.prediction == "score":
+            return -noise / sigma
+        x_0 = mean + alpha * std**2 * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return float(at.d_alpha[0]) * x_0 + float(at.d_sigma[0]) * noise
 
-        for name in catalog.fitting(objective):
-            if name == "meanflow":
-                continue  # asks for the average velocity
-            for steps in range(count, count - 4, -1):  # a number that the sampler allows
-                try:
-                    sampler = catalog.make(name, objective, steps)
-                    break
-                except UserError:
-                    continue
-            assert len(sampler) == steps
-            state = sampler.init(noise_fn := lambda j: jax.random.normal(jax.random.key(j), (64, 4, 4, 1)))
-            for i in range(len(sampler)):
-                state = sampler.step(model, state, i, noise_fn)
-            out = np.asarray(sampler.result(state))
-            assert abs(out.mean() - mean) < 0.03 and abs(out.std() - std) < 0.06, (objective, name, out.std())
+    for name in catalog.fitting(objective):
+        if name == "meanflow":
+            continue  # asks for the average velocity
+        for steps in range(count, count - 4, -1):  # a number that the sampler allows
+            try:
+                sampler = catalog.make(name, objective, steps)
+                break
+            except UserError:
+                continue
+        assert len(sampler) == steps
+        state = sampler.init(noise_fn := lambda j: jax.random.normal(jax.random.key(j), (64, 4, 4, 1)))
+        for i in range(len(sampler)):
+            state = sampler.step(model, state, i, noise_fn)
+        out = np.asarray(sampler.result(state))
+        assert abs(out.mean() - mean) < 0.03 and abs(out.std() - std) < 0.06, (objective, name, out.std())

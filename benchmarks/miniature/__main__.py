@@ -14,7 +14,7 @@ OUT/samples. They run side by side on the cores of a CPU. Two judges, fitted on 
 samples. What they say is in OUT/results, one JSON file a command, and at the end in OUT/results.json. OUT/report.md and
 its plots are made of that file.
 
-After any end the same command goes on. Where a command fails, the others go on, and the page says so.
+After any end the same command resumes. Where a command fails, the others continue, and the page says so.
 """
 
 from dit_jax import cli  # before all else: from here on a signal is one line

@@ -67,12 +67,15 @@ class Judges:
         return {"train": len(self.train[0]), "held_out": len(self.held_out[0]), "judges": found}
 
     @threadpool_limits.wrap(limits=1)
+    def judge(self, images):
+        """Returns {judge: {metric: value}} of one set of pictures (N, H, W, 3) uint8, all classes in turn."""
+        images, labels = _pictures(images), np.arange(self.samples) % CLASSES
+        return {name: self._set(name, images, labels) for name in self.judges}
+
     def measure(self, folder, sets):
         """Returns {judge: {metric: [a value for each set]}} of the samples.npz in `folder`, all classes in turn."""
         with np.load(os.path.join(folder, "samples.npz")) as f:
-            images = np.split(_pictures(f["arr_0"]), sets)
-        labels = np.arange(self.samples) % CLASSES
-        found = {name: [self._set(name, part, labels) for part in images] for name in self.judges}
+            found = [self.judge(part) for part in np.split(f["arr_0"], sets)]
         return {
-            name: {metric: [values[metric] for values in each] for metric in each[0]} for name, each in found.items()
+            name: {metric: [of[name][metric] for of in found] for metric in values} for name, values in found[0].items()
         }

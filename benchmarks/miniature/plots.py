@@ -10,17 +10,21 @@ from dit_jax.runtime.images import grid
 
 
 class Plots:
-    """A context whose value is a list of panels, side by side. They are written as PNG when it ends well."""
+    """A context whose value is a list of panels. They are written as PNG when it ends well.
 
-    def __init__(self, path, panels, **settings):
+    stacked: whether they are one above the other, for a narrow screen, and not side by side.
+    """
+
+    def __init__(self, path, panels, stacked=False, **settings):
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
         self.path, self.pyplot = path, pyplot
-        self.figure, axes = pyplot.subplots(1, panels, figsize=(4.6 * panels, 4), layout="constrained", squeeze=False)
-        self.axes = axes[0]
+        shape, size = ((panels, 1), (5.6, 4.6 * panels)) if stacked else ((1, panels), (4.6 * panels, 4))
+        self.figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+        self.axes = axes.ravel()
         for panel in self.axes:
             panel.grid(alpha=0.3)
             panel.set(**settings)

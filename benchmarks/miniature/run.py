@@ -133,10 +133,16 @@ def write(path, value):
     write_aside(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def carry_out(plan):
+def judge_samples(judges, task):
+    """Returns the result of a task that made samples."""
+    return task.about | {"judges": judges.measure(task.about["samples"], task.about["sets"])}
+
+
+def carry_out(plan, judge=judge_samples):
     """Does all that is not done yet: runs, samples, and what the judges say of them.
 
-    Returns {name: problem} of the commands that failed.
+    judge(judges, task) returns the result of a task that made samples. Returns {name: problem} of the commands that
+    failed.
     """
     out, cores = plan.out, slots()
     real, made = os.path.join(out, "results", "real.json"), os.path.join(out, "made.json")
@@ -161,8 +167,7 @@ def carry_out(plan):
             for task in commands.ended():
                 commands.start()
                 if task.about:
-                    judged = judges.measure(task.about["samples"], task.about["sets"])
-                    write(task.done, task.about | {"judges": judged})
+                    write(task.done, judge(judges, task))
                 done += 1
                 said = 0
             if time.perf_counter() - said > 60:
