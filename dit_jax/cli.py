@@ -138,6 +138,8 @@ def samples() -> "Samples":
         loaded = load.from_source(source, mesh, f.which, f.num_heads, f.num_classes, f.objective)
     check_batch(loaded.args, f.num, f.batch_size)
     vae = loaded.vae if f.vae is None else f.vae
+    if f.guide is not None and not f.guide.strip():
+        raise UserError("--guide is empty: name a run's folder")
     if f.guide_step is not None and f.guide is None:
         raise UserError("--guide_step names a checkpoint of --guide: name that run as well")
     guide = None if f.guide is None else load.from_run(f.guide, mesh, f.which, f.guide_step)

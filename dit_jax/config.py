@@ -56,7 +56,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.flow = ConfigDict()  # the objective "flow": dit_jax/diffusion/flow.py
     c.flow.path = "linear"  # or "gvp", "vp"
     c.flow.prediction = "velocity"  # or "noise", "score"
-    c.flow.weight = "none"  # of noise and score: or "velocity", "likelihood"
+    c.flow.weight = "none"  # of noise and score, not of velocity: or "velocity", "likelihood"
     c.flow.time = "uniform"  # how t is drawn; or "logit_normal"
     c.flow.time_mean = 0.0  # of logit_normal, before the sigmoid
     c.flow.time_std = 1.0
@@ -367,6 +367,9 @@ def _check_combinations(config):
     objective = objective_of(config)
     if objective.learn_sigma and model["learn_sigma"] is False:
         raise UserError(f"model.learn_sigma=False: objective={objective.name} trains the variance; leave it unset")
+    f = config["flow"]
+    if objective.name == "flow" and f["direction"] and f["prediction"] != "velocity":
+        raise UserError(f"flow.direction=True: is for flow.prediction=velocity, not {f['prediction']}")
     m = config["meanflow"]
     guided = objective.name == "meanflow" and (m["omega"], m["kappa"]) != (1, 0)
     if guided and not (model["num_classes"] and config["diffusion"]["label_dropout"]):

@@ -176,6 +176,7 @@ def test_pytorch_starts_of_its_own_format(tmp_path):
     pytorch_side.first_picture(str(tmp_path / "weights"), 2, 1)  # which looks whether it is finite
 
 
+@pytest.mark.slow
 def test_nothing_of_jax_in_pytorchs_process():
     pytest.importorskip("diffusers")
     code = "import sys, benchmarks.speed.pytorch_side; assert 'torch' in sys.modules and 'jax' not in sys.modules"

@@ -331,6 +331,7 @@ def test_fid_during_training(command, tmp_path):
     assert curve.height > 0.7 * curve.width  # it has its second panel
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_evaluation_is_said_before_training(inception, command, tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8))
     flags = [*EVAL, "--config.steps=3", f"--workdir={tmp_path}/run"]

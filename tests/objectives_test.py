@@ -204,6 +204,12 @@ def test_autoguidance_by_an_earlier_checkpoint(run, command, mesh, tmp_path):
         ("flow", dict(sampler="edm", steps=8), "steps=8: this sampler evaluates the network 7, 9, .. times"),
         ("flow", dict(sampler="heun", steps="4,5"), "steps='4,5': must be a number"),
         ("flow", dict(sampler="unipc:order=9"), "order='9': must be one of 1, 2, 3"),
+        ("flow", dict(sampler="unipc:order=2,order=3"), "order is given twice"),
+        ("flow", dict(sampler=5), "sampler=5: must be a text"),
+        ("flow", dict(cfg_interval=None), "cfg_interval=None: must be a text"),
+        ("flow", dict(sampler="unipc", steps="9" * 5000), "must be a number of evaluations"),
+        ("flow", dict(sampler="unipc", steps=4, eta=0.5), "eta=0.5: is the noise of ddim"),
+        ("flow", dict(sampler="edm:sigma_max=1e300", steps=9), "no finite steps"),
         ("flow", dict(sampler="unipc:x=1"), "no option 'x'; it has order, solver, spacing"),
         ("flow", dict(sampler="unipc:spacing=karras", steps=5), "spacing=karras: is of ddpm"),
         ("flow", dict(sampler="sde_euler:form=SBDM", steps=5), "no finite steps"),
@@ -228,6 +234,7 @@ def test_what_does_not_fit_is_one_line(run, mesh, objective, options, words):
         ({"objective": "flow", "flow.path": "x"}, "flow.path='x': must be one of linear, gvp, vp"),
         ({"objective": "ddpm", "model.learn_sigma": False}, "model.learn_sigma=False"),
         ({"objective": "meanflow", "diffusion.label_dropout": 0.0, "sample.cfg_scale": 1.0}, "guidance needs classes"),
+        ({"objective": "flow", "flow.direction": True, "flow.prediction": "score"}, "flow.direction=True"),
         ({"meanflow.t_start": 0.9, "meanflow.t_end": 0.1}, "meanflow.t_start=0.9"),
         ({"sample.sampler": "x"}, "sample.sampler='x': must be one of ddpm, ddim"),
     ],
@@ -279,3 +286,38 @@ def test_every_sampler_brings_noise_to_the_data(objective, count):
             state = sampler.step(model, state, i, noise_fn)
         out = np.asarray(sampler.result(state))
         assert abs(out.mean() - mean) < 0.03 and abs(out.std() - std) < 0.06, (objective, name, out.std())
+
+
+def test_n_steps_are_n_evaluations():
+    """Also where the rounding of a spacing would add one."""
+    for steps in (1, 2, 7, 61, 103, 250, 999):
+        for spacing in ("linspace", "leading", "trailing", "karras", "lu"):
+            sampler = catalog.make(f"unipc:spacing={spacing}", DDPM(), steps)
+            assert len(sampler) == steps and sampler.times.min() >= 0
+        for spacing in ("leading", "trailing"):
+            sampler = catalog.make(f"ddim:spacing={spacing}", DDPM(), steps)
+            assert len(sampler) == steps and sampler.times.min() >= 0
+    for shift in (0.1, 1.0, 3.0):  # many steps, of which none must be empty
+        assert catalog.make(f"dpmpp_3m:shift={shift}", Flow("vp", "noise"), 1000).tables.finite
+    with pytest.raises(UserError, match="no finite steps"):
+        catalog.make("edm:sigma_max=10000", Flow("vp"), 9)
+
+
+def test_an_interval_holds_its_bounds_and_a_wrong_one_is_refused_before_training():
+    sampler = make_sampler(Settings(sampler="euler", steps="10"), Flow())
+    assert guided_steps("0,0.3", sampler).tolist() == [True] * 4 + [False] * 6  # 0.30000000000000004 is 0.3
+    config = tiny(**{"sample.sampler": "ddim", "sample.cfg_interval": "9,1"})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    target = setup.make_programs(config, mesh)[2]
+    with pytest.raises(UserError, match="cfg_interval='9,1'"):
+        setup.make_generator(config, mesh, target)
+
+
+def test_meanflow_ignores_channels_of_the_variance():
+    flow, x = MeanFlow(kappa=0.0), jnp.ones((4, 2, 2, 1))
+    drawn = dict(
+        t=jnp.full(4, 0.8), r=jnp.full(4, 0.3), noise=-x, label=jnp.arange(4), dropped=np.zeros(4, bool), null=9
+    )
+    networks = (lambda z, t, y, h: jnp.sin(z), lambda z, t, y, h: jnp.concatenate([jnp.sin(z), z], axis=-1))
+    one, two = (flow.losses(network, x, drawn["label"], drawn)["loss"] for network in networks)
+    assert_array_equal(one, two)

@@ -137,6 +137,7 @@ def check_costs(r, topology, depth=3):
     assert 2 * 12 * depth * width**2 <= gathered < 2 * params  # in the forward pass, and kept
 
 
+@pytest.mark.slow
 def test_the_train_step_costs_what_the_model_costs():
     r = estimate.estimate_run(tiny_config(**{"model.scan": True}), "v3-8")
     check_costs(r, "v3-8")

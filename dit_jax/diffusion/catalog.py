@@ -19,6 +19,7 @@ from dit_jax.diffusion.meanflow import MeanFlow
 from dit_jax.diffusion.objectives import DDPM, Objective
 from dit_jax.diffusion.process import respace
 from dit_jax.diffusion.samplers import Sampler, ScheduleSampler, TableSampler
+from dit_jax.diffusion.spacing import ddim_schedule
 from dit_jax.runtime.errors import UserError
 
 Spacing = Literal["linspace", "leading", "trailing", "karras", "lu"]
@@ -38,12 +39,8 @@ def ddim(objective: DDPM, steps: str, *, eta: float = 0.0, spacing: Literal["", 
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: must be between 0 and 1")
     if spacing:
-        return ScheduleSampler(_ddim_schedule(objective, steps, spacing), "ddim", eta)
+        return ScheduleSampler(ddim_schedule(objective.schedule, _number(steps), spacing), "ddim", eta)
     return ScheduleSampler(respace(objective.schedule, steps), "ddim", eta)
-
-
-def _ddim_schedule(objective, steps, name):
-    return spacing.ddim_schedule(objective.schedule, _number(steps), name)
 
 
 def dpmpp_2m(
@@ -126,7 +123,10 @@ def edm(
 
 
 def euler(objective: Objective, steps: str, *, shift: float = 1.0) -> Sampler:
-    """Euler's method: over t for flow, over sigma / alpha for ddpm, where it is diffusers' Euler scheduler."""
+    """Euler's method: over t for flow, over sigma / alpha for ddpm, where it is diffusers' Euler scheduler.
+
+    SiT's num_steps counts points: it makes num_steps - 1 evaluations.
+    """
     if isinstance(objective, DDPM):
         _no_shift(shift)
         times = np.linspace(objective.timesteps - 1, 0, _number(steps))
@@ -140,17 +140,17 @@ def heun(objective: Flow | MeanFlow, steps: str, *, shift: float = 1.0) -> Sampl
 
 
 def midpoint(objective: Flow | MeanFlow, steps: str, *, shift: float = 1.0) -> Sampler:
-    """The midpoint method: 2 evaluations a step."""
+    """The midpoint method: 2 evaluations a step. SiT's num_steps is 2 num_steps - 2 evaluations."""
     return _runge_kutta(objective, steps, "midpoint", shift)
 
 
 def heun3(objective: Flow | MeanFlow, steps: str, *, shift: float = 1.0) -> Sampler:
-    """Heun's method of third order: 3 evaluations a step."""
+    """Heun's method of third order: 3 evaluations a step. SiT's num_steps is 3 num_steps - 3 evaluations."""
     return _runge_kutta(objective, steps, "heun3", shift)
 
 
 def rk4(objective: Flow | MeanFlow, steps: str, *, shift: float = 1.0) -> Sampler:
-    """The 3/8 rule, torchdiffeq's and SiT's "rk4": 4 evaluations a step."""
+    """The 3/8 rule, torchdiffeq's and SiT's "rk4": 4 evaluations a step, in SiT 4 num_steps - 4."""
     return _runge_kutta(objective, steps, "rk4", shift)
 
 
@@ -215,7 +215,7 @@ def make(name: str, objective: Objective, steps: str | int, **options: Any) -> S
 
     options: further ones, that the name does not set. Raises UserError naming the sampler, the option or the steps.
     """
-    name, _, text = name.partition(":")
+    name, _, text = str(name).partition(":")
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
     function = SAMPLERS[name]
@@ -224,12 +224,10 @@ def make(name: str, objective: Objective, steps: str | int, **options: Any) -> S
             f"sampler={name}: does not fit the objective {objective.name}; use one of {', '.join(fitting(objective))}"
         )
     options |= _parse(name, function, text)
-    sampler = function(objective, str(steps), **options)
-    if isinstance(sampler, TableSampler) and not sampler.tables.finite:
-        raise UserError(
-            f"sampler={name}: has no finite steps with these options: the score or the noise is undefined at an end of "
-            "the path; use other options or another sampler"
-        )
+    with np.errstate(all="ignore"):
+        sampler = function(objective, str(steps), **options)
+    if isinstance(sampler, TableSampler) and not (sampler.tables.finite and sampler.times.min() >= 0):
+        raise UserError(f"sampler={name}: has no finite steps with these options: use others, or another sampler")
     return sampler
 
 
@@ -240,6 +238,8 @@ def _parse(name, function, text):
     options = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
+        if key in options:
+            raise UserError(f"sampler={name}: {key} is given twice")
         if key not in known:
             raise UserError(f"sampler={name}: no option {key!r}; it has {', '.join(known) or 'none'}")
         choices = typing.get_args(hints[key])
@@ -259,8 +259,8 @@ def _parse(name, function, text):
 
 
 def _number(steps: str) -> int:
-    if not steps.isdecimal() or not 1 <= int(steps) <= 100_000:
-        raise UserError(f"steps={steps!r}: must be a number of evaluations, at least 1 and 100,000 at most")
+    if not steps.isdecimal() or len(steps) > 6 or not 1 <= int(steps) <= 100_000:
+        raise UserError(f"steps={steps!r:.40}: must be a number of evaluations, at least 1 and 100,000 at most")
     return int(steps)
 
 
@@ -296,7 +296,8 @@ def _points(
         if value != only:
             raise UserError(f"{option}={value}: is of ddpm; flow has shift")
     # At the very beginning alpha is 0, by which these solvers divide.
-    times = np.maximum(_times(0.0, 1.0, steps, shift), max(1e-5, objective.sample_eps))
+    times = _times(0.0, 1.0, steps, shift)
+    times[0] = min(max(1e-5, objective.sample_eps), times[1] / 2)
     return objective.levels(times[:-1]), (1.0, 0.0)
 
 

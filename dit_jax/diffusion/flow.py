@@ -74,9 +74,9 @@ class Flow:
 
     def times(self, draws: Times) -> Times:
         """Turns draws, uniform in [0, 1) or standard normal, into times."""
-        if self.time == "logit_normal":
-            return jax.nn.sigmoid(self.time_mean + self.time_std * draws)
         t0, t1 = self.interval(self.train_eps)
+        if self.time == "logit_normal":
+            return jnp.clip(jax.nn.sigmoid(self.time_mean + self.time_std * draws), t0, t1)
         return t0 + (t1 - t0) * draws
 
     def draw(self, key_t: jax.Array, key_noise: jax.Array, x: Images) -> dict[str, Any]:

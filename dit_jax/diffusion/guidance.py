@@ -1,6 +1,8 @@
-"""Guidance: classifier-free (arXiv 2207.12598; paper section 3.1), by a second network (autoguidance, arXiv
-2406.02507),
-in an interval of times (arXiv 2404.07724)."""
+"""Guidance, in one function for every sampler.
+
+Classifier-free (arXiv 2207.12598; paper section 3.1), by a second network (autoguidance, arXiv 2406.02507), and in an
+interval of times (arXiv 2404.07724).
+"""
 
 from collections.abc import Callable
 

@@ -80,7 +80,7 @@ class MeanFlow:
         """
         return meanflow_losses(
             self,
-            lambda z, t, h, y: network(z, t, y, h),
+            lambda z, t, h, y: network(z, t, y, h)[..., : z.shape[-1]],
             x,
             drawn["label"],
             drawn["dropped"],

@@ -134,7 +134,6 @@ DIFFUSIONS: Mapping[str, Callable[[Any, Any, Any, float], Any]] = {
     "decreasing": lambda t, sigma, sbdm, norm: 0.25 * (norm * np.cos(np.pi * t) + 1) ** 2,
     "increasing-decreasing": lambda t, sigma, sbdm, norm: norm * np.sin(np.pi * t) ** 2,
 }
-LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
 def diffusion_weight(flow: Flow, form: str, norm: float, time: Vector) -> Vector:

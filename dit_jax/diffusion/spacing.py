@@ -12,9 +12,6 @@ from dit_jax.runtime.errors import UserError
 
 Vector = Float[np.ndarray, " n"]
 
-SPACINGS = ("linspace", "leading", "trailing", "karras", "lu")
-FINALS = ("zero", "sigma_min")
-
 
 def ratios(schedule: Schedule) -> Vector:
     """sigma / alpha at each timestep, rising."""
@@ -40,14 +37,15 @@ def spaced_timesteps(num_timesteps: int, steps: int, spacing: str) -> Vector:
         return np.linspace(0, num_timesteps - 1, steps + 1).round()[:0:-1]
     if spacing == "leading":  # divides by steps + 1, unlike DDIM's
         return (np.arange(steps + 1) * (num_timesteps // (steps + 1)))[:0:-1].astype(np.float64)
-    return np.arange(num_timesteps, 0, -num_timesteps / steps).round() - 1
+    return np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps].round() - 1  # rounding can add an element
 
 
 def spaced(schedule: Schedule, steps: int, spacing: str) -> Levels:
     """The levels of `steps` evaluations, from noise to data.
 
-    spacing: one of SPACINGS. karras and lu space the levels evenly in (sigma / alpha)^(1/7) and in its logarithm, from
-    the last timestep to the first. The network is then given the nearest timestep, and the solver the exact level.
+    spacing: linspace, leading, trailing, karras or lu. The last two space the levels evenly in (sigma / alpha)^(1/7)
+    and in its logarithm, from the last timestep to the first. The network is then given the nearest timestep, and the
+    solver the exact level.
     """
     if not 1 <= steps < len(schedule):
         raise UserError(f"steps={steps}: must be at least 1, and less than the {len(schedule)} timesteps")
@@ -93,7 +91,7 @@ def ddim_schedule(schedule: Schedule, steps: int, name: str) -> DDIMSchedule:
     if name == "leading":
         kept = np.arange(steps) * stride
     else:
-        kept = np.sort((np.arange(total, 0, -total / steps).round() - 1).astype(int))
+        kept = np.sort(spaced_timesteps(total, steps, name).astype(int))
     alpha_bar, down = schedule.alphas_cumprod, kept - stride
     after = np.where(down >= 0, alpha_bar[np.maximum(down, 0)], 1.0)
     betas = 1 - alpha_bar[kept] / np.append(1.0, alpha_bar[kept][:-1])

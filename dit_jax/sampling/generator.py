@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from dit_jax.diffusion import catalog, samplers
 from dit_jax.diffusion.guidance import MAX_SCALE, guide
+from dit_jax.diffusion.meanflow import MeanFlow
 from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
 from dit_jax.parallel import sharding
@@ -71,6 +72,7 @@ def make_sampler(settings: Settings, objective: Objective) -> samplers.Sampler:
 def guided_steps(interval: str, sampler: samplers.Sampler) -> Bool[np.ndarray, " n"]:
     """Whether each evaluation is guided: where the time at the beginning of its step lies in "LOW,HIGH".
 
+    All evaluations of a step are alike, as in the interval's paper and in REPA. LightningDiT decides at each of them.
     Raises UserError naming cfg_interval.
     """
     try:
@@ -81,7 +83,8 @@ def guided_steps(interval: str, sampler: samplers.Sampler) -> Bool[np.ndarray, "
         raise UserError(f"cfg_interval={interval!r}: must be LOW,HIGH, two times of the objective, as in 0.2,0.8")
     first = np.searchsorted(sampler.steps, sampler.steps)  # the first evaluation of each one's step
     times = sampler.times[first]
-    return (times >= low) & (times <= high)
+    slack = 1e-9 * np.maximum(1, np.abs(times))  # a bound on a step's time includes it, however both are rounded
+    return (times >= low - slack) & (times <= high + slack)
 
 
 def is_whole(value: Any) -> bool:
@@ -98,10 +101,17 @@ def check(settings: Settings, args: dict[str, Any], objective: Objective, guide:
     for name in ("seed", "cfg_channels"):
         if not is_whole(getattr(settings, name)):
             raise UserError(f"{name}={getattr(settings, name)!r}: must be a whole number")
+    for name in ("sampler", "steps", "cfg_interval"):
+        if not isinstance(getattr(settings, name), str):
+            raise UserError(f"{name}={getattr(settings, name)!r}: must be a text")
     for name in ("cfg_scale", "eta"):
         if not isinstance(getattr(settings, name), (int, float, np.number)):
             raise UserError(f"{name}={getattr(settings, name)!r}: must be a number")
-    if scale != 1 and objective.name == "meanflow" and settings.sampler.partition(":")[0] == "meanflow":
+    sampler = settings.sampler.partition(":")[0]
+    if settings.eta and sampler not in ("ddim", "ddpm"):
+        raise UserError(f"eta={settings.eta}: is the noise of ddim, and sampler={sampler} has none; leave it out")
+    trained_in = isinstance(objective, MeanFlow) and (objective.omega, objective.kappa) != (1, 0)
+    if scale != 1 and sampler == "meanflow" and trained_in and not guide:
         raise UserError(
             f"cfg_scale={scale}: sampler=meanflow is guided by what was trained in; use cfg_scale=1, or another sampler"
         )
@@ -162,6 +172,8 @@ class Generator:
         self.args, self.settings, self.objective, self.on_step, self.mesh = args, settings, objective, on_step, mesh
         self.num_classes, self.guide = args["num_classes"], guide
         self.sampler = sampler = make_sampler(settings, objective)
+        if settings.cfg_interval:
+            guided_steps(settings.cfg_interval, sampler)  # so that a wrong one is refused at once
         shards = sharding.batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         shape = (args["input_size"], args["input_size"], args["in_channels"])

@@ -233,7 +233,7 @@ class Model:
           progress: whether to show a bar.
         Raises: UserError naming the argument.
         """
-        if not isinstance(cfg_interval, str):
+        if isinstance(cfg_interval, (tuple, list)):
             cfg_interval = ",".join(map(str, cfg_interval))
         settings = settings_of(self.objective, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval)
         check(settings, self.args, self.objective, bool(self.guide))
@@ -256,7 +256,7 @@ def settings_of(
     default_sampler, default_steps = catalog.DEFAULTS[objective.name]
     sampler = default_sampler if sampler is None else sampler
     if cfg_scale is None:
-        cfg_scale = 1.0 if sampler == "meanflow" else 4.0
+        cfg_scale = 1.0 if objective.name == "meanflow" else 4.0
     return Settings(
         seed, sampler, default_steps if steps is None else str(steps), eta, cfg_scale, cfg_channels, cfg_interval
     )
