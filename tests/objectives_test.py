@@ -58,7 +58,7 @@ def mesh():
 CHANGES = {
     "ddpm-min-snr": {"diffusion.min_snr": 5.0},
     "flow": {"objective": "flow"},
-    "flow-gvp-score": {"objective": "flow", "flow.path": "gvp", "flow.prediction": "score", "flow.weight": "velocity"},
+    "flow-gvp-score": {"objective": "flow", "flow.path": "gvp", "flow.prediction": "score"},
     "flow-direction": {"objective": "flow", "flow.direction": True, "flow.time": "logit_normal"},
     "meanflow": {"objective": "meanflow", "sample.sampler": "meanflow", "sample.cfg_scale": 1.0},
 }
