@@ -73,14 +73,14 @@ def test_losses_fall_and_agree_on_every_mesh(name):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices], **sizes)
         init, step, _ = setup.make_programs(config, mesh)
         state, values, split = init(jax.random.key(0)), [], sharding.batch_sharding(mesh)
-        for s in range(12):
+        for s in range(60 if devices == 1 else 12):
             batch = pipeline.global_batch(source, s, seed=0, flip=False, batch_size=16, sharding=split)
             state, metrics = step(state, batch)
-            values.append([float(metrics[key]) for key in ("loss", "grad_norm", "mse") if key in metrics])
+            values.append([float(metrics[key]) for key in ("grad_norm", "loss", "mse") if key in metrics])
         across.append(np.array(values))
-    assert np.isfinite(across[0]).all() and across[0][0, -1] > across[0][-3:, -1].mean()
+    assert np.isfinite(across[0]).all() and across[0][:10, -1].mean() > across[0][-10:, -1].mean()
     for values in across[1:]:
-        assert_allclose(values, across[0], rtol=2e-3, err_msg=name)
+        assert_allclose(values, across[0][:12], rtol=2e-3, err_msg=name)
 
 
 @pytest.mark.slow
