@@ -97,7 +97,7 @@ def loss_curve(records: list[Record], path: str) -> None:
     panels = figure.subplots(1 + bool(distances), sharex=True, squeeze=False)
     axes = panels[0, 0]
     for name, label in LOSSES.items():
-        if losses and all(name in r for r in losses):
+        if name == "loss" or losses and all(name in r for r in losses):
             axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
     axes.set(xlabel="step", ylabel="mean over the interval", yscale="log")
     axes.grid(alpha=0.3, which="both")
