@@ -60,6 +60,8 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.flow.time = "uniform"  # how t is drawn; or "logit_normal"
     c.flow.time_mean = 0.0  # of logit_normal, before the sigmoid
     c.flow.time_std = 1.0
+    c.flow.time_low = 0.0  # only times between these two are drawn
+    c.flow.time_high = 1.0
     c.flow.direction = False  # add LightningDiT's cosine loss
 
     c.meanflow = ConfigDict()  # the objective "meanflow": dit_jax/diffusion/meanflow.py
@@ -156,11 +158,14 @@ FIXED = (
 FIXED_SINCE = ("objective", "model.learn_sigma", "diffusion.min_snr", "flow", "meanflow", "average")
 
 
-def is_fixed(field: str) -> bool:
-    """Whether a field must not change when a run resumes."""
+def is_fixed(field: str, old: Any, new: Any) -> bool:
+    """Whether a field must not change from `old` to `new` when a run resumes."""
+    if field == "average.every":  # how often is free, but averages that were not tracked cannot be had later
+        return bool(old) != bool(new)
     return field in FIXED or field in FIXED_SINCE or field.partition(".")[0] in FIXED_SINCE
 
 
+SHARES = ("flow.time_low", "flow.time_high", "meanflow.instantaneous", "meanflow.t_start", "meanflow.t_end")
 PATHS = ("init.weights", "data.path", "vae.path", "eval.reference", "eval.inception")
 AT_LEAST_ONE = (
     "steps",
@@ -330,7 +335,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
         (("flow.weight",), one_of(*WEIGHTS), f"one of {', '.join(WEIGHTS)}"),
         (("flow.time", "meanflow.time"), one_of("uniform", "logit_normal"), "uniform or logit_normal"),
         (("flow.time_std", "meanflow.time_std", "meanflow.norm_eps"), lambda v: 0 < v < math.inf, "positive"),
-        (("meanflow.instantaneous", "meanflow.t_start", "meanflow.t_end"), lambda v: 0 <= v <= 1, "between 0 and 1"),
+        (SHARES, lambda v: 0 <= v <= 1, "between 0 and 1"),
         (("model.block",), one_of(*BLOCKS), f"one of {', '.join(BLOCKS)}"),
         (("model.remat",), one_of("auto", *REMAT), f"one of auto, {', '.join(REMAT)}"),
         (("model.dtype",), one_of("auto", "float32", "bfloat16"), "one of auto, float32, bfloat16"),
@@ -370,6 +375,8 @@ def _check_combinations(config):
     f = config["flow"]
     if objective.name == "flow" and f["direction"] and f["prediction"] != "velocity":
         raise UserError(f"flow.direction=True: is for flow.prediction=velocity, not {f['prediction']}")
+    if f["time_low"] >= f["time_high"]:
+        raise UserError(f"flow.time_low={f['time_low']}: must be less than flow.time_high={f['time_high']}")
     m = config["meanflow"]
     guided = objective.name == "meanflow" and (m["omega"], m["kappa"]) != (1, 0)
     if guided and not (model["num_classes"] and config["diffusion"]["label_dropout"]):

@@ -325,6 +325,14 @@ def test_bad_config_is_refused_naming_the_field(changes, words):
         tiny(**changes)
 
 
+def test_how_often_may_change_and_what_is_tracked_may_not():
+    check = setup.check_same_run(tiny(**{"average.every": 3}), "data")
+    check({"config": tiny(**{"average.every": 2}), "data": "data"})
+    for before in (0, 3):
+        with pytest.raises(UserError, match="average.every" if before == 0 else "average.wide"):
+            check({"config": tiny(**{"average.every": before, "average.wide": 0.2}), "data": "data"})
+
+
 def test_the_command(command, run):
     status, out, err = command("average", f"--workdir={run}", "--std=0.12")
     assert status == 0 and not err and "--which=std0.12" in out and "snapshots of 4 steps, 2 to 7" in out, err

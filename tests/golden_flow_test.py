@@ -5,6 +5,7 @@ DIT_JAX_GOLDEN=FOLDER.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -190,6 +191,14 @@ def test_lightning_transport():
     shifted = Flow(time="logit_normal", time_mean=float(z["shifted_mu"]))
     close(shifted.times(jnp.asarray(z["normal"])), z["t_shifted_mu"], 2e-6)
     close(Flow().times(jnp.asarray(z["uniform"])), z["t_uniform"], 2e-6)
+    low, high = map(float, z["partial_range"])
+    partial = Flow(time_low=low, time_high=high)
+    close(partial.times(jnp.asarray(z["uniform"])), z["t_sp_timesteps"], 2e-6)
+    partial = replace(partial, time="logit_normal")
+    t = np.asarray(Flow(time="logit_normal").times(jnp.asarray(z["partial_normal_rounds"])))
+    kept = t[(t >= low) & (t <= high)][: len(z["t_partial"])]
+    close(kept, z["t_partial"], 2e-6)  # what LightningDiT keeps of its draws
+    close(partial.times(np.log(kept / (1 - kept))), z["t_partial"], 2e-6)
     for name in ("Linear", "GVP"):
         flow = Flow(NAMES[name], direction=True)
         x, noise, out = (nhwc(z[key]) for key in ("x1", "x0", "model_output"))

@@ -10,6 +10,7 @@ import pytest
 from api_test import compilations  # noqa: F401  a fixture
 from conftest import TINY, losses, one_error
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import stats
 from train_test import tiny, wait_for
 
 import dit_jax
@@ -91,8 +92,8 @@ def test_killed_and_resumed_the_run_ends_with_the_same_bits(command, objective, 
         return [*TINY, *OBJECTIVES[objective], *steps]
 
     assert command("train", *flags("whole"))[0] == 0
-    process, metrics = command("train", *flags("killed"), wait=False), tmp_path / "killed" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 7, process)
+    process = command("train", *flags("killed"), wait=False)
+    wait_for((tmp_path / "killed/checkpoints/4").exists, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     status, out, err = command("train", *flags("killed"))
@@ -303,7 +304,7 @@ def test_n_steps_are_n_evaluations():
         catalog.make("edm:sigma_max=10000", Flow("vp"), 9)
 
 
-def test_an_interval_holds_its_bounds_and_a_wrong_one_is_refused_before_training():
+def test_an_interval_holds_its_bounds_and_a_wrong_one_is_refused_before_training(capsys):
     sampler = make_sampler(Settings(sampler="euler", steps="10"), Flow())
     assert guided_steps("0,0.3", sampler).tolist() == [True] * 4 + [False] * 6  # 0.30000000000000004 is 0.3
     config = tiny(**{"sample.sampler": "ddim", "sample.cfg_interval": "9,1"})
@@ -311,6 +312,24 @@ def test_an_interval_holds_its_bounds_and_a_wrong_one_is_refused_before_training
     target = setup.make_programs(config, mesh)[2]
     with pytest.raises(UserError, match="cfg_interval='9,1'"):
         setup.make_generator(config, mesh, target)
+    config["sample"]["cfg_interval"] = "0.5,0.6"  # ddim has whole timesteps
+    setup.make_generator(config, mesh, target)
+    assert "cfg_interval=0.5,0.6: no step begins there, so nothing is guided" in capsys.readouterr().out
+
+
+def test_times_are_drawn_in_their_range():
+    flow = Flow(time="logit_normal", time_mean=0.7, time_low=0.2, time_high=0.6)
+    draw = jax.jit(lambda key: flow.draw(key, key, jnp.zeros((40_000, 1)))["t"])
+    t = np.asarray(draw(jax.random.key(0)))
+    everywhere = Flow(time="logit_normal", time_mean=0.7).draw(
+        jax.random.key(1), jax.random.key(1), jnp.zeros((10**6, 1))
+    )
+    kept = np.asarray(everywhere["t"])
+    kept = kept[(kept >= 0.2) & (kept <= 0.6)]
+    assert 0.2 <= t.min() < 0.21 and 0.59 < t.max() <= 0.6 + 1e-6
+    assert stats.ks_2samp(t, kept).pvalue > 0.01  # LightningDiT's way: what lies outside is thrown away
+    with pytest.raises(UserError, match="flow.time_low=0.6: must be less than flow.time_high=0.6"):
+        tiny(**{"flow.time_low": 0.6, "flow.time_high": 0.6})
 
 
 def test_meanflow_ignores_channels_of_the_variance():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from scipy.special import logit
 
 from dit_jax.diffusion.ddpm import Images, mean_flat
 from dit_jax.diffusion.levels import PATHS, Levels, path_levels
@@ -26,7 +27,8 @@ class Flow:
 
     path: a key of levels.PATHS. prediction: what the network predicts, one of FLOW_PREDICTIONS. weight: of the loss of
     noise and score predictions, one of WEIGHTS. time: how t is drawn, "uniform" or "logit_normal", the sigmoid of a
-    normal variable with mean time_mean and deviation time_std. direction: adds LightningDiT's cosine loss.
+    normal variable with mean time_mean and deviation time_std. time_low, time_high: only times between them are drawn.
+    direction: adds LightningDiT's cosine loss.
     """
 
     path: str = "linear"
@@ -35,6 +37,8 @@ class Flow:
     time: str = "uniform"
     time_mean: float = 0.0
     time_std: float = 1.0
+    time_low: float = 0.0
+    time_high: float = 1.0
     direction: bool = False
 
     name = "flow"
@@ -74,15 +78,26 @@ class Flow:
 
     def times(self, draws: Times) -> Times:
         """Turns draws, uniform in [0, 1) or standard normal, into times."""
-        t0, t1 = self.interval(self.train_eps)
+        t0, t1 = self._range()
         if self.time == "logit_normal":
             return jnp.clip(jax.nn.sigmoid(self.time_mean + self.time_std * draws), t0, t1)
         return t0 + (t1 - t0) * draws
 
+    def _range(self):
+        """The times between which a network is trained."""
+        t0, t1 = self.interval(self.train_eps)
+        return max(t0, self.time_low), min(t1, self.time_high)
+
     def draw(self, key_t: jax.Array, key_noise: jax.Array, x: Images) -> dict[str, Any]:
         """Draws the time and the noise of each example."""
-        draw = jax.random.normal if self.time == "logit_normal" else jax.random.uniform
-        return dict(t=self.times(draw(key_t, (len(x),))), noise=jax.random.normal(key_noise, x.shape, jnp.float32))
+        shape, noise = (len(x),), jax.random.normal(key_noise, x.shape, jnp.float32)
+        if self.time == "uniform":
+            return dict(t=self.times(jax.random.uniform(key_t, shape)), noise=noise)
+        if (self.time_low, self.time_high) == (0, 1):
+            return dict(t=self.times(jax.random.normal(key_t, shape)), noise=noise)
+        # LightningDiT draws again until a time lies in the range: the same distribution.
+        low, high = ((logit(t) - self.time_mean) / self.time_std for t in (self.time_low, self.time_high))
+        return dict(t=self.times(jax.random.truncated_normal(key_t, low, high, shape)), noise=noise)
 
     def drop(self, key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, " b"]:
         """Which labels are dropped."""

@@ -16,6 +16,7 @@ from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
 from dit_jax.parallel import sharding
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import say
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Generator:
         self.num_classes, self.guide = args["num_classes"], guide
         self.sampler = sampler = make_sampler(settings, objective)
         if settings.cfg_interval:
-            guided_steps(settings.cfg_interval, sampler)  # so that a wrong one is refused at once
+            if not guided_steps(settings.cfg_interval, sampler).any():  # refuses a wrong one at once
+                say(f"cfg_interval={settings.cfg_interval}: no step begins there, so nothing is guided")
         shards = sharding.batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         shape = (args["input_size"], args["input_size"], args["in_channels"])

@@ -286,7 +286,9 @@ def check_same_run(config: dict[str, Any], identity: str) -> Callable[[dict[str,
 
     def check(meta):
         changed = configs.differences(meta["config"], config)
-        fixed = [f"{field} ({old!r} there, {new!r} here)" for field, old, new in changed if configs.is_fixed(field)]
+        fixed = [
+            f"{field} ({old!r} there, {new!r} here)" for field, old, new in changed if configs.is_fixed(field, old, new)
+        ]
         if not fixed and meta["data"] != identity:
             fixed = [f"the data ({meta['data']} there, {identity} here)"]
         if fixed:
