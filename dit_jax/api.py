@@ -74,7 +74,7 @@ def load(
     vae = loaded.vae if vae is None else _path("vae", vae) if vae else ""
     if guide is None and guide_step is not None:
         raise UserError("guide_step names a checkpoint of guide: name that run as well")
-    second = None if guide is None else weights.load(_path("guide", guide), mesh, which=which, step=guide_step)
+    second = None if guide is None else weights.load_guide(_path("guide", guide), mesh, which, guide_step)
     return Model(loaded, mesh, load_vae(vae) if vae else None, second)
 
 

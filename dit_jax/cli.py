@@ -57,7 +57,7 @@ def define_which() -> None:
     flags.register_validator("which", is_which, f"must be {WHICH}")
 
 
-def define_samples(num: int, classes: str, cfg_scale: float | None) -> None:
+def define_samples(num: int, classes: str, cfg_scale: float) -> None:
     """Defines the flags of samples(), with these defaults of --num, --classes and --cfg_scale."""
     define_path("workdir", None, "run directory")
     flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
@@ -80,10 +80,8 @@ def define_samples(num: int, classes: str, cfg_scale: float | None) -> None:
     flags.DEFINE_integer("num", num, "number of images")
     classes_help = "balanced (all in turn), random, or class numbers or names as in 3,7 (in turn)"
     flags.DEFINE_string("classes", classes, classes_help)
-    scale_help = "scale of classifier-free guidance; 1: none" + (
-        "" if cfg_scale is not None else "; by default 4, and 1 for a MeanFlow network"
-    )
-    flags.DEFINE_float("cfg_scale", cfg_scale, scale_help)
+    scale_help = f"scale of classifier-free guidance; 1: none; by default {cfg_scale:g}, and 1 for a MeanFlow network"
+    flags.DEFINE_float("cfg_scale", None, scale_help)
     flags.DEFINE_integer("cfg_channels", 3, "how many channels are guided, the first ones; 0: all")
     interval_help = "LOW,HIGH: guide only steps at times between these, as the network sees them; by default all"
     flags.DEFINE_string("cfg_interval", "", interval_help)
@@ -113,7 +111,7 @@ def define_objective() -> None:
     flags.DEFINE_string("objective", None, help)
 
 
-def samples() -> "Samples":
+def samples(cfg_scale: float) -> "Samples":
     """Returns the samples that the flags of define_samples ask for. Raises UserError naming the flag."""
     from dit_jax.parallel import sharding
     from dit_jax.sampling.model import Model, Samples, check_batch, choose_labels, settings_of
@@ -142,11 +140,10 @@ def samples() -> "Samples":
         raise UserError("--guide is empty: name a run's folder")
     if f.guide_step is not None and f.guide is None:
         raise UserError("--guide_step names a checkpoint of --guide: name that run as well")
-    guide = None if f.guide is None else load.from_run(f.guide, mesh, f.which, f.guide_step)
+    guide = None if f.guide is None else load.load_guide(f.guide, mesh, f.which, f.guide_step)
     model = Model(loaded, mesh, load_vae(vae) if vae else None, guide)
-    settings = settings_of(
-        model.objective, f.seed, f.sampler, f.steps, f.eta, f.cfg_scale, f.cfg_channels, f.cfg_interval
-    )
+    scale = cfg_scale if f.cfg_scale is None and model.objective.name != "meanflow" else f.cfg_scale
+    settings = settings_of(model.objective, f.seed, f.sampler, f.steps, f.eta, scale, f.cfg_channels, f.cfg_interval)
     model.generator(settings, min(f.batch_size, f.num))  # checks the settings before anything is written
     labels = choose_labels(f.classes, f.num, model.args["num_classes"], f.seed, model.class_names)
     return Samples(model, settings, f.classes, labels, f.batch_size)

@@ -362,6 +362,8 @@ def _check_values(values):
 
 def _check_combinations(config):
     """Checks the fields that must fit each other."""
+    from dit_jax.diffusion.flow import Flow  # not at the top, as above
+
     model = config["model"]
     for divisor, size in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
         if model[size] % model[divisor]:
@@ -377,6 +379,11 @@ def _check_combinations(config):
         raise UserError(f"flow.direction=True: is for flow.prediction=velocity, not {f['prediction']}")
     if f["time_low"] >= f["time_high"]:
         raise UserError(f"flow.time_low={f['time_low']}: must be less than flow.time_high={f['time_high']}")
+    if isinstance(objective, Flow) and objective.share_in_range() < 1e-4:
+        raise UserError(
+            f"flow.time_low={f['time_low']}, flow.time_high={f['time_high']}: hardly a time is drawn between them; "
+            "widen the range"
+        )
     m = config["meanflow"]
     guided = objective.name == "meanflow" and (m["omega"], m["kappa"]) != (1, 0)
     if guided and not (model["num_classes"] and config["diffusion"]["label_dropout"]):

@@ -76,6 +76,8 @@ def main() -> None:
             raise UserError(f"--training: writes a .pt file, and --out={f.out} is none")
         if f["which"].present:
             raise UserError(f"--which={f.which}: --training writes the raw and the EMA weights: leave --which out")
+        if f.vae is not None:
+            raise UserError(f"--vae={f.vae}: a training checkpoint has no VAE: leave --vae out")
         files.import_torch(f.out)
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
         raise UserError(f"--out={f.out}: there is no such folder: make it first")

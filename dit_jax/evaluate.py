@@ -14,8 +14,10 @@ from dit_jax import cli  # before all else: from here on a signal is one line
 # isort: split
 from absl import flags
 
+CFG_SCALE = 1.5  # by default, as in the tables of the paper
+
 if __name__ == "__main__":
-    cli.define_samples(num=50_000, classes="random", cfg_scale=1.5)
+    cli.define_samples(num=50_000, classes="random", cfg_scale=CFG_SCALE)
     cli.define_features()
     cli.define_path(
         "samples", None, "an .npz of pictures (arr_0), or a folder of PNGs; instead of --workdir or --weights"
@@ -79,7 +81,7 @@ def _samples_from_file(path, num, kind):
 
 def _samples_from_model(num):
     """Returns the samples that the flags ask for. They are made while they are measured."""
-    made = cli.samples()
+    made = cli.samples(CFG_SCALE)
     if made.model.latent:
         raise UserError(f"this is a model of latents ({made.model.shape[-1]} channels): name a decoder with --vae")
     return Samples(num, made.model.shape, made.batches(), made.manifest)

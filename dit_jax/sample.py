@@ -14,8 +14,10 @@ from dit_jax import cli  # before all else: from here on a signal is one line
 # isort: split
 from absl import flags
 
+CFG_SCALE = 4.0  # by default, as in the figures of the paper
+
 if __name__ == "__main__":
-    cli.define_samples(num=16, classes="balanced", cfg_scale=None)
+    cli.define_samples(num=16, classes="balanced", cfg_scale=CFG_SCALE)
     cli.define_path("out", None, "folder to write to; by default WORKDIR/out")
     flags.DEFINE_bool("png", False, "also write single pictures")
     cli.parse()  # above the imports that take time
@@ -35,7 +37,7 @@ def main() -> None:
         raise UserError("--out is missing: name a folder for the samples")
     if out:
         process.keep_compiled(os.path.join(out, "compiled"))
-    samples = cli.samples()
+    samples = cli.samples(CFG_SCALE)
     if samples.model.latent and f.png:
         channels = samples.model.shape[-1]
         raise UserError(f"--png: this is a model of latents ({channels} channels): name a decoder with --vae")

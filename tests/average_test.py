@@ -9,9 +9,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from conftest import GOLDEN, ROOT, TINY, losses, one_error
+from conftest import ROOT, TINY, losses, one_error
 from numpy.testing import assert_allclose, assert_array_equal
 
 import dit_jax
@@ -19,7 +18,7 @@ from dit_jax import config as configs
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
 from dit_jax.training import averages, initialize, setup
-from dit_jax.training.step import TrainState, from_items, to_items, update
+from dit_jax.training.step import from_items, to_items
 from dit_jax.weights import load, snapshots
 from dit_jax.weights.checkpoint import Checkpoints
 
@@ -29,94 +28,6 @@ STEPS, EVERY = 7, 2  # of the run below
 KEPT = [2, 4, 6, 7]  # the steps of its snapshots
 RUN = [*TINY, f"--config.steps={STEPS}", f"--config.average.every={EVERY}", "--config.checkpoint.every=1"]
 TRACKED = {"std0.05": 0.05, "std0.1": 0.1}
-
-
-@pytest.fixture(scope="module")
-def z():
-    return np.load(GOLDEN / "flow" / "phema.npz")
-
-
-def close(value, golden, tolerance=1e-12, **settings):
-    assert_allclose(value, golden, rtol=0, atol=tolerance * np.abs(golden).max(), **settings)
-
-
-def betas(z):
-    with np.errstate(divide="ignore"):
-        return averages.beta(z["stds"], z["cur_nimg"][:, None] / z["batch_size"])
-
-
-def test_exponents_and_decays(z):
-    close(averages.exponent(z["std"]), z["exponent"])
-    close(averages.exponent(z["stds"]), z["stds_exponent"])
-    close(averages.std_of(z["std_of_exponent_in"]), z["std_of_exponent_out"])
-    close(averages.std_of(averages.exponent(z["std"])), z["std"])
-    close(betas(z), z["beta"])
-    assert not betas(z)[0].any()
-
-
-def test_response(z):
-    """The exponent is that of the weights of the steps. The file does not say where a response ends."""
-    for gamma, golden in zip(averages.exponent(z["stds"]), z["response_101"].T):
-        last = np.flatnonzero(golden)[-1]
-        response = np.where(np.arange(len(golden)) <= last, (np.arange(len(golden)) / last) ** gamma, 0)
-        close(response / response.sum(), golden)
-
-
-def traditional_decays(z):
-    """Of an EMA whose half-life grows with the images seen, as far as a constant."""
-    settings = json.loads(str(z["traditional_settings"]))
-    halflife = np.full(len(z["cur_nimg"]), settings["halflife_Mimg"] * 1e6)
-    if settings["rampup_ratio"] is not None:
-        halflife = np.minimum(halflife, z["cur_nimg"] * settings["rampup_ratio"])
-    return 0.5 ** (z["batch_size"] / halflife)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-12), (jnp.float32, 2e-6)], ids=["float64", "float32"])
-def test_the_training_step_tracks(z, dtype, tolerance):
-    """The updates of a run whose only parameter follows the signal."""
-    to_signal = optax.GradientTransformation(lambda params: (), lambda to, state, params: (to - params, state))
-
-    @jax.jit
-    def step(state, signal, decay):
-        # The gradient of the loss is the signal.
-        return update(state, lambda p: (jnp.sum(p * signal), {}), to_signal, decay)[0]
-
-    with jax.enable_x64(dtype == jnp.float64):
-        signal, zero = jnp.asarray(z["signal"], dtype), jnp.zeros((), dtype)
-        names = [configs.average_name(std) for std in z["stds"]]
-        state = TrainState(jnp.int32(0), signal[0], signal[0], (), {name: zero for name in names})
-        tracked, ema = [], []
-        for value, decay in zip(signal[1:], jnp.asarray(traditional_decays(z), dtype)):
-            state = step(state, value, decay)
-            tracked.append([state.averages[name] for name in names])
-            ema.append(state.ema)
-        close(np.array(tracked), z["ema"], tolerance)
-        close(np.array(ema), z["traditional_ema"], tolerance)
-
-
-def test_reconstruction(z):
-    times, stds = z["snapshot_nimg"], z["snapshot_std"]
-    products = averages.inner_product(times[:, None], stds[:, None], times, stds)
-    close(products, z["correlation_of_snapshots"])
-    cases = {int(key.split(":")[1]) for key in z if key.endswith(":coefficients")}
-    assert cases
-    for images in cases:
-        used = times <= images
-        fits = [averages.coefficients(times[used], stds[used], images, std) for std in z["posthoc:targets"]]
-        fit = np.stack([coefficients for coefficients, _ in fits], axis=1)
-        close(fit, z[f"posthoc:{images}:coefficients"], err_msg=str(images))
-        assert_allclose(fit.sum(0), 1, rtol=1e-12)
-        made = fit.T @ z["snapshot_value"][used]
-        close(made, z[f"posthoc:{images}:value"])
-        # What is tracked comes back. Another width is as near to what tracking it gives as its profile is to the exact
-        # one, by the inequality of Cauchy and Schwarz.
-        largest = np.abs(z["signal"]).max()
-        targets = zip(z["posthoc:targets"], made, fits, z[f"posthoc:{images}:tracked_value"])
-        for std, value, (_, distance), tracked in targets:
-            norm = np.sqrt(averages.inner_product(images, std, images, std) * images)
-            if std in stds[times == images]:
-                assert distance < 1e-6
-            assert abs(value - tracked) <= distance * norm * largest + 1e-9, std
 
 
 def tiny(**changes):

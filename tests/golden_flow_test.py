@@ -11,10 +11,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import GOLDEN, nhwc
 from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
+from dit_jax import config as configs
 from dit_jax.diffusion import catalog, ddpm, samplers, solvers, spacing
 from dit_jax.diffusion.flow import WEIGHTS, Flow, flow_losses
 from dit_jax.diffusion.guidance import guide
@@ -24,6 +27,8 @@ from dit_jax.diffusion.meanflow import MeanFlow, drop_first, meanflow_losses
 from dit_jax.diffusion.objectives import DDPM
 from dit_jax.diffusion.samplers import TableSampler
 from dit_jax.models import dit
+from dit_jax.training import averages
+from dit_jax.training.step import TrainState, update
 from dit_jax.weights import files as weight_files, published
 
 PREDICTIONS = ("velocity", "noise", "score")
@@ -726,3 +731,165 @@ def test_likelihood_on_a_toy():
     value, _ = log_likelihood(Flow(), velocity, x, jax.random.key(0), 64, "rk4")
     close(value, z["dopri5_tight:logp"], 1e-6)
     assert tested > 2
+
+
+# Averages of EDM2.
+
+
+@pytest.fixture(scope="module")
+def z():
+    return flow_file("phema")
+
+
+def near(value, golden, tolerance=1e-12, **settings):
+    assert_allclose(value, golden, rtol=0, atol=tolerance * np.abs(golden).max(), **settings)
+
+
+def betas(z):
+    with np.errstate(divide="ignore"):
+        return averages.beta(z["stds"], z["cur_nimg"][:, None] / z["batch_size"])
+
+
+def test_exponents_and_decays(z):
+    near(averages.exponent(z["std"]), z["exponent"])
+    near(averages.exponent(z["stds"]), z["stds_exponent"])
+    near(averages.std_of(z["std_of_exponent_in"]), z["std_of_exponent_out"])
+    near(averages.std_of(averages.exponent(z["std"])), z["std"])
+    near(betas(z), z["beta"])
+    assert not betas(z)[0].any()
+
+
+def test_response(z):
+    """The exponent is that of the weights of the steps. The file does not say where a response ends."""
+    for gamma, golden in zip(averages.exponent(z["stds"]), z["response_101"].T):
+        last = np.flatnonzero(golden)[-1]
+        response = np.where(np.arange(len(golden)) <= last, (np.arange(len(golden)) / last) ** gamma, 0)
+        near(response / response.sum(), golden)
+
+
+def traditional_decays(z):
+    """Of an EMA whose half-life grows with the images seen, as far as a constant."""
+    settings = json.loads(str(z["traditional_settings"]))
+    halflife = np.full(len(z["cur_nimg"]), settings["halflife_Mimg"] * 1e6)
+    if settings["rampup_ratio"] is not None:
+        halflife = np.minimum(halflife, z["cur_nimg"] * settings["rampup_ratio"])
+    return 0.5 ** (z["batch_size"] / halflife)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float64, 1e-12), (jnp.float32, 2e-6)], ids=["float64", "float32"])
+def test_the_training_step_tracks(z, dtype, tolerance):
+    """The updates of a run whose only parameter follows the signal."""
+    to_signal = optax.GradientTransformation(lambda params: (), lambda to, state, params: (to - params, state))
+
+    @jax.jit
+    def step(state, signal, decay):
+        # The gradient of the loss is the signal.
+        return update(state, lambda p: (jnp.sum(p * signal), {}), to_signal, decay)[0]
+
+    with jax.enable_x64(dtype == jnp.float64):
+        signal, zero = jnp.asarray(z["signal"], dtype), jnp.zeros((), dtype)
+        names = [configs.average_name(std) for std in z["stds"]]
+        state = TrainState(jnp.int32(0), signal[0], signal[0], (), {name: zero for name in names})
+        tracked, ema = [], []
+        for value, decay in zip(signal[1:], jnp.asarray(traditional_decays(z), dtype)):
+            state = step(state, value, decay)
+            tracked.append([state.averages[name] for name in names])
+            ema.append(state.ema)
+        near(np.array(tracked), z["ema"], tolerance)
+        near(np.array(ema), z["traditional_ema"], tolerance)
+
+
+def test_reconstruction(z):
+    times, stds = z["snapshot_nimg"], z["snapshot_std"]
+    products = averages.inner_product(times[:, None], stds[:, None], times, stds)
+    near(products, z["correlation_of_snapshots"])
+    cases = {int(key.split(":")[1]) for key in z if key.endswith(":coefficients")}
+    assert cases
+    for images in cases:
+        used = times <= images
+        fits = [averages.coefficients(times[used], stds[used], images, std) for std in z["posthoc:targets"]]
+        fit = np.stack([coefficients for coefficients, _ in fits], axis=1)
+        near(fit, z[f"posthoc:{images}:coefficients"], err_msg=str(images))
+        assert_allclose(fit.sum(0), 1, rtol=1e-12)
+        made = fit.T @ z["snapshot_value"][used]
+        near(made, z[f"posthoc:{images}:value"])
+        # What is tracked comes back. Another width is as near to what tracking it gives as its profile is to the exact
+        # one, by the inequality of Cauchy and Schwarz.
+        largest = np.abs(z["signal"]).max()
+        targets = zip(z["posthoc:targets"], made, fits, z[f"posthoc:{images}:tracked_value"])
+        for std, value, (_, distance), tracked in targets:
+            norm = np.sqrt(averages.inner_product(images, std, images, std) * images)
+            if std in stds[times == images]:
+                assert distance < 1e-6
+            assert abs(value - tracked) <= distance * norm * largest + 1e-9, std
+
+
+# Networks with weights of the published names.
+
+
+def run_network(args, params, *inputs):
+    graphdef = dit.abstract(**args)[0]
+    return np.asarray(jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))(params, *inputs))
+
+
+def without_variance(flat, args):
+    """The published arrays with the first C channels of the head."""
+    p, c, end = args["patch_size"], args["in_channels"], {}
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        head = flat[name].reshape(p, p, 2 * c, -1)[:, :, :c]
+        end[name] = head.reshape(p * p * c, *flat[name].shape[1:])
+    return flat | end
+
+
+def test_sits_network_is_dits_at_times_that_are_no_integers(network):
+    args, _, params, flat = network("a")
+    z = flow_file("sit_net")
+    assert json.loads(str(z["geometry"])) == args
+    x, t, y, channels = nhwc(z["x"]), z["t"], z["y"], args["in_channels"]
+    out = run_network(args, params, x, t, y)
+    near(out, nhwc(z["dit_out"]), 1e-5)
+    near(out[..., :channels], nhwc(z["out"]), 1e-5)
+    half, network = len(x) // 2, lambda x, *_: run_network(args, params, x, t, y)[..., :channels]
+    for key in z:
+        if key.startswith("cfg_"):
+            guided = guide(network, y[:half], 0, float(key[4:]))  # times and labels are those of the doubled batch
+            near(guided(x[:half], t[:half]), nhwc(z[key])[:half], 1e-5)
+    small = without_variance(flat, args)
+    inferred = published.infer_args(small, args["num_heads"])
+    assert not inferred["learn_sigma"] and published.infer_args(flat, args["num_heads"])["learn_sigma"]
+    out = run_network(inferred, published.from_published(small, inferred), x, t, y)
+    assert out.shape == x.shape
+    near(out, nhwc(z["out"]), 1e-5)
+
+
+def test_times_are_embedded_as_they_are():
+    z = flow_file("sit_net")
+    frequencies = dit.timestep_frequencies(z["t"], z["t_embedding"].shape[1])
+    assert_allclose(frequencies, z["t_embedding"], atol=1e-6)
+
+
+def test_the_arrays_of_sits_files():
+    models = json.loads(str(flow_file("sit_net")["state_dict_shapes"]))
+    for name, shapes in models.items():
+        model, _, option = name.partition(":")
+        shapes = {key: tuple(shape) for key, shape in (models[model] | shapes).items()}
+        args = published.infer_args({key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()})
+        assert dit.model_args(model.replace("SiT", "DiT")).items() <= args.items()
+        assert args["learn_sigma"] == (option != "learn_sigma=False") and not args["second_time"]
+        ours = published.published_shapes(args)
+        assert ours == shapes and list(ours) == list(shapes)
+
+
+def test_meanflows_network(network):
+    flat, z = network("a")[3], flow_file("meanflow_net")
+    geometry = json.loads(str(z["geometry"]))
+    flat = flat | {key.removeprefix("weight:"): z[key] for key in z if key.startswith("weight:")}
+    args = published.infer_args(flat, geometry["num_heads"])
+    assert geometry.items() <= args.items() and args["second_time"] and not args["learn_sigma"]
+    params = published.from_published(flat, args)
+    u = run_network(args, params, nhwc(z["x"]), z["t"], z["y"], z["t"] - z["r"])
+    near(u, nhwc(z["u"]), 1e-5)
+    back = published.to_published(params, args)
+    assert back.keys() == flat.keys()
+    for name, a in flat.items():
+        assert_array_equal(back[name].view(np.uint32), a.view(np.uint32), err_msg=name)

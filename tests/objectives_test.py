@@ -240,7 +240,7 @@ def test_autoguidance_by_an_earlier_checkpoint(run, command, mesh, tmp_path):
         ("flow", dict(sampler="unipc:x=1"), "no option 'x'; it has order, solver, spacing"),
         ("flow", dict(sampler="unipc:spacing=karras", steps=5), "spacing=karras: is of ddpm"),
         ("flow", dict(sampler="sde_euler:form=SBDM", steps=5), "no finite steps"),
-        ("flow", dict(sampler="euler:shift=-1", steps=5), "shift=-1: must be positive"),
+        ("flow", dict(sampler="euler:shift=-1", steps=5), "shift=-1: must be between"),
         ("flow", dict(cfg_interval="x", steps=4), "cfg_interval='x': must be LOW,HIGH"),
         ("flow", dict(cfg_interval=(0.5, 0.1), steps=4), "cfg_interval='0.5,0.1'"),
         ("flow", dict(cfg_interval=(0, 1), cfg_scale=1.0), "cfg_interval=0,1: is for guidance"),
@@ -356,6 +356,12 @@ def test_times_are_drawn_in_their_range():
     assert stats.ks_2samp(t, kept).pvalue > 0.01  # LightningDiT's way: what lies outside is thrown away
     with pytest.raises(UserError, match="flow.time_low=0.6: must be less than flow.time_high=0.6"):
         tiny(**{"flow.time_low": 0.6, "flow.time_high": 0.6})
+    for changes in (
+        {"flow.prediction": "noise", "flow.time_low": 0.9995},  # the path ends at 0.999
+        {"flow.time": "logit_normal", "flow.time_mean": -30.0, "flow.time_low": 0.9},
+    ):
+        with pytest.raises(UserError, match="hardly a time is drawn between them"):
+            tiny(objective="flow", **changes)
 
 
 def test_meanflow_ignores_channels_of_the_variance():

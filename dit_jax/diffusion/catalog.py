@@ -113,7 +113,7 @@ def edm(
         low, high = 0.002, 80.0
     low, high = sigma_min or low, sigma_max or high
     n = _published_steps(steps, per_step=2, last=1, least=2)
-    if not 0 < low < high < np.inf or rho <= 0 or churn < 0:
+    if not 0 < low < high < np.inf or not 0.1 <= rho <= 100 or churn < 0:
         raise UserError(f"edm: sigma_min={low:g}, sigma_max={high:g}, rho={rho:g}, churn={churn:g}: not in their range")
     ratios = solvers.edm_ratios(n, low, high, rho)
     tables = solvers.edm(
@@ -302,8 +302,8 @@ def _points(
 
 
 def _times(start, end, steps, shift):
-    if not 0 < shift < np.inf:
-        raise UserError(f"shift={shift:g}: must be positive; 1 is none")
+    if not 1e-3 <= shift <= 1e3:
+        raise UserError(f"shift={shift:g}: must be between 0.001 and 1000; 1 is none")
     return solvers.flow_times(start, end, steps, shift)
 
 

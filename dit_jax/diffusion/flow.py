@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.special import logit
+from scipy.special import logit, ndtr
 
 from dit_jax.diffusion.ddpm import Images, mean_flat
 from dit_jax.diffusion.levels import PATHS, Levels, path_levels
@@ -78,12 +78,12 @@ class Flow:
 
     def times(self, draws: Times) -> Times:
         """Turns draws, uniform in [0, 1) or standard normal, into times."""
-        t0, t1 = self._range()
+        t0, t1 = self.time_range()
         if self.time == "logit_normal":
             return jnp.clip(jax.nn.sigmoid(self.time_mean + self.time_std * draws), t0, t1)
         return t0 + (t1 - t0) * draws
 
-    def _range(self):
+    def time_range(self) -> tuple[float, float]:
         """The times between which a network is trained."""
         t0, t1 = self.interval(self.train_eps)
         return max(t0, self.time_low), min(t1, self.time_high)
@@ -96,8 +96,20 @@ class Flow:
         if (self.time_low, self.time_high) == (0, 1):
             return dict(t=self.times(jax.random.normal(key_t, shape)), noise=noise)
         # LightningDiT draws again until a time lies in the range: the same distribution.
-        low, high = ((logit(t) - self.time_mean) / self.time_std for t in (self.time_low, self.time_high))
+        low, high = self._normal_range()
         return dict(t=self.times(jax.random.truncated_normal(key_t, low, high, shape)), noise=noise)
+
+    def _normal_range(self) -> tuple[float, float]:
+        low, high = ((logit(t) - self.time_mean) / self.time_std for t in (self.time_low, self.time_high))
+        return low, high
+
+    def share_in_range(self) -> float:
+        """How many of all times lie between time_low and time_high, or 0 where the path ends before."""
+        t0, t1 = self.time_range()
+        if t0 >= t1:
+            return 0.0
+        low, high = ndtr(self._normal_range()) if self.time == "logit_normal" else (t0, t1)
+        return float(high - low)
 
     def drop(self, key: jax.Array, rate: float, shape: tuple[int, ...]) -> Bool[Array, " b"]:
         """Which labels are dropped."""

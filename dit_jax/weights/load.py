@@ -188,6 +188,16 @@ def load(
     return from_source(open_source(where, which), mesh, which, num_heads, num_classes, objective)
 
 
+def load_guide(where: str, mesh: jax.sharding.Mesh, which: str, step: int | None) -> Loaded:
+    """Loads the network that guides another one. Arguments: as in load. Raises UserError naming guide or guide_step."""
+    try:
+        return load(where, mesh, which=which, step=step)
+    except UserError as e:
+        text = str(e)
+        named = text.replace("--step=", "--guide_step=", 1) if text.startswith("--step=") else f"guide: {text}"
+        raise UserError(named) from None
+
+
 def from_run(
     workdir: str,
     mesh: jax.sharding.Mesh,
