@@ -3,8 +3,10 @@
     python -m dit_jax.convert --weights=DiT-XL-2-256x256.pt --out=xl2.npz   # or a file of SiT, or of a MeanFlow network
     python -m dit_jax.convert --workdir=runs/xl2 --out=xl2.pt   # a run's EMA weights; .pt needs the extra `torch`
     python -m dit_jax.convert --workdir=runs/xl2 --out=xl2_diffusers   # a folder for diffusers, with the VAE
+    python -m dit_jax.convert --workdir=runs/xl2 --training --out=0400000.pt   # with the state of AdamW, for PyTorch
 
-A weights file (.pt, .npz or .safetensors) maps the published names to float32 arrays. A folder is for
+A weights file (.pt, .npz or .safetensors) maps the published names to float32 arrays. With --training it is a training
+checkpoint instead, as DiT's and SiT's train.py write it: {model, ema, opt, args}. A folder is for
 `diffusers.DiTPipeline.from_pretrained`. The network of diffusers differs from the published one in a constant that the
 folder cannot set: timestep frequencies divide by 127, not 128. So its pictures differ slightly.
 """
@@ -24,6 +26,9 @@ if __name__ == "__main__":
     cli.define_path("workdir", None, "run directory, instead of --weights")
     flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
     cli.define_which()
+    flags.DEFINE_bool(
+        "training", False, "write a training checkpoint of DiT's or SiT's train.py: raw and EMA weights, AdamW's state"
+    )
     flags.DEFINE_integer(
         "num_heads", None, "number of attention heads; needed if the width is not one of the paper's", lower_bound=1
     )
@@ -47,11 +52,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax import config as configs
 from dit_jax.diffusion.objectives import DDPM, Objective
-from dit_jax.parallel import sharding
+from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
 from dit_jax.vae import files as vae_files
-from dit_jax.weights import diffusers, files, load, published
+from dit_jax.weights import diffusers, files, load, published, training_checkpoint
 
 EXTENSIONS = (".pt", ".npz", ".safetensors")
 
@@ -63,6 +69,14 @@ def main() -> None:
     for name in ("num_heads", "objective"):
         if f[name].value is not None and not f.weights:
             raise UserError(f"--{name} is of a weights file: give it with --weights; a run's config names its own")
+    if f.training:
+        if f.weights:
+            raise UserError("--training: a weights file has no optimizer state: give a run with --workdir")
+        if not f.out.endswith(".pt"):
+            raise UserError(f"--training: writes a .pt file, and --out={f.out} is none")
+        if f["which"].present:
+            raise UserError(f"--which={f.which}: --training writes the raw and the EMA weights: leave --which out")
+        files.import_torch(f.out)
     if not os.path.isdir(os.path.dirname(os.path.abspath(f.out))):
         raise UserError(f"--out={f.out}: there is no such folder: make it first")
     folder = not f.out.endswith(EXTENSIONS)
@@ -74,6 +88,21 @@ def main() -> None:
         cli.make_workdir(f.out, "out")
     else:
         cli.make_parent(f.out)
+    args, flat = save_training(f.out, f.workdir, f.step) if f.training else save_weights(f, folder)
+    size, channels = args["input_size"], args["in_channels"]
+    classes = f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"
+    print(
+        f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {size} x {size} x "
+        f"{channels}, patch {args['patch_size']}, {args['depth']} blocks of width {args['hidden_size']}, "
+        f"{args['num_heads']} heads, {classes}"
+    )
+
+
+Written = tuple[dict[str, Any], dict[str, np.ndarray]]  # arguments of models.dit.DiT, published arrays
+
+
+def save_weights(f: flags.FlagValues, folder: bool) -> Written:
+    """Writes a weights file or a diffusers folder, as the flags say. Raises UserError."""
     if f.weights:
         source = load.open_source(f.weights, f.which)
         # Converted to our layout and back, so that the result is checked: this package can read it.
@@ -90,13 +119,43 @@ def main() -> None:
         save_folder(f.out, flat, args, class_names, objective, vae if f.vae is None else f.vae)
     else:
         files.write(f.out, flat)
-    size, channels = args["input_size"], args["in_channels"]
-    classes = f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"
-    print(
-        f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {size} x {size} x "
-        f"{channels}, patch {args['patch_size']}, {args['depth']} blocks of width {args['hidden_size']}, "
-        f"{args['num_heads']} heads, {classes}"
+    return args, flat
+
+
+def save_training(out: str, workdir: str, step: int | None) -> Written:
+    """Writes the training checkpoint of a run. step: None for the newest. Raises UserError."""
+    import optax  # these take a second to import, which files need not wait for
+
+    from dit_jax.training import setup
+    from dit_jax.training.step import to_items
+    from dit_jax.weights.checkpoint import Checkpoints
+
+    checkpoints, device = Checkpoints(workdir, read_only=True), jax.devices()[:1]
+    config = layout.resolve_auto(checkpoints.latest_meta(step)["config"], device)
+    args = configs.dit_args(config)
+    line = training_checkpoint.command_line(config, args, configs.objective_of(config))
+    try:  # the weights, the EMA, and two moments as they are read and as they are written
+        layout.check_memory({name: 6 * size for name, size in layout.least_memory(args).items()}, device)
+    except UserError as e:
+        raise UserError(f"{workdir}: {e}") from None
+    targets = to_items(setup.make_programs(config, sharding.make_mesh(devices=device))[2])
+    step, params, _ = checkpoints.restore_params(step, "params", targets["params"])
+    raw = published.to_published(params, args)
+    ema = published.to_published(checkpoints.restore_params(step, "ema", targets["ema"])[1], args)
+    state = checkpoints.restore_params(step, "optimizer", targets["optimizer"])[1]["opt_state"]
+    checkpoints.close()
+    mean, square = (published.to_published(optax.tree.get(state, name), args) for name in ("mu", "nu"))
+    training_checkpoint.write(
+        out,
+        raw=raw,
+        ema=ema,
+        mean=mean,
+        square=square,
+        updates=int(optax.tree.get(state, "count")),
+        optimizer=config["optimizer"],
+        line=line,
     )
+    return args, ema
 
 
 def save_folder(

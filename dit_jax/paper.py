@@ -47,11 +47,11 @@ def _train_run(config, workdir, steps, size):
 
 def _later():
     """Lines: the results of later papers, each a recipe of configs/."""
-    for paper, rows in LATER.items():
+    for paper, (vae, rows) in LATER.items():
         yield from ("", f"{paper}: FID-50K, 256 px")
         for config, steps, flags, value in rows:
             workdir = "runs/" + config.replace(".py", "").replace(":", "_").replace("/", "").lower()
-            evaluate = _evaluate(f"--workdir={workdir} --step={steps}", 256, 0).replace("--cfg_scale=0", flags)
+            evaluate = _evaluate(f"--workdir={workdir} --step={steps}", 256, 0, vae).replace("--cfg_scale=0", flags)
             yield from (
                 f"  {config} after {steps:,} steps, {flags}: {value}   [not run]",
                 f"    {_train_run(config, workdir, steps, 256)}",

@@ -1,12 +1,15 @@
 """Equality with the published PyTorch code, whose arrays lie in golden/."""
 
 import glob
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, nhwc
+from conftest import GOLDEN, ROOT, nhwc
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -154,3 +157,15 @@ def test_whole_trajectories(path, network):
 
     out = run(params, noises)
     assert_allclose(out, nhwc(z["out"])[:half], atol=2e-5 * max(1, np.abs(z["out"]).max()))
+
+
+@pytest.mark.slow
+def test_all_of_it_as_users_compile_it():
+    """The other tests leave out LLVM's optimizations (conftest.py)."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"DIT_JAX_COMPILED": ""}
+    files = ("tests/golden_test.py", "tests/golden_flow_test.py")
+    flags = ("-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *flags, *files], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TINY, TOY, losses, records, write_cache
 from numpy.testing import assert_allclose
+from objectives_test import OBJECTIVES
 
 from dit_jax.data import pipeline
 from dit_jax.runtime import hosts, meeting
@@ -447,12 +448,20 @@ def test_the_environment_of_a_tpu_slice_says_how_many_hosts(monkeypatch):
     assert hosts._arguments(None, 1, None) is None
 
 
+def assert_same_training(one, two):
+    """Two lists of records have the same losses and norms, at the same steps."""
+    one, two = ([[r[name] for name in ("step", "loss", "grad_norm", "param_norm")] for r in rs] for rs in (one, two))
+    assert_allclose(two, one, rtol=1e-4)
+    assert len(one) >= 5 and np.ptp(one, axis=0).min() > 0
+
+
 @pytest.mark.slow
-def test_snapshots_of_averages_are_those_of_one_host(start, tmp_path):
+def test_a_flow_run_and_its_averages_are_those_of_one_host(start, tmp_path):
     """The averages are split over the hosts, and the first one writes them whole."""
     from dit_jax.weights import snapshots
 
-    flags = [*TINY, "--config.model.hidden_size=128", "--config.steps=6", "--config.average.every=3"]
+    flags = [*TINY, *OBJECTIVES["flow"], "--config.model.hidden_size=128", "--config.steps=6"]
+    flags += ["--config.average.every=3"]
     for count, mesh in ((1, []), (2, ["--config.mesh.fsdp=2"])):
         for status, _, err in ends(start(count, *flags, *mesh, f"--workdir={tmp_path}/{count}")):
             assert status == 0, err
@@ -464,3 +473,14 @@ def test_snapshots_of_averages_are_those_of_one_host(start, tmp_path):
         assert set(one) == set(two)
         for name, value in one.items():
             assert_allclose(two[name], value, atol=1e-4, err_msg=name)
+    assert_same_training(*(records(tmp_path / count) for count in "12"))
+
+
+@pytest.mark.slow
+def test_meanflow_trains_on_two_hosts_as_on_one(start, tmp_path):
+    """Times, noise and label drops are drawn for the whole batch, of which each host has half."""
+    for count in (1, 2):
+        flags = [*TINY, *OBJECTIVES["meanflow"], "--config.steps=5", f"--workdir={tmp_path}/{count}"]
+        for status, _, err in ends(start(count, *flags)):
+            assert status == 0, err
+    assert_same_training(*(records(tmp_path / count) for count in "12"))

@@ -5,9 +5,10 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import TINY, one_error
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 import dit_jax
 from dit_jax import config as configs
@@ -18,7 +19,8 @@ from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
 from dit_jax.training import initialize
-from dit_jax.weights import diffusers, files, load, published
+from dit_jax.training.step import TrainState, make_optimizer, to_items
+from dit_jax.weights import diffusers, files, load, published, training_checkpoint
 from dit_jax.weights.checkpoint import Checkpoints
 
 ONE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -39,15 +41,25 @@ MEAN = SMALL | dict(second_time=True)
 KINDS = {"sit": SIT, "small": SMALL, "mean": MEAN}
 
 
-def drawn(args):
+def drawn(args, seed=0):
     """Weights of which every number counts, under the published names."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     arrays = {
         name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in published.published_shapes(args).items()
     }
     return arrays | {
         "pos_embed": dit.position_embedding(args["hidden_size"], args["input_size"] // args["patch_size"])[None]
     }
+
+
+def drawn_state(args, optimizer):
+    """The state of a training run after 7 steps. The EMA has the other sign."""
+    params, mean, square = (published.from_published(drawn(args, seed), args) for seed in range(3))
+    mean["pos_embed"] = square["pos_embed"] = np.zeros_like(params["pos_embed"])
+    opt_state = optax.tree.set(
+        optimizer.init(params), mu=mean, nu=jax.tree.map(np.square, square), count=jax.numpy.int32(7)
+    )
+    return TrainState(jax.numpy.int32(7), params, jax.tree.map(np.negative, params), opt_state)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +87,11 @@ def run(tmp_path):
         config.update_from_flattened_dict(fields | {"objective": objective, "sample.every": 0} | changes)
         resolved = configs.resolve(config)
         shapes = dit.abstract(**configs.dit_args(layout.resolve_auto(resolved, jax.devices())))[1]
-        params = published.from_published(drawn(args), args)
-        assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+        state = drawn_state(args, make_optimizer(**resolved["optimizer"]))
+        assert jax.tree.map(np.shape, state.params) == jax.tree.map(np.shape, shapes)
         checkpoints = Checkpoints(str(tmp_path / "run"))
-        items = {"params": params, "ema": jax.tree.map(np.negative, params), "optimizer": {"count": np.int32(0)}}
-        checkpoints.save(
-            7, jax.tree.map(jax.numpy.asarray, items), {"config": resolved, "data": "x", "train_seconds": 0.0}
-        )
+        items = jax.tree.map(jax.numpy.asarray, to_items(state))
+        checkpoints.save(7, items, {"config": resolved, "data": "x", "train_seconds": 0.0})
         checkpoints.close()
         return str(tmp_path / "run")
 
@@ -237,6 +247,121 @@ def test_a_diffusers_folder_is_for_the_papers_network(command, written, tmp_path
         ("mean", [], "has a second time: write a weights file"),
     ):
         one_error(command("convert", f"--weights={written[kind]}", "--num_heads=2", out, *flags), words)
+
+
+# Both b are exact in float32, in which optax corrects the bias. PyTorch does it in double.
+OPTIMIZER = dict(learning_rate=0.002, b1=0.875, b2=0.96875, eps=1e-7, weight_decay=0.125)
+
+
+def published_module(torch, args):
+    """An empty network that registers its parameters in the order of the published DiT and SiT."""
+    nn, d, p = torch.nn, args["hidden_size"], args["patch_size"]
+
+    def named(**modules):
+        module = nn.Module()
+        for name, child in modules.items():
+            module.add_module(name, child)
+        return module
+
+    def block():
+        return named(
+            attn=named(qkv=nn.Linear(d, 3 * d), proj=nn.Linear(d, d)),
+            mlp=named(fc1=nn.Linear(d, 4 * d), fc2=nn.Linear(4 * d, d)),
+            adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d)),
+        )
+
+    model = named(
+        x_embedder=named(proj=nn.Conv2d(args["in_channels"], d, p, p)),
+        t_embedder=named(mlp=nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))),
+        y_embedder=named(embedding_table=nn.Embedding(args["num_classes"] + 1, d)),
+    )
+    tokens = (args["input_size"] // p) ** 2
+    model.pos_embed = nn.Parameter(torch.zeros(1, tokens, d), requires_grad=False)
+    model.blocks = nn.ModuleList([block() for _ in range(args["depth"])])
+    model.final_layer = named(
+        linear=nn.Linear(d, p * p * 2 * args["in_channels"]),
+        adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+    )
+    return model
+
+
+@pytest.mark.slow
+def test_a_training_checkpoint_goes_on_in_pytorch(command, run, tmp_path):
+    """The published module and its AdamW load it, and their next update is ours, given the gradients."""
+    torch = pytest.importorskip("torch")
+    where = run("flow", SIT, **{f"optimizer.{name}": value for name, value in OPTIMIZER.items()})
+    out = f"{tmp_path}/0000007.pt"
+    done = command("convert", f"--workdir={where}", "--training", f"--out={out}")
+    assert done[0] == 0, done[2]
+    state = drawn_state(SIT, make_optimizer(**OPTIMIZER))
+    assert_same(dict(files.read(out, "raw")), published.to_published(state.params, SIT))
+    assert_same(dict(files.read(out, "ema")), published.to_published(state.ema, SIT))
+    data = torch.load(out, weights_only=False)
+    assert list(data) == ["model", "ema", "opt", "args"] and isinstance(data["args"], argparse.Namespace)
+    assert data["args"].path_type == "Linear" and data["args"].model is None
+
+    model, average = (published_module(torch, SIT) for _ in range(2))
+    model.load_state_dict(data["model"])
+    average.load_state_dict(data["ema"])
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+    keys = adamw.state_dict()["param_groups"][0].keys()
+    adamw.load_state_dict(data["opt"])
+    assert data["opt"]["param_groups"][0].keys() == keys and 0 not in data["opt"]["state"]
+    grads = published.from_published(drawn(SIT, seed=3), SIT)
+    grads["pos_embed"] = np.zeros_like(grads["pos_embed"])  # it is frozen
+    for (name, a), parameter in zip(published.to_published(grads, SIT).items(), model.parameters(), strict=True):
+        parameter.grad = torch.tensor(a) if name != "pos_embed" else None
+    adamw.step()
+    updates, opt_state = jax.jit(make_optimizer(**OPTIMIZER).update)(grads, state.opt_state, state.params)
+    ours = {
+        "exp_avg": optax.tree.get(opt_state, "mu"),
+        "exp_avg_sq": optax.tree.get(opt_state, "nu"),
+        "updated": jax.tree.map(np.add, state.params, updates),
+    }
+    ours = {key: published.to_published(tree, SIT) for key, tree in ours.items()}
+    for name, parameter in model.named_parameters():
+        theirs = {**adamw.state.get(parameter, {}), "updated": parameter}
+        assert theirs.pop("step", 8) == 8
+        for key, value in theirs.items():
+            value, size = value.detach().numpy(), np.abs(ours[key][name]).max()
+            assert_allclose(value, ours[key][name], rtol=1e-6, atol=1e-6 * size, err_msg=f"{key} {name}")
+        moved = np.abs(ours["updated"][name] - data["model"][name].numpy()).max()
+        assert moved > 1e-4 if name != "pos_embed" else moved == 0
+
+
+def test_the_command_line_is_that_of_the_published_code():
+    def line(objective, model, **changes):
+        config = configs.paper(model)
+        config.update_from_flattened_dict({"objective": objective, **changes})
+        resolved = layout.resolve_auto(configs.resolve(config), jax.devices())
+        args = configs.dit_args(resolved)
+        return vars(training_checkpoint.command_line(resolved, args, configs.objective_of(resolved)))
+
+    dit_line = line("ddpm", "DiT-XL/2", **{"vae.path": "stabilityai/sd-vae-ft-mse", "seed": 3, "data.path": "/cache"})
+    assert dit_line == dict(
+        data_path="", results_dir="results", model="DiT-XL/2", image_size=256, num_classes=1000, epochs=1400,
+        global_batch_size=256, global_seed=3, vae="mse", num_workers=4, log_every=100, ckpt_every=10_000,
+    )  # fmt: skip
+    of_sit = {"flow.path": "gvp", "flow.prediction": "score", "flow.weight": "likelihood", "model.input_size": 64}
+    assert line("flow", "DiT-B/4", **of_sit) == dit_line | dict(
+        model="SiT-B/4", image_size=512, global_seed=0, vae="ema", sample_every=50_000, cfg_scale=4.0, wandb=False,
+        ckpt=None, path_type="GVP", prediction="score", loss_weight="likelihood", sample_eps=1e-3, train_eps=1e-3,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="objective=meanflow: DiT's and SiT's train.py do not know it"):
+        line("meanflow", "DiT-B/4", **{"sample.sampler": "meanflow", "sample.cfg_scale": 1.0})
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--weights=x.npz", "--out=x.pt"], "--training: a weights file has no optimizer state: give a run"),
+        (["--workdir=x", "--out=x.npz"], "--training: writes a .pt file, and --out=x.npz is none"),
+        (["--workdir=x", "--out=x.pt", "--which=ema"], "--which=ema: --training writes the raw and the EMA weights"),
+    ],
+    ids=["weights", "npz", "which"],
+)
+def test_what_is_no_training_checkpoint_is_refused(command, flags, words):
+    one_error(command("convert", "--training", *flags), words)
 
 
 def start(weights, args, mesh=ONE, seed=0):

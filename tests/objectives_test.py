@@ -2,13 +2,14 @@
 
 import json
 import signal
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from api_test import compilations  # noqa: F401  a fixture
-from conftest import TINY, losses, one_error
+from conftest import TINY, TOY, losses, one_error, records
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from train_test import tiny, wait_for
@@ -111,12 +112,37 @@ def test_killed_and_resumed_the_run_ends_with_the_same_bits(command, objective, 
 
 
 @pytest.mark.slow
-def test_measured_while_it_trains(command, picture_folders, tmp_path):
-    """config.eval and the closing measurement, with the samplers of flow matching."""
-    flags = [*TINY, *OBJECTIVES["flow"], "--config.steps=4", "--config.judge.samples=20", f"--workdir={tmp_path}/run"]
-    status, out, err = command("train", *flags, "--config.sample.every=2")
+def test_measured_while_it_trains(command, tmp_path):
+    """config.eval gives the numbers that `evaluate` gives of the checkpoint, with a sampler of flow matching; and the
+    closing measurement, and the training checkpoint in PyTorch's form. FID is by a small network."""
+    pictures = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+    np.savez(reference := tmp_path / "reference.npz", arr_0=pictures)
+    measured = ["--config.eval.every=2", "--config.eval.num=12", "--config.eval.batch_size=5"]
+    measured += [f"--config.eval.reference={reference}", "--config.eval.inception=toy", "--config.judge.samples=20"]
+    flags = [*TINY, *OBJECTIVES["flow"], *measured, "--config.steps=4", "--config.sample.every=2"]
+    status, out, err = command("train", *flags, f"--workdir={tmp_path}/run", code=TOY)
     assert status == 0 and "recognises" in out, err
     assert (tmp_path / "run/samples/00000004.png").exists() and (tmp_path / "run/report.json").exists()
+    found = {r["step"]: r for r in records(tmp_path / "run") if "loss" not in r}
+    assert sorted(found) == [2, 4] and found[2]["fid_12"] != found[4]["fid_12"]
+
+    flags = ["--num=12", "--classes=balanced", "--sampler=heun", "--steps=4", "--cfg_scale=1", "--batch_size=5"]
+    flags += [
+        f"--reference={reference}",
+        "--inception=toy",
+        "--features_batch_size=12",
+        f"--out={tmp_path}/report.json",
+    ]
+    done = command("evaluate", f"--workdir={tmp_path}/run", *flags, code=TOY)
+    assert done[0] == 0, done[2]
+    for name, value in json.loads((tmp_path / "report.json").read_text())["metrics"].items():
+        assert_allclose(found[4][f"{name}_12"], value, rtol=1e-5, err_msg=name)
+    if find_spec("torch"):
+        for out, *flags in (("training.pt", "--training"), ("ema.npz",)):
+            done = command("convert", f"--workdir={tmp_path}/run", f"--out={tmp_path}/{out}", *flags)
+            assert done[0] == 0, done[2]
+        one, two = (dict(files.read(f"{tmp_path}/{name}")) for name in ("training.pt", "ema.npz"))
+        assert one.keys() == two.keys() and all(a.tobytes() == two[name].tobytes() for name, a in one.items())
 
 
 @pytest.mark.parametrize(

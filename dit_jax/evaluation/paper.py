@@ -51,25 +51,31 @@ WEIGHTS = {size: f"DiT-XL-2-{size}x{size}.pt" for size in (256, 512)}
 CONFIG = {256: "xl2", 512: "xl2_512"}  # of the published weights
 
 
-# Later papers on the paper's networks, 256 px: {paper: [(config, steps, flags of the samples, FID-50K)]}. SiT's table 1
-# (sampled with its SDE), MeanFlow's tables 1 and 2.
+# Later papers on the paper's networks, 256 px: {paper: (decoder, [(config, steps, flags of the samples,
+# FID-50K)])}. From SiT's tables 1 and 7 (sampled with its SDE), and MeanFlow's tables 1 and 2.
 SIT_SDE = "--sampler=sde_euler --steps=250"
 LATER = {
-    "SiT, flow matching (arXiv 2401.08740)": [
-        ("sit.py:S/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 57.6),
-        ("sit.py:B/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 33.0),
-        ("sit.py:L/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 18.8),
-        ("sit.py:XL/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 17.2),
-        ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1", 8.3),
-        ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1.5", 2.06),
-    ],
-    "MeanFlow, one and two steps (arXiv 2505.13447)": [
-        ("meanflow.py:B/4", 400_000, "--cfg_scale=1", 61.06),
-        ("meanflow.py:B/2", 1_200_000, "--cfg_scale=1", 6.17),
-        ("meanflow.py:L/2", 1_200_000, "--cfg_scale=1", 3.84),
-        ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1", 3.43),
-        ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1 --steps=2", 2.93),
-    ],
+    "SiT, flow matching (arXiv 2401.08740)": (
+        EMA,
+        [
+            ("sit.py:S/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 57.6),
+            ("sit.py:B/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 33.0),
+            ("sit.py:L/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 18.8),
+            ("sit.py:XL/2", 400_000, f"{SIT_SDE} --cfg_scale=1", 17.2),
+            ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1", 8.3),
+            ("sit_xl2.py", 7_000_000, f"{SIT_SDE} --cfg_scale=1.5", 2.06),
+        ],
+    ),
+    "MeanFlow, one and two steps (arXiv 2505.13447)": (
+        MSE,
+        [
+            ("meanflow.py:B/4", 400_000, "--cfg_scale=1", 61.06),
+            ("meanflow.py:B/2", 1_200_000, "--cfg_scale=1", 6.17),
+            ("meanflow.py:L/2", 1_200_000, "--cfg_scale=1", 3.84),
+            ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1", 3.43),
+            ("meanflow.py:XL/2", 1_200_000, "--cfg_scale=1 --steps=2", 2.93),
+        ],
+    ),
 }
 
 

@@ -158,7 +158,7 @@ def write(path: str, arrays: dict[str, Any]) -> None:
 
     Raises UserError, OSError.
     """
-    torch = _import_torch(path) if path.endswith(".pt") else None
+    torch = import_torch(path) if path.endswith(".pt") else None
     with writing(path) as f:
         if torch:
             torch.save(OrderedDict((name, torch.tensor(a)) for name, a in arrays.items()), f)
@@ -168,7 +168,7 @@ def write(path: str, arrays: dict[str, Any]) -> None:
             np.savez(f, **arrays)
 
 
-def _import_torch(path: str) -> types.ModuleType:
+def import_torch(path: str) -> types.ModuleType:
     """The module torch. Raises UserError naming the file that needs it."""
     try:
         import torch
@@ -179,7 +179,7 @@ def _import_torch(path: str) -> types.ModuleType:
 
 def _read_old_torch(path: str) -> dict[str, np.ndarray]:
     """The arrays of a file that PyTorch wrote before 1.6. Needs PyTorch."""
-    torch = _import_torch(path)
+    torch = import_torch(path)
     with warnings.catch_warnings(action="ignore"):
         data = torch.load(path, map_location="cpu", weights_only=True)
     data = data.get("state_dict", data) if isinstance(data, dict) else data
