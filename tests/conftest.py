@@ -89,9 +89,9 @@ features.load_inception = toy
 """
 
 
-def start(name, *flags, devices=1, code="", argv=(), **env):
+def start(name, *flags, devices=1, code="", argv=(), cwd=ROOT, **env):
     """python -m dit_jax.name *flags, started. devices: how many fake ones. code: what is run before it, with argv in front
-    of the flags, which it is to take away."""
+    of the flags, which it is to take away. cwd: a folder with the package."""
     env = (
         os.environ
         | env
@@ -101,7 +101,7 @@ def start(name, *flags, devices=1, code="", argv=(), **env):
         }
     )
     run = f"import runpy\n{code}\nrunpy.run_module('dit_jax.{name}', run_name='__main__', alter_sys=True)"
-    return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(ROOT), env)
+    return forked.Forked(run, [str(flag) for flag in (*argv, *flags)], str(cwd), env)
 
 
 @pytest.fixture(scope="session")

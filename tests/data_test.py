@@ -308,8 +308,8 @@ def test_sharding_rules():
 
 
 @pytest.mark.slow
-def test_the_path_of_the_readme_from_photographs_to_decoded_samples(command, tmp_path):
-    """README's commands, made short: example, encode, train, resume, sample."""
+def test_the_path_of_the_docs_from_photographs_to_decoded_samples(command, tmp_path):
+    """The commands of docs/own_pictures.md, made short: example, encode, train, resume, sample."""
 
     def run(name, *flags):
         status, out, err = command(name, *flags)

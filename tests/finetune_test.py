@@ -4,6 +4,7 @@ import hashlib
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, losses, nhwc
@@ -149,6 +150,28 @@ def test_of_an_unconditional_model_labels_do_not_matter():
     jax.tree.map(assert_array_equal, zeros, other)
     tables = [p["y_embedder"]["embedding"] for p in (zeros[0].params, params)]
     assert np.isfinite(zeros[1]["loss"]) and (tables[0] != tables[1]).all()
+
+
+def test_labels_are_dropped_at_the_rate_given():
+    """They become the null class (paper section 3.1, classifier-free guidance), other ones at each step."""
+
+    class Seen(DDPM):
+        def losses(self, network, x, y, drawn):
+            null = y == 10
+            kept = jnp.where(null, 0, jnp.abs(y - jnp.arange(len(y)) % 10))
+            return dict(loss=jnp.zeros(len(y)), null=null, place=null * jnp.arange(len(y)), changed=kept)
+
+    graphdef, params = dit.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))  # any network: these losses do not call it
+    optimizer, batch = make_optimizer(1e-4), {"x": np.zeros((4000, 1, 1, 1), np.float32), "y": np.arange(4000) % 10}
+    step = jax.jit(
+        make_train_step(graphdef, Seen(), optimizer, seed=0, ema_decay=0.99, label_dropout=0.1, num_classes=10)
+    )
+    state = TrainState(jnp.int32(0), params, params, optimizer.init(params))
+    state, first = step(state, batch)
+    _, second = step(state, batch)
+    for seen in (first, second):
+        assert 0.085 < seen["null"] < 0.115 and seen["changed"] == 0
+    assert first["place"] != second["place"]
 
 
 @pytest.mark.parametrize(

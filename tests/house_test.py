@@ -93,12 +93,12 @@ def test_functions_fit_on_a_screen_or_two():
     assert len(long) <= 4, "\n".join(long)  # a line for each argument and field is no length
 
 
-def test_the_readme_names_what_is_there():
-    layout = (ROOT / "README.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
+def test_the_layout_names_what_is_there():
+    layout = (ROOT / "docs/contributing.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
     for wing in PACKAGE.iterdir():
         if (wing / "__init__.py").exists():
             assert f"{wing.name}/" in layout, wing
-    there = {path.name for path in PACKAGE.rglob("*.py")}
+    there = {path.name for path in (*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.py"))}
     for name in re.findall(r"\b([a-z_]+\.py)\b", layout):
         assert name in there, name
     for path in PACKAGE.rglob("*.py"):

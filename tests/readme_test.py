@@ -1,4 +1,4 @@
-"""What the README shows, done."""
+"""What the README shows, done. tests/docs_test.py has the other pages."""
 
 import json
 import os
@@ -18,11 +18,28 @@ def test_python_example(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], scope)
-    assert scope["images"].shape == (16, 8, 8, 3) and scope["images"].std() > 0
+    assert scope["images"].shape == (4, 8, 8, 3) and scope["images"].std() > 0
+    assert (tmp_path / "three.png").stat().st_size > 500
+
+
+def test_it_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 150
+
+
+def test_numbers_are_those_of_the_table():
+    """What XL/2 needs, as in the table of docs/preflight.md."""
+    table = (ROOT / "docs/preflight.md").read_text()
+    for name in ("v3-8", "v5e-16", "v3-256"):
+        row = re.search(rf"^\| {name}\b[^|]*\|(.*)\|$", README, re.M)[1]
+        memory, time, images = (cell.strip().split()[0] for cell in row.split("|"))
+        cells = re.search(rf"^\| {name} \| DiT-XL/2 \|(.*)\|$", table, re.M)[1].split("|")
+        bounds = [float(bound) for bound in cells[4].split(",")]
+        assert cells[2].split()[0] == memory and cells[5].strip() == images and max(bounds) == float(time)
 
 
 def test_every_config_is_named():
-    table = README[README.index("| config |") : README.index("The recipe is")]
+    text = (ROOT / "docs/training.md").read_text()
+    table = text[text.index("| config |") : text.index("## The recipe")]
     named = set(re.findall(r"[a-z][a-z0-9_]+", " ".join(re.findall(r"`([^`]+)`", table))))
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} <= named
 

@@ -14,7 +14,7 @@ from benchmarks.machine import machine
 from benchmarks.miniature import run
 from benchmarks.miniature.decisions import JUDGES
 from benchmarks.samplers import page, verdicts
-from benchmarks.samplers.plan import Plan, counts
+from benchmarks.samplers.plan import SAMPLERS, Plan, counts
 from benchmarks.samplers.results import Setting, by_setting, distance
 from dit_jax.diffusion import catalog
 from dit_jax.diffusion.objectives import DDPM, Flow, MeanFlow
@@ -161,13 +161,14 @@ def test_evaluations_that_a_sampler_can_make():
     assert counts("sde_euler", Flow(), (1, 2)) == [2]
 
 
-def test_the_plan_has_equal_compute_and_every_sampler():
+def test_the_plan_has_equal_compute_and_every_sampler_of_the_study():
     plan = Plan("out")
     passes = {name: steps * n for (name, steps), n in zip(plan.steps.items(), (3, 3, 6))}
     assert list(passes) == ["ddpm", "flow", "meanflow"] and len(set(passes.values())) == 1
     for objective in (DDPM(), Flow(), MeanFlow()):
-        assert list(plan.settings[objective.name]) == catalog.fitting(objective)
-    assert {s for of in plan.settings.values() for s in of} == set(catalog.SAMPLERS) == set(page.STYLES)
+        assert list(plan.settings[objective.name]) == [s for s in catalog.fitting(objective) if s in SAMPLERS]
+    assert {s for of in plan.settings.values() for s in of} == set(SAMPLERS) == set(page.STYLES)
+    assert {*SAMPLERS} >= {"ddpm", "unipc", "sde_heun", "meanflow"} and set(SAMPLERS) <= set(catalog.SAMPLERS)
     assert len(plan.seeds) >= 3 and {t.about["seed"] for t in plan.tasks.values() if t.about} == set(plan.seeds)
     scales = {t.about["objective"]: t.argv[4] for t in plan.tasks.values() if t.about}
     assert scales["ddpm"] == scales["flow"] and scales["meanflow"] == "--cfg_scale=1.0"

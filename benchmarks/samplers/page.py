@@ -8,9 +8,9 @@ from benchmarks.markdown import bullets, table
 from benchmarks.miniature import plots
 from benchmarks.miniature.decisions import JUDGES
 from benchmarks.samplers import verdicts
+from benchmarks.samplers.plan import SAMPLERS
 from benchmarks.samplers.results import Setting, by_setting, distance
 from benchmarks.samplers.verdicts import TITLES
-from dit_jax.diffusion.catalog import SAMPLERS
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import duration
 
