@@ -29,7 +29,7 @@ def test_the_gradient_in_parts_is_the_whole_batchs_and_no_example_travels():
 
     error = np.einsum("bij,ij->b", x.astype(np.float64), w) - y
     for parts in (1, 2, 3, 6):
-        grads, metrics = jax.jit(lambda w, e: gradient(loss_fn, w, e, parts, mesh))(jnp.asarray(w), examples)
+        grads, metrics = jax.jit(lambda w, e: gradient(loss_fn, w, e, parts=parts, mesh=mesh))(jnp.asarray(w), examples)
         assert_allclose(grads, np.einsum("b,bij->ij", 2 * error, x) / 24, rtol=1e-5)
         assert_allclose(metrics["loss"], np.square(error).mean(), rtol=1e-6)
     split = jax.jit(lambda x: sharding.split_parts(x, 3, mesh))

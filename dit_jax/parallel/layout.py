@@ -33,7 +33,8 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str, parts:
     if config.get("optimizer", {}).get("name") == "muon":
         copies -= 1  # kernels have one moment
     if parts > 1:
-        copies += 2  # the sum of the gradients, and those of a part
+        # The sum of the gradients; of looped blocks also those of a part (training/accumulate.py).
+        copies += 2 if model["scan"] else 1
     state = 4 * copies * 18 * model["depth"] * model["hidden_size"] ** 2 / (mesh["fsdp"] * mesh["tensor"])
     return state + _activations(config, remat, parts) / num_devices
 
@@ -143,10 +144,10 @@ def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
         mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
-    config["accumulate"], model["remat"] = _parts_and_remat(config, devices)
     if model["scan"] is None:
         # Unrolled, a TPU's program takes less memory and moves fewer bytes. Elsewhere it only compiles longer.
         model["scan"] = not chip
+    config["accumulate"], model["remat"] = _parts_and_remat(config, devices)
     return config
 
 

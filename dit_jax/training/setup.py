@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.images import is_picture
 from dit_jax.runtime.progress import say
 from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler
-from dit_jax.training import initialize
+from dit_jax.training import accumulate, initialize
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.step import TrainState, from_items, init_state, make_train_step, to_items
 from dit_jax.vae import files as vae_files
@@ -48,8 +49,9 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
         label_dropout=config["diffusion"]["label_dropout"],
         num_classes=args["num_classes"],
         clip=config["optimizer"]["clip"],
-        accumulate=config["accumulate"],
-        mesh=mesh,
+        gradient=partial(
+            accumulate.gradient, parts=config["accumulate"], mesh=mesh, unrolled=not config["model"]["scan"]
+        ),
     )
 
     def init(key):

@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 
 from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
-from dit_jax.training.accumulate import Scalars, gradient
+from dit_jax.training import accumulate
+from dit_jax.training.accumulate import LossFn, Scalars
 from dit_jax.training.averages import track
 
 Batch = dict[str, jax.Array]  # x (B, H, W, C) float32, y (B,) int32
@@ -103,14 +104,13 @@ def make_train_step(
     label_dropout: float,
     num_classes: int,
     clip: float = 0.0,
-    accumulate: int = 1,
-    mesh: jax.sharding.Mesh | None = None,
+    gradient: Callable[[LossFn, Any, Any], tuple[Any, Scalars]] = accumulate.gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """Returns step(state, batch) -> (state, metrics).
 
     Timesteps, noise and label drops are drawn for the global batch from (seed, step), so they do not depend on the
     devices. num_classes: 0 is unconditional; the labels are ignored and all are the null class, 0. clip: of update.
-    accumulate, mesh: the parts and the mesh of training.accumulate.gradient.
+    gradient: training.accumulate.gradient, with its options.
     """
 
     def step(state, batch):
@@ -133,7 +133,7 @@ def make_train_step(
             means = jax.tree.map(jnp.mean, losses)
             return means["loss"], means
 
-        grads, metrics = gradient(loss_fn, state.params, (x, y, of_each), accumulate, mesh)
+        grads, metrics = gradient(loss_fn, state.params, (x, y, of_each))
         return update(state, grads, metrics, optimizer, ema_decay, clip)
 
     return step
