@@ -118,7 +118,7 @@ def estimate_run(config: dict[str, Any], topology: str, what: str = "train") -> 
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        needed = _bytes_needed(str(e), shapes)
+        needed = _bytes_needed(str(e))
         report |= {
             "fits": False,
             "hbm_peak_bytes": needed and int(needed),
@@ -161,19 +161,13 @@ def _describe(config, topology, mesh, chip, what):
     }
 
 
-def _bytes_needed(error, shapes):
-    """Returns the bytes per device that the compiler's error names, or None."""
-    if total := re.search(r"Used ([\d.]+)([KMGT]?) of", error):
-        return _parse_bytes(*total.groups())
-    if temporary := re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", error):
-        arguments = jax.tree.leaves(shapes)
-        held = sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in arguments)
-        return _parse_bytes(*temporary.groups()) + held
-    return None
+def _bytes_needed(error):
+    """Returns the bytes per device that the compiler's error names, or None.
 
-
-def _parse_bytes(number, unit):
-    return float(number) * 1024 ** " KMGT".index(unit or " ")
+    It calls them temporaries, but the arguments are among them: they are the peak of the same program where it fits.
+    """
+    total = re.search(r"Used ([\d.]+)([KMGT]?) of", error) or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", error)
+    return total and float(total[1]) * 1024 ** " KMGT".index(total[2] or " ")
 
 
 def _chip_numbers(mesh):

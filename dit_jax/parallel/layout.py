@@ -33,8 +33,9 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str, parts:
     if config.get("optimizer", {}).get("name") == "muon":
         copies -= 1  # kernels have one moment
     if parts > 1:
-        # The sum of the gradients; of looped blocks also those of a part (training/accumulate.py).
-        copies += 2 if model["scan"] else 1
+        # The sum of the gradients. Of looped blocks also the gradients of a part; of unrolled ones the bfloat16 kernels
+        # of the forward pass, some of which XLA makes again (training/accumulate.py).
+        copies += 2 if model["scan"] else 1.25
     state = 4 * copies * 18 * model["depth"] * model["hidden_size"] ** 2 / (mesh["fsdp"] * mesh["tensor"])
     return state + _activations(config, remat, parts) / num_devices
 
