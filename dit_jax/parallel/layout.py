@@ -17,6 +17,9 @@ from dit_jax.runtime.errors import UserError
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
 # Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
 KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+# A device with whole weights has no collective that hurries the gradients of unrolled kernels. XLA makes them late and
+# keeps what they are made of: bytes for each token, channel and block, (in one pass, in parts). From the same reports.
+LATE_BYTES = (32, 10)
 # The activations that a part of a batch may have on CPU, at most: larger parts take more memory and no less time.
 PART_BYTES = GIB
 FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
@@ -33,24 +36,24 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str, parts:
     if config.get("optimizer", {}).get("name") == "muon":
         copies -= 1  # kernels have one moment
     if parts > 1:
-        # The sum of the gradients. Of looped blocks also the gradients of a part; of unrolled ones the bfloat16 kernels
-        # of the forward pass, some of which XLA makes again (training/accumulate.py).
-        copies += 2 if model["scan"] else 1.25
+        copies += 2 if model["scan"] else 1  # the sum of the gradients, and those of a part (training/accumulate.py)
     state = 4 * copies * 18 * model["depth"] * model["hidden_size"] ** 2 / (mesh["fsdp"] * mesh["tensor"])
-    return state + _activations(config, remat, parts) / num_devices
+    alone = mesh["fsdp"] * mesh["tensor"] == 1 and not model["scan"]
+    return state + _activations(config, remat, parts, LATE_BYTES[parts > 1] if alone else 0) / num_devices
 
 
-def _activations(config, remat, parts):
-    """Bytes of the activations of a part of a batch, over all devices."""
+def _activations(config, remat, parts, least=0):
+    """Bytes of the activations of a part of a batch, over all devices. least: kept of each block, as in KEPT_BYTES."""
     model = config["model"]
     tokens = (model["input_size"] // model["patch_size"]) ** 2
     examples = config["batch_size"] / parts * (2 if model["dtype"] == "float32" else 1)
-    return examples * tokens * _token_bytes(model, tokens, model["depth"], remat)
+    return examples * tokens * _token_bytes(model, tokens, model["depth"], remat, least)
 
 
-def _token_bytes(model, tokens, depth, remat):
+def _token_bytes(model, tokens, depth, remat, least=0):
     """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
     per_channel, per_weight = KEPT_BYTES[remat]
+    per_channel = max(per_channel, least)
     return (per_channel * depth + 60) * model["hidden_size"] + (per_weight * depth + 8) * model["num_heads"] * tokens
 
 

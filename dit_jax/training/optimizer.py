@@ -59,7 +59,7 @@ def rate_at(step: Int[Array, ""], learning_rate: float, warmup: int, schedule: s
     It rises linearly over the first `warmup` updates, the last of which has all of it. Then it stays, or with
     schedule="cosine" falls as half a cosine, to 0 behind the last of `steps`.
     """
-    rate = learning_rate * (jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0)
+    rate = learning_rate * jnp.minimum(1.0, (step + 1) / max(1, warmup))
     if schedule == "constant":
         return rate
     share = jnp.clip((step - warmup) / (steps - warmup), 0.0, 1.0)
@@ -67,8 +67,8 @@ def rate_at(step: Int[Array, ""], learning_rate: float, warmup: int, schedule: s
 
 
 def _scale_by_rate(rate: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, *, step, **_):
-        return jax.tree.map(lambda u: -rate(step) * u, updates), state
+    def update(updates, state, params=None, **arguments):
+        return jax.tree.map(lambda u: -rate(arguments["step"]) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
