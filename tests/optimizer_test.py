@@ -125,20 +125,22 @@ def test_muons_first_step_is_pytorchs():
 def test_muon_resumes_to_the_bit_and_on_another_mesh(tmp_path):
     recipe = {"optimizer.name": "muon", "optimizer.clip": 0.5, "optimizer.warmup": 2, "optimizer.schedule": "cosine"}
     config, source, saved = tiny(**recipe, accumulate=2, steps=9), sources.digits()[0], Checkpoints(str(tmp_path))
-    losses = {}
+    meta, losses = {"config": config, "data": "digits", "train_seconds": 0.0}, {}
+    programs = {}
     for name, devices, sizes in (("whole", 1, {}), ("resumed", 1, {}), ("elsewhere", 4, dict(fsdp=2, tensor=2))):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices], **sizes)
-        init, step, target = setup.make_programs(config, mesh)
+        init, step, target = programs[devices] = programs.get(devices) or setup.make_programs(config, mesh)
         restored = saved.restore_latest(to_items(target), lambda meta: None)
         state = from_items(restored[0]) if restored else init(jax.random.key(0))
-        for s in range(int(state.step), 8):
+        assert state.step == (4 if restored else 0) and bool(restored) == (name != "whole")
+        for s in range(int(state.step), 6):
             batch = pipeline.global_batch(
                 source, s, seed=0, flip=False, batch_size=8, sharding=sharding.batch_sharding(mesh)
             )
             state, metrics = step(state, batch)
             losses[name] = [float(metrics[key]) for key in ("loss", "grad_norm", "param_norm")]
             if not restored and s == 3:
-                saved.save(4, to_items(state), {})
+                saved.save(4, to_items(state), meta)
                 saved.wait()
     assert losses["resumed"] == losses["whole"]
     assert_allclose(losses["elsewhere"], losses["whole"], rtol=1e-4)
