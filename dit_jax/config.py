@@ -27,6 +27,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.seed = 0  # of the initial weights, the data order, timesteps, noise and label drops
     c.steps = 400_000
     c.batch_size = 256  # global, over all devices and hosts
+    c.accumulate = placeholder(int)  # parts of a batch that share a step, one after another; unset: layout.py decides
     c.objective = "ddpm"  # the paper's; or "flow" (SiT), "meanflow": see dit_jax/diffusion/objectives.py
 
     c.model = ConfigDict()
@@ -76,8 +77,12 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.meanflow.norm_p = 1.0  # power of the adaptive weight
     c.meanflow.norm_eps = 0.01
 
-    c.optimizer = ConfigDict()  # AdamW
-    c.optimizer.learning_rate = 1e-4  # constant, without warmup
+    c.optimizer = ConfigDict()  # dit_jax/training/optimizer.py
+    c.optimizer.name = "adamw"  # or "muon": Muon for the kernels of the blocks, AdamW for the rest
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.warmup = 0  # steps over which the rate rises linearly
+    c.optimizer.schedule = "constant"  # or "cosine": the rate falls from the end of warmup to 0 at config.steps
+    c.optimizer.clip = 0.0  # the largest norm of the gradient of all parameters; a longer one is scaled to it; 0: none
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
@@ -155,7 +160,7 @@ FIXED = (
     "data.flip",
 )
 # Likewise: fields and sections that older checkpoints lack. There they had their default.
-FIXED_SINCE = ("objective", "model.learn_sigma", "diffusion.min_snr", "flow", "meanflow", "average")
+FIXED_SINCE = ("objective", "model.learn_sigma", "diffusion.min_snr", "flow", "meanflow", "average", "optimizer.name")
 
 
 def is_fixed(field: str, old: Any, new: Any) -> bool:
@@ -192,6 +197,8 @@ NOT_NEGATIVE = (
     "eval.every",
     "average.every",
     "optimizer.weight_decay",
+    "optimizer.warmup",
+    "optimizer.clip",
     "data.max_skipped",
 )
 
@@ -319,7 +326,10 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
     return [
         (AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
+        (("accumulate",), lambda v: v is None or v >= 1, "at least 1, or unset"),
         (("optimizer.learning_rate", "optimizer.eps"), lambda v: 0 < v < math.inf, "positive"),
+        (("optimizer.name",), one_of("adamw", "muon"), "adamw or muon"),
+        (("optimizer.schedule",), one_of("constant", "cosine"), "constant or cosine"),
         (floats, lambda v: abs(v) < 3.4e38, "a number of float32"),
         (("seed",), lambda v: v < 2**32, "below 2**32"),
         (("judge.samples",), lambda v: v == 0 or v >= 2, "0, or at least 2"),
@@ -368,6 +378,11 @@ def _check_combinations(config):
     for divisor, size in (("patch_size", "input_size"), ("num_heads", "hidden_size")):
         if model[size] % model[divisor]:
             raise UserError(f"model.{divisor}={model[divisor]} does not divide model.{size}={model[size]}")
+    optimizer = config["optimizer"]
+    if optimizer["schedule"] == "cosine" and optimizer["warmup"] >= config["steps"]:
+        raise UserError(
+            f"optimizer.warmup={optimizer['warmup']}: must be less than steps={config['steps']}, where the cosine ends"
+        )
     average = config["average"]
     if average["every"] and average["narrow"] >= average["wide"]:
         raise UserError(f"average.narrow={average['narrow']}: must be less than average.wide={average['wide']}")

@@ -27,7 +27,9 @@ from dit_jax.diffusion.guidance import guide
 from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.runtime import files
 from dit_jax.runtime.process import MALLOC
-from dit_jax.training.step import TrainState, make_optimizer, update
+from dit_jax.training.accumulate import gradient
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.step import TrainState, update
 from dit_jax.weights import published
 
 ARGS = dict(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5)
@@ -147,13 +149,13 @@ def test_pytorch_trains_the_same(both):
         x, noise = rng.standard_normal((2, 4, 8, 8, 4), np.float32)
         t, y = np.array([0, 1, 500, 999]), np.array([0, 2, 4, 5])
 
-        def loss_fn(params):
+        def loss_fn(params, _):
             model = nnx.merge(graphdef, params)
             losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, y), x, t, noise)
             return losses["loss"].mean(), losses
 
         losses = trainer.diffusion.losses(trainer.model, *(torch.tensor(a) for a in (nchw(x), t, nchw(noise), y)))
-        state, of_jax = jax.jit(lambda s: update(s, loss_fn, optimizer, 0.9))(state)
+        state, of_jax = jax.jit(lambda s: update(s, *gradient(loss_fn, s.params, ()), optimizer, 0.9))(state)
         assert_allclose(of_jax["loss"], losses.detach(), rtol=2e-4)
         value = trainer.update(*(torch.tensor(a) for a in (nchw(x), t, nchw(noise), y)))["value"]
         assert_allclose(value, of_jax["loss"].mean(), rtol=2e-4)

@@ -21,7 +21,8 @@ from dit_jax.runtime.errors import UserError
 from dit_jax.sampling.generator import Generator, Settings
 from dit_jax.sampling.model import choose_labels
 from dit_jax.training import initialize
-from dit_jax.training.step import TrainState, make_optimizer, make_train_step
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.step import TrainState, make_train_step
 from dit_jax.weights import files as weight_files, published
 from dit_jax.weights.checkpoint import Checkpoints
 

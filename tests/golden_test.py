@@ -18,7 +18,9 @@ from dit_jax.diffusion.guidance import guide
 from dit_jax.diffusion.objectives import DDPM
 from dit_jax.diffusion.process import linear_schedule, respace
 from dit_jax.models.dit import position_embedding
-from dit_jax.training.step import TrainState, make_optimizer, update
+from dit_jax.training.accumulate import gradient
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.step import TrainState, update
 from dit_jax.weights import published
 
 FULL = linear_schedule(1000)
@@ -108,12 +110,12 @@ def test_three_optimizer_steps_with_ema(golden, network):
 
     @jax.jit
     def step(state, x0, t, y, noise):
-        def loss_fn(params):
+        def loss_fn(params, _):
             model = nnx.merge(graphdef, params)
             losses = ddpm.training_losses(FULL, lambda x, t: model(x, t, y), x0, t, noise)
             return losses["loss"].mean(), dict(loss=losses["loss"].mean())
 
-        return update(state, loss_fn, optimizer, settings["ema_decay"])
+        return update(state, *gradient(loss_fn, state.params, ()), optimizer, settings["ema_decay"])
 
     for i in range(len(z["t"])):
         state, metrics = step(state, nhwc(z["x0"][i]), z["t"][i], z["y"][i], nhwc(z["noise"][i]))

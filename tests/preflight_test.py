@@ -145,6 +145,30 @@ def test_the_train_step_costs_what_the_model_costs():
 
 
 @pytest.mark.slow
+def test_the_parts_of_a_batch_are_counted_and_take_less_memory():
+    changes = {"model.scan": False, "model.depth": 2, "batch_size": 512}
+    whole, parts = (estimate.estimate_run(tiny_config(accumulate=n, **changes), "v5e-1") for n in (1, 8))
+    for r in (whole, parts):
+        assert 0.99 < r["matrix_flops_per_device"] / r["model_flops_per_device"] < 1.05
+    assert parts["hbm_peak_bytes"] < 0.5 * whole["hbm_peak_bytes"]
+    assert whole["bytes_per_device"] < parts["bytes_per_device"] < 2 * whole["bytes_per_device"]
+
+
+def test_one_chip_takes_the_batch_in_parts_and_the_advice_names_them():
+    devices = slices.find_devices("v5e-1")
+    config = configs.resolve(configs.paper("DiT-XL/2"))
+    resolved = layout.resolve_auto(config, devices)
+    assert resolved["accumulate"] == 16 and resolved["model"]["remat"] == "full"
+    whole = layout.resolve_auto(config | {"accumulate": 1, "model": config["model"] | {"remat": "none"}}, devices)
+    assert whole["accumulate"] == 1 and whole["model"]["remat"] == "none"
+    advice = estimate._advice(whole, 1, CHIPS["TPU v5e"].hbm, None)
+    assert advice == ["--config.accumulate=16 --config.model.remat=full"]
+    for name in ("DiT-S/2", "DiT-B/2"):  # what fits as a whole stays whole
+        c = configs.resolve(configs.paper(name))
+        assert layout.resolve_auto(c, slices.find_devices("v3-8"))["accumulate"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v6e-8"])
 def test_every_generation(topology):
     """Their programs are written differently."""
@@ -253,7 +277,8 @@ def test_more_bad_input(command):
 def test_what_does_not_fit_is_refused_and_the_advice_fits(command, tmp_path):
     """XL/2 with nothing recomputed and looped blocks, on one v3 board. The second figure is the compiler's own."""
     out = tmp_path / "report.json"
-    flags = ["--config=configs/xl2.py", "--topology=v3-8", "--config.model.scan=True", f"--out={out}"]
+    flags = ["--config=configs/xl2.py", "--topology=v3-8", "--config.model.scan=True", "--config.accumulate=1"]
+    flags.append(f"--out={out}")
     status, text, err = command("preflight", *flags, "--config.model.remat=none")
     report = json.loads(out.read_text())
     assert status == 1 and not err and "DOES NOT FIT" in text and report["fits"] is False

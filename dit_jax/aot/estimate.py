@@ -67,8 +67,8 @@ def _advice(config, n, capacity, needed):
     found = []
     model, mesh, batch = config["model"], config["mesh"], config["batch_size"]
 
-    def estimate(remat=model["remat"], batch_size=batch, **sizes):
-        return layout.training_memory(config | {"batch_size": batch_size, "mesh": mesh | sizes}, n, remat)
+    def estimate(remat=model["remat"], batch_size=batch, parts=config["accumulate"], **sizes):
+        return layout.training_memory(config | {"batch_size": batch_size, "mesh": mesh | sizes}, n, remat, parts)
 
     scale = max(1, (needed or 0) / estimate())
 
@@ -84,13 +84,15 @@ def _advice(config, n, capacity, needed):
         if fits(remat=remat):
             found.append(f"--config.model.remat={remat}")
             break
-    both = dict(remat="full", fsdp=fsdp)
-    smaller = batch
-    while smaller > n // mesh["tensor"] and not fits(batch_size=smaller, **both):
-        smaller //= 2
-    if not found and fits(batch_size=smaller, **both):
-        batch_flag = f" --config.batch_size={smaller}" if smaller < batch else ""
-        found.append(f"--config.model.remat=full {most_fsdp}{batch_flag}")
+    share = batch * mesh["tensor"] // n
+    for parts in (p for p in range(config["accumulate"] + 1, share + 1) if share % p == 0):
+        if remat := next((r for r in policies[policies.index(model["remat"]) :] if fits(parts=parts, remat=r)), None):
+            remat_flag = f" --config.model.remat={remat}" if remat != model["remat"] else ""
+            found.append(f"--config.accumulate={parts}{remat_flag}")
+            break
+    both = dict(remat="full", fsdp=fsdp, parts=share)
+    if not found and fits(**both):
+        found.append(f"--config.model.remat=full {most_fsdp} --config.accumulate={share}")
     return found or ["a larger slice: nothing that this command knows of is enough"]
 
 
@@ -103,11 +105,8 @@ def estimate_run(config: dict[str, Any], topology: str, what: str = "train") -> 
     chip = CHIPS[devices[0].device_kind]
     config = layout.resolve_auto(config, devices)
     mesh = sharding.make_mesh(**config["mesh"], devices=devices)
-    if config["batch_size"] % sharding.batch_shards(mesh) and what == "train":
-        raise UserError(
-            f"batch_size={config['batch_size']}: the mesh splits it {sharding.batch_shards(mesh)} ways, "
-            "which does not divide it"
-        )
+    if what == "train":
+        setup.check_batch(config, mesh)
     report = _describe(config, topology, mesh, chip, what)
     start = time.perf_counter()
     function, shapes, images = _program(config, mesh, what)
@@ -119,7 +118,7 @@ def estimate_run(config: dict[str, Any], topology: str, what: str = "train") -> 
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        needed = _bytes_needed(str(e), shapes)
+        needed = _bytes_needed(str(e))
         report |= {
             "fits": False,
             "hbm_peak_bytes": needed and int(needed),
@@ -149,6 +148,7 @@ def _describe(config, topology, mesh, chip, what):
         "mesh": dict(mesh.shape),
         "scan": model["scan"],
         "remat": model["remat"],
+        "accumulate": config["accumulate"] if what == "train" else 1,
         "dtype": model["dtype"],
         "hbm_capacity_bytes": int(chip.hbm),
         "versions": {"jax": jax.__version__, "libtpu": version("libtpu")},
@@ -161,19 +161,13 @@ def _describe(config, topology, mesh, chip, what):
     }
 
 
-def _bytes_needed(error, shapes):
-    """Returns the bytes per device that the compiler's error names, or None."""
-    if total := re.search(r"Used ([\d.]+)([KMGT]?) of", error):
-        return _parse_bytes(*total.groups())
-    if temporary := re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", error):
-        arguments = jax.tree.leaves(shapes)
-        held = sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in arguments)
-        return _parse_bytes(*temporary.groups()) + held
-    return None
+def _bytes_needed(error):
+    """Returns the bytes per device that the compiler's error names, or None.
 
-
-def _parse_bytes(number, unit):
-    return float(number) * 1024 ** " KMGT".index(unit or " ")
+    It calls them temporaries, but the arguments are among them: they are the peak of the same program where it fits.
+    """
+    total = re.search(r"Used ([\d.]+)([KMGT]?) of", error) or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", error)
+    return total and float(total[1]) * 1024 ** " KMGT".index(total[2] or " ")
 
 
 def _chip_numbers(mesh):
@@ -210,7 +204,7 @@ def _costs(compiled, config, mesh, chip, report):
     bound = bounds[bound_by]
     # XLA counts an unknown operation as -1 s, and the body of a loop once. The fraction is plausible only on v3.
     xla_seconds = None
-    if chip.name == "v3" and what == "train" and not report["scan"]:
+    if chip.name == "v3" and what == "train" and not report["scan"] and report["accumulate"] == 1:
         seconds = xla.get("optimal_seconds", 0.0)
         xla_seconds = seconds - np.floor(seconds)
     costs = {

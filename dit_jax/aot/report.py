@@ -18,6 +18,7 @@ def _gib(n):
 def text(r: dict[str, Any]) -> str:
     """Returns a report of estimate_run as it is printed."""
     blocks = f", {'scanned' if r['scan'] else 'unrolled'} blocks, remat {r['remat']}" if r["remat"] else ""
+    blocks += f", a batch in {r['accumulate']} parts" if r["accumulate"] > 1 else ""
     lines = [
         f"{r['model'] or 'DiT'}, {r['what']}, on {r['topology']}: {r['devices']} devices on {r['chips']} {r['chip']} "
         f"chips, mesh {r['mesh']}, {r['dtype']}{blocks}",
@@ -115,7 +116,8 @@ def _row(topology, model):
     config.update_from_flattened_dict({"model.input_size": 64 if model.endswith("-512") else 32})
     r = estimate_run(configs.resolve(config), topology)
     mesh = " x ".join(str(r["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
-    layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}"
+    parts = f", {r['accumulate']} parts" if r["accumulate"] > 1 else ""
+    layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}"
     if "bounds_s" not in r:
         return f"{layout} | does not fit | | | "
     bounds = ", ".join(f"{1e3 * s:.3g}" for s in r["bounds_s"].values())

@@ -1,4 +1,4 @@
-"""Decides for the devices what a config leaves open: mesh, compute dtype, remat, scan. Estimates the memory of a run.
+"""Decides for the devices what a config leaves open: mesh, dtype, remat, parts of a batch, scan. Estimates memory.
 
 The estimates count the parameters of a block in squares of its width: 12 in attention and MLP, 6 in adaLN-Zero.
 """
@@ -17,27 +17,43 @@ from dit_jax.runtime.errors import UserError
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
 # Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
 KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+# A device with whole weights has no collective that hurries the gradients of unrolled kernels. XLA makes them late and
+# keeps what they are made of: bytes for each token, channel and block, (in one pass, in parts). From the same reports.
+LATE_BYTES = (32, 10)
+# The activations that a part of a batch may have on CPU, at most: larger parts take more memory and no less time.
+PART_BYTES = GIB
 FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
 
 
-def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> float:
+def training_memory(config: dict[str, Any], num_devices: int, remat: str, parts: int) -> float:
     """Returns an estimate of the bytes that training takes on one device: the state, and the activations of its tokens.
 
-    config: resolved, with its mesh decided.
+    config: resolved, with its mesh decided. parts: of a batch.
     """
     model, mesh = config["model"], config["mesh"]
-    depth, width = model["depth"], model["hidden_size"]
-    tokens = (model["input_size"] // model["patch_size"]) ** 2
-    tokens_per_device = config["batch_size"] * tokens / num_devices
     # 4 bytes a parameter: float32 parameters, EMA, two moments, and the averages of config.average.
     copies = 4 + (2 if config.get("average", {}).get("every") else 0)
-    state = 4 * copies * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
-    return state + tokens_per_device * _token_bytes(model, tokens, depth, remat)
+    if config.get("optimizer", {}).get("name") == "muon":
+        copies -= 1  # kernels have one moment
+    if parts > 1:
+        copies += 2 if model["scan"] else 1  # the sum of the gradients, and those of a part (training/accumulate.py)
+    state = 4 * copies * 18 * model["depth"] * model["hidden_size"] ** 2 / (mesh["fsdp"] * mesh["tensor"])
+    alone = mesh["fsdp"] * mesh["tensor"] == 1 and not model["scan"]
+    return state + _activations(config, remat, parts, LATE_BYTES[parts > 1] if alone else 0) / num_devices
 
 
-def _token_bytes(model, tokens, depth, remat):
+def _activations(config, remat, parts, least=0):
+    """Bytes of the activations of a part of a batch, over all devices. least: kept of each block, as in KEPT_BYTES."""
+    model = config["model"]
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    examples = config["batch_size"] / parts * (2 if model["dtype"] == "float32" else 1)
+    return examples * tokens * _token_bytes(model, tokens, model["depth"], remat, least)
+
+
+def _token_bytes(model, tokens, depth, remat, least=0):
     """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
     per_channel, per_weight = KEPT_BYTES[remat]
+    per_channel = max(per_channel, least)
     return (per_channel * depth + 60) * model["hidden_size"] + (per_weight * depth + 8) * model["num_heads"] * tokens
 
 
@@ -45,14 +61,15 @@ def least_memory(
     model: dict[str, Any],
     training: int | None = None,
     remat: str = "full",
+    parts: int = 1,
     pictures: dict[str, int] | None = None,
     averages: int = 0,
 ) -> dict[str, int]:
     """Returns {setting: bytes}: the least memory that each setting takes, over all devices and on any mesh.
 
-    model: config.model, or the arguments of models.dit.DiT. training: the examples of a training step, or None. remat:
-    of the training step. pictures: {setting: images that go through the network at once in sampling}. averages: further
-    copies of the parameters in the training state.
+    model: config.model, or the arguments of models.dit.DiT. training: the examples of a training step, or None. remat,
+    parts: of the training step. pictures: {setting: images that go through the network at once in sampling}. averages:
+    further copies of the parameters in the training state.
     """
     depth, width, patch = model["depth"], model["hidden_size"], model["patch_size"]
     size, channels, num_classes = model["input_size"], model["in_channels"], model["num_classes"]
@@ -67,7 +84,8 @@ def least_memory(
     }
     image = 8 * size**2 * channels  # two float32 arrays: the images and their noise
     if training:
-        needs[f"batch_size={training}"] = training * (image + tokens * _token_bytes(model, tokens, depth, remat))
+        setting = f"batch_size={training}" + (f" with accumulate={parts}" if parts > 1 else "")
+        needs[setting] = training * (image + tokens * _token_bytes(model, tokens, depth, remat) // parts)
     for setting, count in (pictures or {}).items():
         needs[setting] = count * (image + tokens * _token_bytes(model, tokens, 0, "full"))
     return needs
@@ -130,18 +148,31 @@ def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
         mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
-    if model["remat"] == "auto":
-        model["remat"] = _remat(config, devices, chip)
     if model["scan"] is None:
         # Unrolled, a TPU's program takes less memory and moves fewer bytes. Elsewhere it only compiles longer.
         model["scan"] = not chip
+    config["accumulate"], model["remat"] = _parts_and_remat(config, devices)
     return config
 
 
-def _remat(config, devices, chip):
-    """Returns the policy that recomputes the least and fits the memory."""
-    if chip:
-        fits = (r for r in ("none", "dots") if training_memory(config, len(devices), r) < 0.9 * chip.hbm)
-        return next(fits, "full")
-    # On CPU the fusions of the backward pass recompute even what is kept. Recomputing it once halves the step.
-    return "dots" if devices[0].platform == "cpu" else "none"
+def _parts_and_remat(config, devices):
+    """Returns (parts of a batch, remat) where config leaves them open: the fewest parts that fit the memory, and with
+    them what recomputes the least."""
+    parts, policies = config.get("accumulate"), [config["model"]["remat"]]
+    if policies == ["auto"]:
+        # On CPU the fusions of the backward pass recompute even what is kept. Recomputing it once halves the step.
+        policies = ["dots"] if devices[0].platform == "cpu" else ["none", "dots", "full"]
+    sizes = config["mesh"]
+    rest = len(devices) // math.prod(size for size in sizes.values() if size > 0)
+    config = config | {"mesh": {axis: size if size > 0 else max(1, rest) for axis, size in sizes.items()}}
+    share = max(1, config["batch_size"] * config["mesh"]["tensor"] // len(devices))  # the examples of a shard
+    counts = [parts] if parts else [n for n in range(1, share + 1) if share % n == 0]
+    choices = [(n, remat) for n in counts for remat in policies]
+    return next((choice for choice in choices if _fits(config, devices, *choice)), choices[-1])
+
+
+def _fits(config, devices, parts, remat):
+    if devices[0].platform == "cpu":
+        return _activations(config, remat, parts) < min(PART_BYTES, memory_of(devices) / 16)
+    memory = memory_of(devices) / len(devices)
+    return training_memory(config, len(devices), remat, parts) < 0.9 * memory

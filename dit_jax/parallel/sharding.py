@@ -36,7 +36,7 @@ RULES = [
     (r"(x_embedder|[th]_embedder/fc[12]|final_layer/(linear|adaLN_modulation))/(kernel|bias)$", None),
     (r"final_layer/norm/(bias|scale)$", None),
     (r"(pos_embed|y_embedder/embedding)$", None),
-    (r"(^|/)(step|count)$", None),
+    (r"(^|/)(step|count|ns_coeffs)$", None),  # the last: of Muon's iteration, three numbers
 ]
 # A parameter with fewer elements is cheaper to keep whole than to gather.
 FSDP_MIN_SIZE = 2**14
@@ -189,6 +189,18 @@ def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The layout of a batch: split over `data` and `fsdp`."""
     return NamedSharding(mesh, BATCH)
+
+
+def split_parts(x: Array, parts: int, mesh: Mesh) -> Array:
+    """Returns an array over a batch, (B, ...), as (parts, B / parts, ...), each part laid out as a batch.
+
+    Every device splits its own examples, so nothing travels: a part holds a few examples of each device, not
+    consecutive ones of the batch. parts: divides B / batch_shards(mesh).
+    """
+    shards = batch_shards(mesh)
+    x = x.reshape(shards, parts, len(x) // shards // parts, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(parts, -1, *x.shape[3:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

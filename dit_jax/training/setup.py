@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.images import is_picture
 from dit_jax.runtime.progress import say
 from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler
-from dit_jax.training import initialize
-from dit_jax.training.step import TrainState, from_items, init_state, make_optimizer, make_train_step, to_items
+from dit_jax.training import accumulate, initialize
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.step import TrainState, from_items, init_state, make_train_step, to_items
 from dit_jax.vae import files as vae_files
 from dit_jax.weights.checkpoint import Checkpoints
 
@@ -36,7 +38,8 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
     """
     args: dict[str, Any] = configs.dit_args(config)
     args["sharding"] = sharding.MeshSharding(mesh, args["num_heads"])
-    optimizer = make_optimizer(**config["optimizer"])
+    recipe = {field: value for field, value in config["optimizer"].items() if field != "clip"}
+    optimizer = make_optimizer(**recipe, steps=config["steps"])
     step = make_train_step(
         dit.abstract(**args)[0],
         configs.objective_of(config),
@@ -45,6 +48,10 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
         ema_decay=config["ema_decay"],
         label_dropout=config["diffusion"]["label_dropout"],
         num_classes=args["num_classes"],
+        clip=config["optimizer"]["clip"],
+        gradient=partial(
+            accumulate.gradient, parts=config["accumulate"], mesh=mesh, unrolled=not config["model"]["scan"]
+        ),
     )
 
     def init(key):
@@ -60,6 +67,18 @@ def make_programs(config: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any,
         donate_argnums=0,
     )
     return jitted_init, jitted_step, target
+
+
+def check_batch(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if the mesh and config.accumulate do not divide the batch. config: of layout.resolve_auto."""
+    batch, parts, shards = config["batch_size"], config["accumulate"], sharding.batch_shards(mesh)
+    if batch % shards:
+        raise UserError(f"batch_size={batch}: the mesh splits it {shards} ways, which do not divide it")
+    if batch // shards % parts:
+        raise UserError(
+            f"accumulate={parts}: does not divide the {batch // shards} examples that each of the {shards} shards of "
+            f"batch_size={batch} has"
+        )
 
 
 def state_from_params(params: Any, init: Callable[[jax.Array], TrainState], target: TrainState) -> TrainState:
@@ -81,7 +100,7 @@ def least_memory(config: dict[str, Any]) -> dict[str, int]:
         f"sample.per_class={s['per_class']}": grid if s["every"] or judged else 0,
         f"eval.batch_size={e['batch_size']}": min(e["num"], e["batch_size"]) if e["every"] else 0,
     }
-    return layout.least_memory(model, config["batch_size"], model["remat"], at_once, averages) | {
+    return layout.least_memory(model, config["batch_size"], model["remat"], config["accumulate"], at_once, averages) | {
         f"judge.samples={judged}": judged * 4 * model["input_size"] ** 2 * model["in_channels"],
         f"eval.num={e['num']}": e["num"] * layout.FEATURE_BYTES if e["every"] else 0,
     }
@@ -187,10 +206,11 @@ class Run:
         """A line about the model, the data and the devices."""
         args, devices = self.args, jax.devices()
         params, _ = flops.num_params(**args)
+        parts = f", a batch in {n} parts" if (n := self.resolved["accumulate"]) > 1 else ""
         return (
             f"{self.config['model']['name'] or 'DiT'}: {params:,d} parameters, {flops.macs(**args) / 1e9:.3g} G "
             f"multiply-adds an image, {args['dtype'].name}; {len(self.source):,d} examples of {self.source.identity}; "
-            f"{len(devices)} {devices[0].device_kind} device(s), mesh {dict(self.mesh.shape)}; peak "
+            f"{len(devices)} {devices[0].device_kind} device(s), mesh {dict(self.mesh.shape)}{parts}; peak "
             f"{self.peak / 1e12:.3g} TFLOP/s a device ({self.peak_source})"
         )
 
@@ -203,9 +223,7 @@ def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
     model, data = config["model"], config["data"]
     resolved = layout.resolve_auto(config, jax.devices())
     mesh = sharding.make_mesh(**resolved["mesh"])
-    shards = sharding.batch_shards(mesh)
-    if config["batch_size"] % shards:
-        raise UserError(f"batch_size={config['batch_size']}: the mesh splits it {shards} ways, which do not divide it")
+    check_batch(resolved, mesh)
     vae = vae_files.load(config["vae"]["path"]) if config["vae"]["path"] else None
     source, held_out = sources.load(
         data,
@@ -222,7 +240,8 @@ def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
         )
     if config["judge"]["samples"] and not held_out:
         raise UserError(f"judge.samples: data.source={data['source']!r} has no held-out pictures; set judge.samples=0")
-    check_same_on_all(config, source.identity)
+    # How many parts a batch has depends on a host's memory.
+    check_same_on_all(config | {"accumulate": resolved["accumulate"]}, source.identity)
     layout.check_memory(least_memory(resolved), jax.devices())
     init, step, target = make_programs(resolved, mesh)
     model_input = pipeline.model_input(

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
+from dit_jax.training import accumulate
+from dit_jax.training.accumulate import LossFn, Scalars
 from dit_jax.training.averages import track
 
 Batch = dict[str, jax.Array]  # x (B, H, W, C) float32, y (B,) int32
-Scalars = dict[str, Float[Array, ""]]  # the metrics of a step
 
 
 @jax.tree_util.register_dataclass
@@ -48,17 +49,6 @@ def from_items(items: dict[str, Any]) -> TrainState:
     return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"], averages)
 
 
-def make_optimizer(
-    learning_rate: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
-    """AdamW with a constant learning rate. The position embedding is frozen: it has no gradient, and does not decay."""
-
-    def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "pos_embed", params)
-
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
-
-
 def init_state(
     key: jax.Array,
     model_args: dict[str, Any],
@@ -76,23 +66,32 @@ def init_state(
 
 def update(
     state: TrainState,
-    loss_fn: Callable[[Any], tuple[Float[Array, ""], Scalars]],
+    grads: Any,
+    metrics: Scalars,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    clip: float = 0.0,
 ) -> tuple[TrainState, Scalars]:
-    """One update of parameters and EMA with the gradient of loss_fn(params) -> (loss, metrics).
+    """One update of parameters and EMA with a gradient, whose norm is limited to `clip`; 0: it is not.
 
-    Returns (new state, metrics with grad_norm and param_norm).
+    Returns (new state, metrics with grad_norm, before it is clipped, and param_norm).
     """
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):  # for profiles
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        optimizer = optax.with_extra_args_support(optimizer)
+        updates, opt_state = optimizer.update(_clipped(grads, clip), state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
         averages = {name: track(name, a, params, state.step + 1) for name, a in state.averages.items()}
         # Both are checked to be finite: the gradient for this step, the parameters for what would be saved.
         metrics = dict(metrics, grad_norm=optax.tree.norm(grads), param_norm=optax.tree.norm(params))
     return TrainState(state.step + 1, params, ema, opt_state, averages), metrics
+
+
+def _clipped(grads, norm):
+    if not norm:
+        return grads
+    scale = jnp.minimum(1, norm / optax.tree.norm(grads))
+    return jax.tree.map(lambda g: scale * g, grads)
 
 
 def make_train_step(
@@ -104,11 +103,14 @@ def make_train_step(
     ema_decay: float,
     label_dropout: float,
     num_classes: int,
+    clip: float = 0.0,
+    gradient: Callable[[LossFn, Any, Any], tuple[Any, Scalars]] = accumulate.gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
     """Returns step(state, batch) -> (state, metrics).
 
     Timesteps, noise and label drops are drawn for the global batch from (seed, step), so they do not depend on the
-    devices. num_classes: 0 is unconditional; the labels are ignored and all are the null class, 0.
+    devices. num_classes: 0 is unconditional; the labels are ignored and all are the null class, 0. clip: of update.
+    gradient: training.accumulate.gradient, with its options.
     """
 
     def step(state, batch):
@@ -122,11 +124,16 @@ def make_train_step(
             drawn["dropped"] = objective.drop(key_drop, label_dropout, y.shape)
             y = jnp.where(drawn["dropped"], num_classes, y)
 
-        def loss_fn(params):
-            losses = objective.losses(nnx.merge(graphdef, params), x, y, drawn)
+        whole = {name: value for name, value in drawn.items() if not np.ndim(value)}
+        of_each = {name: value for name, value in drawn.items() if np.ndim(value)}
+
+        def loss_fn(params, examples):
+            x, y, drawn = examples
+            losses = objective.losses(nnx.merge(graphdef, params), x, y, drawn | whole)
             means = jax.tree.map(jnp.mean, losses)
             return means["loss"], means
 
-        return update(state, loss_fn, optimizer, ema_decay)
+        grads, metrics = gradient(loss_fn, state.params, (x, y, of_each))
+        return update(state, grads, metrics, optimizer, ema_decay, clip)
 
     return step

@@ -31,6 +31,8 @@ def command_line(config: dict[str, Any], args: Mapping[str, Any], objective: Obj
     """
     if isinstance(objective, MeanFlow):
         raise UserError("objective=meanflow: DiT's and SiT's train.py do not know it: leave --training out")
+    if (name := config["optimizer"].get("name", "adamw")) != "adamw":
+        raise UserError(f"optimizer.name={name}: DiT's and SiT's train.py know AdamW only: leave --training out")
     sizes = {name: size for name, size in MODELS.items() if all(args[field] == size[field] for field in size)}
     name, data, vae = next(iter(sizes), None), config["data"], config.get("vae", {}).get("path", "")
     line = dict(
