@@ -1,6 +1,7 @@
-"""Decides for the devices what a config leaves open: mesh, compute dtype, remat, scan. Estimates the memory of a run.
+"""Decides for the devices what a config leaves open: mesh, compute dtype, attention, remat, scan.
 
-The estimates count the parameters of a block in squares of its width: 12 in attention and MLP, 6 in adaLN-Zero.
+It also estimates the memory of a run. The estimates count the parameters of a block in squares of its width: 12 in
+attention and MLP, 6 in adaLN-Zero.
 """
 
 import math
@@ -13,10 +14,17 @@ import numpy as np
 from dit_jax.parallel.chips import CHIPS, GIB, Devices
 from dit_jax.runtime.arrays import host_memory
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import say
 
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
 # Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
 KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+# What each kernel of models.attention needs.
+KERNELS = {
+    "pallas": "TPU v4 and later",
+    "cudnn": "NVIDIA GPUs of compute capability 8 and later, in bfloat16, with heads that 8 divides, 128 wide at most",
+}
+MIN_KERNEL_TOKENS = 256  # with fewer, XLA's attention moves fewer bytes
 FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
 
 
@@ -38,7 +46,10 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> flo
 def _token_bytes(model, tokens, depth, remat):
     """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
     per_channel, per_weight = KEPT_BYTES[remat]
-    return (per_channel * depth + 60) * model["hidden_size"] + (per_weight * depth + 8) * model["num_heads"] * tokens
+    channels = (per_channel * depth + 60) * model["hidden_size"]
+    if model.get("attention", "xla") != "xla":  # the weights stay on the chip
+        return channels
+    return channels + (per_weight * depth + 8) * model["num_heads"] * tokens
 
 
 def least_memory(
@@ -120,6 +131,36 @@ def compute_dtype(devices: Devices) -> np.dtype:
     return np.dtype(jnp.bfloat16 if devices[0].device_kind in CHIPS else np.float32)
 
 
+def choose_attention(model: dict[str, Any], devices: Devices, objective: str = "ddpm") -> str:
+    """Returns what runs self-attention, one of models.attention.ATTENTION.
+
+    Prints a line if it is not what was asked for.
+
+    model: config.model, or the arguments of models.dit.DiT, with its dtype decided. Its `attention` may be missing.
+    """
+    asked, device = model.get("attention", "auto"), devices[0]
+    if asked in KERNELS and not _runs(asked, model, device):
+        say(f"model.attention={asked}: is for {KERNELS[asked]}; XLA's is used")
+        return "xla"
+    if asked != "auto":
+        return asked
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    kernel = next((name for name in KERNELS if tokens >= MIN_KERNEL_TOKENS and _runs(name, model, device)), "xla")
+    if objective == "meanflow" and kernel != "xla":
+        say("model.attention=auto: XLA's is used, because objective=meanflow needs forward mode")
+        return "xla"
+    return kernel
+
+
+def _runs(kernel, model, device):
+    """Whether a device runs a kernel of KERNELS."""
+    if kernel == "pallas":
+        return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
+    width, bfloat16 = model["hidden_size"] // model["num_heads"], np.dtype(model["dtype"]) == jnp.bfloat16
+    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
+    return nvidia and float(device.compute_capability) >= 8 and bfloat16 and width % 8 == 0 and width <= 128
+
+
 def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
     """Returns a resolved config with every "auto" and every unset field decided for these devices, of one kind."""
     model, mesh = dict(config["model"]), dict(config["mesh"])
@@ -130,6 +171,7 @@ def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
         mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
+    model["attention"] = choose_attention(model, devices, config.get("objective", "ddpm"))
     if model["remat"] == "auto":
         model["remat"] = _remat(config, devices, chip)
     if model["scan"] is None:
