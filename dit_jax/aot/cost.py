@@ -5,7 +5,7 @@ device, because the text is of the partitioned program.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -61,7 +61,7 @@ class Cost:
     hbm_bytes: float = 0.0
     chip_bytes: float = 0.0
     collectives: dict[str, list[float]] = field(default_factory=dict)
-    hbm_kinds: Counter[str] = field(default_factory=Counter)
+    hbm_kinds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: "Cost", times: int = 1) -> None:
         for name in ("flops", "matrix_flops", "bytes", "hbm_bytes", "chip_bytes"):

@@ -152,6 +152,7 @@ class SelfAttention(nnx.Module):
 
     def _by_pallas(self, x):
         # The kernel has the tokens last. A product with the weights as its first operand writes them so.
+        assert self.qkv.bias is not None  # for the type checker
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         qkv = jax.lax.dot_general(kernel, x, (((0,), (2,)), ((), ()))) + bias[:, None, None]
         qkv = rearrange(qkv, "(h three k) b n -> b h three k n", h=self.num_heads, three=3)

@@ -19,12 +19,14 @@ from dit_jax.runtime.progress import say
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
 # Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
 KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
+# The same where a kernel runs the attention: no weights leave the chip, and no head is padded to 128 channels.
+KERNEL_KEPT_BYTES = {"none": (24, 0), "dots": (22, 0), "full": (2, 0)}
 # What each kernel of models.attention needs.
 KERNELS = {
     "pallas": "TPU v4 and later",
     "cudnn": "NVIDIA GPUs of compute capability 8 and later, in bfloat16, with heads that 8 divides, 128 wide at most",
 }
-MIN_KERNEL_TOKENS = 256  # with fewer, XLA's attention moves fewer bytes
+MIN_KERNEL_TOKENS = 256  # the fewest for which preflight was seen to count fewer bytes; a TPU pads them to 128
 FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
 
 
@@ -45,11 +47,10 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> flo
 
 def _token_bytes(model, tokens, depth, remat):
     """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
-    per_channel, per_weight = KEPT_BYTES[remat]
-    channels = (per_channel * depth + 60) * model["hidden_size"]
-    if model.get("attention", "xla") != "xla":  # the weights stay on the chip
-        return channels
-    return channels + (per_weight * depth + 8) * model["num_heads"] * tokens
+    kernel = model.get("attention", "xla") != "xla"
+    per_channel, per_weight = (KERNEL_KEPT_BYTES if kernel else KEPT_BYTES)[remat]
+    weights = per_weight * depth + (0 if kernel else 8)
+    return (per_channel * depth + 60) * model["hidden_size"] + weights * model["num_heads"] * tokens
 
 
 def least_memory(
