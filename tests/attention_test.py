@@ -179,6 +179,7 @@ H100, V4 = device("gpu", "NVIDIA H100"), device("tpu", "TPU v4")
         (V4, {}, "pallas"),
         (device("tpu", "TPU v3"), {}, "xla"),
         (V4, dict(patch_size=8), "xla"),  # 16 tokens
+        (V4, dict(dtype="float32"), "xla"),
         (H100, {}, "cudnn"),
         (H100, dict(dtype="float32"), "xla"),
         (H100, dict(num_heads=32), "xla"),  # 36 wide

@@ -26,12 +26,8 @@ FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast while conditional call partition-id replica-id after-all
     opt-barrier get-dimension-size domain""".split()
 )
-FREE_TARGETS = (
-    "ConcatBitcast",
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "ZeroCrop",
-)  # custom calls that only rename memory
+# Custom calls that only rename memory.
+FREE_TARGETS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "ZeroCrop")
 COLLECTIVE_TARGETS = "AsyncCollective"  # how the names of those begin that mark the fusions of a collective
 KERNEL = "tpu_custom_call"  # a Pallas kernel
 MOVING = frozenset(

@@ -212,7 +212,8 @@ def _costs(compiled, config, mesh, chip, report):
         cost = Program(compiled.as_text(), _chip_numbers(mesh)).cost()
     except ValueError as e:
         return costs | {"not_understood": str(e)}
-    what, images, kinds = report["what"], report["images_per_step"], cost.hbm_kinds
+    what, images = report["what"], report["images_per_step"]
+    kinds = {kind: int(moved) for kind, moved in cost.hbm_kinds.items() if moved}
     model_flops = _model_flops(config, what)
     # XLA counts an unknown operation as -1 s, and the body of a loop once. The fraction is plausible only on v3.
     xla_seconds = None
@@ -225,7 +226,7 @@ def _costs(compiled, config, mesh, chip, report):
         "model_flops_per_device": None if model_flops is None else model_flops * images / mesh.size,
         "bytes_per_device": cost.bytes,
         "hbm_bytes_per_device": cost.hbm_bytes,
-        "hbm_bytes_by_kind": {kind: int(kinds[kind]) for kind in sorted(kinds, key=kinds.__getitem__, reverse=True)},
+        "hbm_bytes_by_kind": {kind: kinds[kind] for kind in sorted(kinds, key=kinds.__getitem__, reverse=True)},
         "collectives": {
             kind: {"count": int(count), "bytes": int(size)} for kind, (count, size) in sorted(cost.collectives.items())
         },

@@ -23,7 +23,7 @@ KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
 KERNEL_KEPT_BYTES = {"none": (24, 0), "dots": (22, 0), "full": (2, 0)}
 # What each kernel of models.attention needs.
 KERNELS = {
-    "pallas": "TPU v4 and later",
+    "pallas": "TPU v4 and later, in bfloat16",
     "cudnn": "NVIDIA GPUs of compute capability 8 and later, in bfloat16, with heads that 8 divides, 128 wide at most",
 }
 MIN_KERNEL_TOKENS = 256  # the fewest for which preflight was seen to count fewer bytes; a TPU pads them to 128
@@ -155,11 +155,15 @@ def choose_attention(model: dict[str, Any], devices: Devices, objective: str = "
 
 def _runs(kernel, model, device):
     """Whether a device runs a kernel of KERNELS."""
+    if np.dtype(model["dtype"]) != jnp.bfloat16:
+        return False
     if kernel == "pallas":
         return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
-    width, bfloat16 = model["hidden_size"] // model["num_heads"], np.dtype(model["dtype"]) == jnp.bfloat16
-    nvidia = device.platform == "gpu" and "NVIDIA" in device.device_kind
-    return nvidia and float(device.compute_capability) >= 8 and bfloat16 and width % 8 == 0 and width <= 128
+    width, nvidia = (
+        model["hidden_size"] // model["num_heads"],
+        device.platform == "gpu" and "NVIDIA" in device.device_kind,
+    )
+    return nvidia and float(device.compute_capability) >= 8 and width % 8 == 0 and width <= 128
 
 
 def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
