@@ -44,6 +44,9 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 on TPU, float32 elsewhere
     c.model.scan = placeholder(bool)  # whether the blocks are one loop; unset: dit_jax/parallel/layout.py decides
     c.model.remat = "auto"  # what the backward pass recomputes: "none", "dots", "full"; "auto": layout.py decides
+    c.model.attention = (
+        "auto"  # what runs it: "xla", "pallas", "cudnn" (models/attention.py); "auto": layout.py decides
+    )
 
     c.init = ConfigDict()  # the weights that a new run starts from; a run with checkpoints resumes from them instead
     c.init.weights = ""  # a workdir, a .pt, .npz or .safetensors file, a diffusers folder or a published name; "": none
@@ -312,6 +315,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
     from dit_jax.diffusion.guidance import MAX_SCALE
     from dit_jax.diffusion.levels import PATHS
     from dit_jax.diffusion.objectives import OBJECTIVES
+    from dit_jax.models.attention import ATTENTION
     from dit_jax.models.blocks import BLOCKS
     from dit_jax.models.dit import REMAT
 
@@ -348,6 +352,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
         (SHARES, lambda v: 0 <= v <= 1, "between 0 and 1"),
         (("model.block",), one_of(*BLOCKS), f"one of {', '.join(BLOCKS)}"),
         (("model.remat",), one_of("auto", *REMAT), f"one of auto, {', '.join(REMAT)}"),
+        (("model.attention",), one_of("auto", *ATTENTION), f"one of auto, {', '.join(ATTENTION)}"),
         (("model.dtype",), one_of("auto", "float32", "bfloat16"), "one of auto, float32, bfloat16"),
         (("eval.features",), one_of("inception", "efflite0"), "inception or efflite0"),
         (("eval.num",), lambda v: v >= 4, "at least 4"),
@@ -446,6 +451,7 @@ def dit_args(config: dict[str, Any]) -> dict[str, Any]:
         "num_classes",
         "scan",
         "remat",
+        "attention",
     )
     from dit_jax.diffusion.objectives import OBJECTIVES
 

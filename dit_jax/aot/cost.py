@@ -5,7 +5,7 @@ device, because the text is of the partitioned program.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +26,13 @@ FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast while conditional call partition-id replica-id after-all
     opt-barrier get-dimension-size domain""".split()
 )
-FREE_TARGETS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound")  # custom calls that only rename memory
+# Custom calls that only rename memory.
+FREE_TARGETS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "ZeroCrop")
+COLLECTIVE_TARGETS = "AsyncCollective"  # how the names of those begin that mark the fusions of a collective
+KERNEL = "tpu_custom_call"  # a Pallas kernel
+MOVING = frozenset(
+    "copy transpose reshape concatenate pad broadcast iota slice dynamic-slice dynamic-update-slice".split()
+)
 # Opcodes of one operation per element, as XLA counts it. The others move data, or are counted separately.
 ELEMENTWISE = frozenset(
     """add subtract multiply divide maximum minimum negate abs compare select and or xor not shift-left
@@ -42,7 +48,7 @@ class Cost:
     flops: of matrix products and convolutions, and one per element of elementwise operations and reductions.
     bytes: read and written by the instructions. hbm_bytes: those outside a core's vector memory. chip_bytes: the least
     that the collectives bring into each chip. collectives: {kind: [count, bytes]}, where the bytes are those of the
-    larger of operand and result.
+    larger of operand and result. hbm_kinds: {what moves them: hbm_bytes}.
     """
 
     flops: float = 0.0
@@ -51,6 +57,7 @@ class Cost:
     hbm_bytes: float = 0.0
     chip_bytes: float = 0.0
     collectives: dict[str, list[float]] = field(default_factory=dict)
+    hbm_kinds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: "Cost", times: int = 1) -> None:
         for name in ("flops", "matrix_flops", "bytes", "hbm_bytes", "chip_bytes"):
@@ -59,6 +66,14 @@ class Cost:
             total = self.collectives.setdefault(kind, [0, 0])
             total[0] += times * count
             total[1] += times * moved
+        for kind, moved in other.hbm_kinds.items():
+            self.hbm_kinds[kind] += times * moved
+
+    def move(self, kind: str, moved: float, hbm: float) -> None:
+        """Adds bytes that an operation of this kind moves, and those of them in HBM."""
+        self.bytes += moved
+        self.hbm_bytes += hbm
+        self.hbm_kinds[kind] += hbm
 
 
 @cache  # the blocks of a model repeat a few windows
@@ -119,6 +134,17 @@ def _dot_flops(op, shapes):
     return 2 * hlo.num_elements(op.shape) * prod(lhs[d] for d in contracted)
 
 
+def _target(op):
+    """Returns what a custom call runs; "" if the instruction is none."""
+    return hlo.must_match(r'custom_call_target="([^"]*)"', op.attributes)[1] if op.opcode == "custom-call" else ""
+
+
+def _estimated_flops(kernel):
+    """Returns the FLOPs of a kernel by the cost estimate that its author gave it, or None."""
+    estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', kernel.attributes)
+    return int(estimate[1]) if estimate else None
+
+
 def _shapes(op, computation):
     return [computation[name].shape for name in op.operands]
 
@@ -167,8 +193,21 @@ class Program:
         self._fusion_flops: dict[str, tuple[int, int]] = {}
 
     def cost(self) -> Cost:
-        """Returns what one run of the program takes. Raises ValueError if a loop's number of rounds is unknown."""
+        """Returns what one run of the program takes. Raises ValueError naming what it cannot count."""
+        if unknown := self.unknown_calls():
+            raise ValueError(f"the program calls {', '.join(unknown)}")
         return self._cost(self.entry)
+
+    def unknown_calls(self) -> list[str]:
+        """Returns the names of the custom calls whose arithmetic is not known."""
+        unknown = set()
+        for op in (op for computation in self.computations.values() for op in computation.values()):
+            target = _target(op)
+            if target == KERNEL and _estimated_flops(op) is None:
+                unknown.add(f"a kernel without a cost estimate ({op.name})")
+            elif target not in ("", KERNEL, *FREE_TARGETS) and not target.startswith(COLLECTIVE_TARGETS):
+                unknown.add(target)
+        return sorted(unknown)
 
     def flops(self, op: Instruction, computation: Computation) -> tuple[int, int]:
         """Returns the FLOPs of an instruction of this computation, and those of its matrix products."""
@@ -182,6 +221,9 @@ class Program:
         if op.opcode in ("convolution", "dot"):
             matrix_flops = _convolution_flops if op.opcode == "convolution" else _dot_flops
             count = matrix_flops(op, _shapes(op, computation))
+            return count, count
+        if _target(op) == KERNEL:
+            count = _estimated_flops(op) or 0
             return count, count
         if op.opcode in ELEMENTWISE:
             return hlo.num_elements(op.shape), 0
@@ -242,10 +284,21 @@ class Program:
             flops, matrix_flops = self.flops(op, computation)
             total.flops += flops
             total.matrix_flops += matrix_flops
-            if op.opcode not in FREE and not any(f'"{target}"' in op.attributes for target in FREE_TARGETS):
+            if op.opcode not in FREE and _target(op) not in FREE_TARGETS:
                 moved, hbm = self._moved(op, computation)
-                total.bytes += moved
-                total.hbm_bytes += hbm
+                total.move(self._kind(op), moved, hbm)
+
+    def _kind(self, op):
+        """Returns what an instruction that is no collective mainly does."""
+        parts = self.within(op)
+        if any(_target(part) == KERNEL for part in parts):
+            return "kernels"
+        if any(part.opcode in ("convolution", "dot") for part in parts):
+            return "matrix products"
+        if op.opcode in ("copy-start", "slice-start"):
+            return "transfers to and from vector memory"
+        moving = all(part.opcode in (*FREE, *MOVING, "fusion") for part in parts)
+        return "copies" if moving else "elementwise and reductions"
 
     def _add_fused_collective(self, total, fusion):
         """Adds the collective that a fusion stands for. Returns False if the fusion is to be counted as other work."""
@@ -291,8 +344,7 @@ class Program:
         collective[1] += whole
         total.chip_bytes += chip_bytes
         moved = inputs + (whole if op.opcode.endswith("-start") else hlo.size(result))
-        total.bytes += moved
-        total.hbm_bytes += moved
+        total.move("collectives", moved, moved)
 
     def _moved(self, op, computation):
         """Returns the bytes that an instruction reads and writes, and those of them in HBM.

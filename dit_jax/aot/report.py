@@ -19,6 +19,7 @@ def text(r: dict[str, Any]) -> str:
     """Returns a report of estimate_run as it is printed."""
     blocks = f", {'scanned' if r['scan'] else 'unrolled'} blocks, remat {r['remat']}" if r["remat"] else ""
     blocks += f", a batch in {r['accumulate']} parts" if r["accumulate"] > 1 else ""
+    blocks += f", attention {r['attention']}" if r["attention"] != "xla" else ""
     lines = [
         f"{r['model'] or 'DiT'}, {r['what']}, on {r['topology']}: {r['devices']} devices on {r['chips']} {r['chip']} "
         f"chips, mesh {r['mesh']}, {r['dtype']}{blocks}",
@@ -30,6 +31,8 @@ def text(r: dict[str, Any]) -> str:
         lines += ["what would make it fit, by an estimate:", *(f"  {advice}" for advice in r["advice"])]
     if "step_time_bound_s" in r:
         lines += [*_amounts(r), *_bounds(r)]
+    if "not_understood" in r:
+        lines += ["", f"NO BOUNDS: {r['not_understood']}, and this command cannot count that"]
     return "\n".join(lines)
 
 
@@ -63,6 +66,7 @@ def _amounts(r):
         f"({model_part}XLA counts {teraflops['xla_flops']}, a loop's body once)",
         f"  bytes       {gigabytes['bytes']} GB, {gigabytes['hbm_bytes']} GB of them in HBM "
         f"(XLA counts {gigabytes['xla_bytes']}, a loop's body once)",
+        *(f"    {kind:35s} {moved / 1e9:9.4g} GB" for kind, moved in r["hbm_bytes_by_kind"].items()),
         f"  collectives {r['interconnect_bytes_into_a_chip'] / 1e9:.4g} GB into each chip at least",
         *(f"    {kind:20s} {c['count']:6d} x, {c['bytes'] / 1e9:.4g} GB" for kind, c in r["collectives"].items()),
     ]
@@ -119,7 +123,7 @@ def _row(topology, model):
     parts = f", {r['accumulate']} parts" if r["accumulate"] > 1 else ""
     layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}"
     if "bounds_s" not in r:
-        return f"{layout} | does not fit | | | "
+        return f"{layout} | {'not understood' if r['fits'] else 'does not fit'} | | | "
     bounds = ", ".join(f"{1e3 * s:.3g}" for s in r["bounds_s"].values())
     return (
         f"{layout} | {r['hbm_peak_bytes'] / GIB:.2f} of {r['hbm_capacity_bytes'] / GIB:.2f} | "

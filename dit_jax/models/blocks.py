@@ -13,6 +13,7 @@ matrix products run in `dtype`.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dit_jax.models.attention import ATTENTION, attention, pallas_attention, self_attention
 from dit_jax.models.derivatives import with_derivative
 from dit_jax.runtime.errors import UserError
 
@@ -40,6 +41,10 @@ class Sharding(Protocol):
         """Returns the activation x. axes: what each dimension counts, a key of parallel.sharding.AXES, or None."""
         ...
 
+    def map_heads(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """Returns function(*arrays), each device computing its examples and heads. Arrays and result: (B, H, ...)."""
+        ...
+
     def gather_weights(self, params: Any, dtype: DTypeLike) -> Any:
         """Returns the parameters of one block, ready for its matrix products in dtype."""
         ...
@@ -50,6 +55,9 @@ class NoSharding:
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         return x
+
+    def map_heads(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        return function(*arrays)
 
     def gather_weights(self, params: Any, dtype: DTypeLike) -> Any:
         return params
@@ -79,16 +87,6 @@ def layer_norm(dim: int, *, affine: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> n
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
     """Adaptive LayerNorm's affine map (section 3.2), the same for all tokens of an example."""
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def attention(
-    q: Float[Array, "b h n k"], k: Float[Array, "b h m k"], v: Float[Array, "b h m k"]
-) -> Float[Array, "b h n k"]:
-    """softmax(q k^T / sqrt(K)) v (Attention Is All You Need, equation 1)."""
-    scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    # The name makes dit.REMAT["dots"] keep the result. That policy recomputes products with batch dimensions.
-    return checkpoint_name(jnp.einsum("bhnm,bhmk->bhnk", weights, v), "attention")
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -132,23 +130,35 @@ Linear = partial(nnx.Linear, dot_general=lambda x, kernel, *_, **__: matmul(x, k
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. attention: one of attention.ATTENTION."""
 
-    def __init__(self, dim: int, num_heads: int, *, dtype: DTypeLike, sharding: Sharding, rngs: nnx.Rngs):
-        self.num_heads, self.sharding = num_heads, sharding
+    def __init__(
+        self, dim: int, num_heads: int, *, attention: str, dtype: DTypeLike, sharding: Sharding, rngs: nnx.Rngs
+    ):
+        self.num_heads, self.attention, self.sharding = num_heads, attention, sharding
         # Columns of qkv: head by head, q, k and v of each, so that a tensor-parallel mesh can split the heads.
         self.qkv = Linear(dim, 3 * dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        x = self._by_pallas(x) if self.attention == "pallas" else self._by_xla_or_cudnn(x)
+        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
+
+    def _by_xla_or_cudnn(self, x):
         constrain = self.sharding.constrain
         qkv = rearrange(self.qkv(x), "b n (h three k) -> b n h three k", h=self.num_heads, three=3)
         qkv = constrain(qkv, "batch", None, "heads", None, None)
-        # Split, not indexed: the gradient of a split is one concatenation, that of indices a sum of padded arrays.
-        q, k, v = (rearrange(a, "b n h 1 k -> b h n k") for a in jnp.split(qkv, 3, axis=3))
-        x = rearrange(attention(q, k, v), "b h n k -> b n h k")
-        x = constrain(x, "batch", None, "heads", None)
-        return self.proj(rearrange(x, "b n h k -> b n (h k)"))
+        return constrain(self_attention(qkv, cudnn=self.attention == "cudnn"), "batch", None, "heads", None)
+
+    def _by_pallas(self, x):
+        # The kernel has the tokens last. A product with the weights as its first operand writes them so.
+        assert self.qkv.bias is not None  # for the type checker
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
+        qkv = jax.lax.dot_general(kernel, x, (((0,), (2,)), ((), ()))) + bias[:, None, None]
+        qkv = rearrange(qkv, "(h three k) b n -> b h three k n", h=self.num_heads, three=3)
+        qkv = self.sharding.constrain(qkv, "batch", "heads", None, None, None)
+        x = self.sharding.constrain(pallas_attention(qkv, self.sharding), "batch", "heads", None, None)
+        return rearrange(x, "b h k n -> b n h k")
 
 
 class CrossAttention(nnx.Module):
@@ -194,10 +204,20 @@ class AdaLNBlock(nnx.Module):
     LayerNorm.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, gated: bool, dtype: DTypeLike, sharding: Sharding, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        gated: bool,
+        attention: str,
+        dtype: DTypeLike,
+        sharding: Sharding,
+        rngs: nnx.Rngs,
+    ):
         self.gated, self.sharding = gated, sharding
         self.norm1 = layer_norm(dim, affine=False, dtype=dtype, rngs=rngs)
-        self.attn = SelfAttention(dim, num_heads, dtype=dtype, sharding=sharding, rngs=rngs)
+        self.attn = SelfAttention(dim, num_heads, attention=attention, dtype=dtype, sharding=sharding, rngs=rngs)
         self.norm2 = layer_norm(dim, affine=False, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dtype=dtype, sharding=sharding, rngs=rngs)
         self.adaLN_modulation = Linear(dim, (6 if gated else 4) * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
@@ -228,10 +248,20 @@ class ViTBlock(nnx.Module):
     """A plain ViT block: the in-context design. With `cross`, the cross-attention design: attention to the condition
     tokens stands between self-attention and MLP."""
 
-    def __init__(self, dim: int, num_heads: int, *, cross: bool, dtype: DTypeLike, sharding: Sharding, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        cross: bool,
+        attention: str,
+        dtype: DTypeLike,
+        sharding: Sharding,
+        rngs: nnx.Rngs,
+    ):
         self.cross, self.sharding = cross, sharding
         self.norm1 = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
-        self.attn = SelfAttention(dim, num_heads, dtype=dtype, sharding=sharding, rngs=rngs)
+        self.attn = SelfAttention(dim, num_heads, attention=attention, dtype=dtype, sharding=sharding, rngs=rngs)
         self.norm2 = layer_norm(dim, affine=True, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, dtype=dtype, sharding=sharding, rngs=rngs)
         if cross:
@@ -249,11 +279,24 @@ class ViTBlock(nnx.Module):
 
 
 def make_block(
-    name: str, dim: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs, sharding: Sharding = NO_SHARDING
+    name: str,
+    dim: int,
+    num_heads: int,
+    *,
+    attention: str = "xla",
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    sharding: Sharding = NO_SHARDING,
 ) -> AdaLNBlock | ViTBlock:
-    """Returns one block of the design `name`, one of BLOCKS. Raises UserError on another name."""
+    """Returns one block of the design `name`, one of BLOCKS, with self-attention `attention`, one of ATTENTION.
+
+    Raises UserError on another name.
+    """
+    if attention not in ATTENTION:
+        raise UserError(f"unknown attention {attention!r}: use one of {', '.join(ATTENTION)}")
+    shared: dict[str, Any] = dict(attention=attention, dtype=dtype, sharding=sharding, rngs=rngs)
     if name in ("adaln_zero", "adaln"):
-        return AdaLNBlock(dim, num_heads, gated=name == "adaln_zero", dtype=dtype, sharding=sharding, rngs=rngs)
+        return AdaLNBlock(dim, num_heads, gated=name == "adaln_zero", **shared)
     if name in ("cross_attention", "in_context"):
-        return ViTBlock(dim, num_heads, cross=name == "cross_attention", dtype=dtype, sharding=sharding, rngs=rngs)
+        return ViTBlock(dim, num_heads, cross=name == "cross_attention", **shared)
     raise UserError(f"unknown block design {name!r}: use one of {', '.join(BLOCKS)}")

@@ -125,6 +125,7 @@ class DiT(nnx.Module):
       dtype: of the matrix products and activations. Parameters are float32.
       scan: run the stacked blocks as one loop. False unrolls it, with the same parameters and result.
       remat: one of REMAT.
+      attention: one of attention.ATTENTION.
       sharding: lays out activations and gathered weights.
 
     Raises UserError naming the argument that is impossible.
@@ -147,6 +148,7 @@ class DiT(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         remat: str = "none",
+        attention: str = "xla",
         sharding: Sharding = NO_SHARDING,
         rngs: nnx.Rngs,
     ):
@@ -166,7 +168,8 @@ class DiT(nnx.Module):
         self.second_time, self.dtype, self.sharding = second_time, dtype, sharding
 
         def one_block(key):
-            return make_block(block, hidden_size, num_heads, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
+            shared: dict[str, Any] = dict(attention=attention, dtype=dtype, sharding=sharding, rngs=nnx.Rngs(key))
+            return make_block(block, hidden_size, num_heads, **shared)
 
         patch_dim = patch_size * patch_size * in_channels
         adaptive = block.startswith("adaln")

@@ -1,6 +1,7 @@
-"""Decides for the devices what a config leaves open: mesh, dtype, remat, parts of a batch, scan. Estimates memory.
+"""Decides for the devices what a config leaves open: mesh, compute dtype, attention, remat, parts of a batch, scan.
 
-The estimates count the parameters of a block in squares of its width: 12 in attention and MLP, 6 in adaLN-Zero.
+It also estimates the memory of a run. The estimates count the parameters of a block in squares of its width: 12 in
+attention and MLP, 6 in adaLN-Zero.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from dit_jax.parallel.chips import CHIPS, GIB, Devices
 from dit_jax.runtime.arrays import host_memory
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import say
 
 # {remat: bytes that the backward pass keeps of each block, (for each token and channel, for each attention weight)}.
 # Fitted to what preflight reports of DiT-XL/2 at 256 and 512 px.
@@ -22,6 +24,14 @@ KEPT_BYTES = {"none": (36, 2), "dots": (22, 0), "full": (2, 0)}
 LATE_BYTES = (32, 10)
 # The activations that a part of a batch may have on CPU, at most: larger parts take more memory and no less time.
 PART_BYTES = GIB
+# The same where a kernel runs the attention: no weights leave the chip, and no head is padded to 128 channels.
+KERNEL_KEPT_BYTES = {"none": (24, 0), "dots": (22, 0), "full": (2, 0)}
+# What each kernel of models.attention needs.
+KERNELS = {
+    "pallas": "TPU v4 and later, in bfloat16",
+    "cudnn": "NVIDIA GPUs of compute capability 8 and later, in bfloat16, with heads that 8 divides, 128 wide at most",
+}
+MIN_KERNEL_TOKENS = 256  # the fewest for which preflight was seen to count fewer bytes; a TPU pads them to 128
 FEATURE_BYTES = 4 * (2048 + 1008)  # what evaluation keeps of each image
 
 
@@ -52,9 +62,10 @@ def _activations(config, remat, parts, least=0):
 
 def _token_bytes(model, tokens, depth, remat, least=0):
     """Bytes of one token's activations in bfloat16: what is kept of `depth` blocks, and the arrays of one at work."""
-    per_channel, per_weight = KEPT_BYTES[remat]
-    per_channel = max(per_channel, least)
-    return (per_channel * depth + 60) * model["hidden_size"] + (per_weight * depth + 8) * model["num_heads"] * tokens
+    kernel = model.get("attention", "xla") != "xla"
+    per_channel, per_weight = (KERNEL_KEPT_BYTES if kernel else KEPT_BYTES)[remat]
+    per_channel, weights = max(per_channel, least), per_weight * depth + (0 if kernel else 8)
+    return (per_channel * depth + 60) * model["hidden_size"] + weights * model["num_heads"] * tokens
 
 
 def least_memory(
@@ -138,6 +149,40 @@ def compute_dtype(devices: Devices) -> np.dtype:
     return np.dtype(jnp.bfloat16 if devices[0].device_kind in CHIPS else np.float32)
 
 
+def choose_attention(model: dict[str, Any], devices: Devices, objective: str = "ddpm") -> str:
+    """Returns what runs self-attention, one of models.attention.ATTENTION.
+
+    Prints a line if it is not what was asked for.
+
+    model: config.model, or the arguments of models.dit.DiT, with its dtype decided. Its `attention` may be missing.
+    """
+    asked, device = model.get("attention", "auto"), devices[0]
+    if asked in KERNELS and not _runs(asked, model, device):
+        say(f"model.attention={asked}: is for {KERNELS[asked]}; XLA's is used")
+        return "xla"
+    if asked != "auto":
+        return asked
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    kernel = next((name for name in KERNELS if tokens >= MIN_KERNEL_TOKENS and _runs(name, model, device)), "xla")
+    if objective == "meanflow" and kernel != "xla":
+        say("model.attention=auto: XLA's is used, because objective=meanflow needs forward mode")
+        return "xla"
+    return kernel
+
+
+def _runs(kernel, model, device):
+    """Whether a device runs a kernel of KERNELS."""
+    if np.dtype(model["dtype"]) != jnp.bfloat16:
+        return False
+    if kernel == "pallas":
+        return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
+    width, nvidia = (
+        model["hidden_size"] // model["num_heads"],
+        device.platform == "gpu" and "NVIDIA" in device.device_kind,
+    )
+    return nvidia and float(device.compute_capability) >= 8 and width % 8 == 0 and width <= 128
+
+
 def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
     """Returns a resolved config with every "auto" and every unset field decided for these devices, of one kind."""
     model, mesh = dict(config["model"]), dict(config["mesh"])
@@ -148,6 +193,7 @@ def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
         mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
+    model["attention"] = choose_attention(model, devices, config.get("objective", "ddpm"))
     if model["scan"] is None:
         # Unrolled, a TPU's program takes less memory and moves fewer bytes. Elsewhere it only compiles longer.
         model["scan"] = not chip

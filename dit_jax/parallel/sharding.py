@@ -115,11 +115,24 @@ class MeshSharding:
         """
         if self.mesh.size == 1:
             return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x.shape, axes)))
+
+    def map_heads(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """Returns function(*arrays), each device computing its examples and heads.
+
+        Arrays and result: (B, H, ...). A number of examples that the mesh does not divide stays whole.
+        """
+        if self.mesh.size == 1:
+            return function(*arrays)
+        spec = self._spec(arrays[0].shape[:2], ("batch", "heads"))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+    def _spec(self, shape, axes):
         spec: list[Any] = [AXES[axis] if axis else None for axis in axes]
-        for i, (axis, size) in enumerate(zip(spec, x.shape)):
+        for i, (axis, size) in enumerate(zip(spec, shape)):
             if axis and size % np.prod([self.mesh.shape[a] for a in np.atleast_1d(axis)]):
                 spec[i] = None
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+        return P(*spec)
 
     def gather_weights(self, params: Any, dtype: DTypeLike) -> Any:
         """Returns the parameters of one block with kernels cast to dtype and gathered over `fsdp`.

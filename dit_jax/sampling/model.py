@@ -109,7 +109,8 @@ class Model:
         self.latent = not vae and not pictures.is_picture(args["in_channels"])
         self.shape = size, size, args["in_channels"] if self.latent else 3
         self._decoder = vae and vae.decoder(mesh, size)
-        self._graphdef = dit.abstract(**args)[0]
+        # For calls, which may be under any transformation and on any devices. A kernel needs to know the mesh.
+        self._graphdef = dit.abstract(**args | {"attention": "xla"})[0]
         self._generators: list[Generator] = []
 
     def __call__(

@@ -283,6 +283,7 @@ def from_source(
     args = published.infer_args(source.flat, num_heads or source.num_heads, num_classes or source.num_classes)
     chosen = choose_objective(source, args, objective)
     args |= {"block": "adaln_zero", "dtype": layout.compute_dtype(jax.devices())}
+    args |= {"attention": layout.choose_attention(args, jax.devices())}
     sha256 = hashlib.sha256()
     params = published.from_published(source.flat, args, sha256)
     params = jax.device_put(params, sharding.state_shardings(params, mesh))
