@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, one_error
@@ -72,7 +74,35 @@ def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
         for on_step in (None, seen.append)
     )
     np.testing.assert_allclose(steps, whole, atol=2e-4 * np.abs(whole).max())
-    assert seen == 2 * list(range(1, 8))
+    assert seen == list(range(1, 15))
+
+
+def _sampled(network, whole, devices=1, **mesh):
+    """(images, the sampler's program) of a guided bfloat16 network."""
+    args, _, params, _ = network("a")
+    args = dict(args, null_class=True, dtype=jnp.dtype(jnp.bfloat16))
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
+    params = jax.device_put(params, sharding.state_shardings(params, mesh))
+    settings = Settings(7, "ddpm", "4", 0.0, 1.5, 3)
+    split = sharding.shardings_of(params)
+    generator = Generator(args, mesh, split, objective=DDPM(), settings=settings, batch_size=8, whole=whole)
+    weights = generator.abstract_weights(params)
+    generator.run = generator.run.lower(weights, generator.abstract_request()).compile()
+    return generator(params, np.arange(12) % 10, np.arange(12)), generator.run.as_text()
+
+
+def test_whole_weights_make_the_same_pictures_and_do_not_travel(network, monkeypatch):
+    """Kernels that are cast ahead give the same bits; on a mesh nothing but the finished images is gathered."""
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)  # the network is small, and shall be split all the same
+    one = _sampled(network, whole=False)[0]
+    assert_array_equal(_sampled(network, whole=True)[0], one)
+    split, with_gathers = _sampled(network, whole=False, devices=4, data=1, fsdp=2, tensor=2)
+    whole, program = _sampled(network, whole=True, devices=4, data=1, fsdp=2, tensor=2)
+    np.testing.assert_allclose(whole, one, atol=0.01 * np.abs(one).max())  # in bfloat16, 2 images a device and not 8
+    np.testing.assert_allclose(split, one, atol=0.1 * np.abs(one).max())
+    collectives = re.findall(r" = (\S+) (all-gather|all-reduce|all-to-all|collective-permute)\(", program)
+    assert len(re.findall(r"all-gather|all-reduce", with_gathers)) > 10
+    assert [shape.split("{")[0] for shape, _ in collectives] == ["f32[8,8,8,4]"], collectives
 
 
 def test_npz_grid_pngs_and_manifest(command, run, tmp_path):
