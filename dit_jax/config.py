@@ -40,7 +40,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.model.in_channels = 4
     c.model.learn_sigma = placeholder(bool)  # whether the head has channels of the variance; unset: if needed
     c.model.num_classes = 1000  # 0: unconditional; labels are ignored, and every example is of the null class
-    c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 on TPU, float32 elsewhere
+    c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 where the chip has it, not on CPU
     c.model.scan = placeholder(bool)  # whether the blocks are one loop; unset: dit_jax/parallel/layout.py decides
     c.model.remat = "auto"  # what the backward pass recomputes: "none", "dots", "full"; "auto": layout.py decides
 

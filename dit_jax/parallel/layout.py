@@ -32,8 +32,7 @@ def training_memory(config: dict[str, Any], num_devices: int, remat: str) -> flo
     # 4 bytes a parameter: float32 parameters, EMA, two moments, and the averages of config.average.
     copies = 4 + (2 if config.get("average", {}).get("every") else 0)
     state = 4 * copies * 18 * depth * width**2 / (mesh["fsdp"] * mesh["tensor"])
-    activations = tokens_per_device * _token_bytes(model, tokens, depth, remat)
-    return state + activations * jnp.dtype(model["dtype"]).itemsize / jnp.dtype(jnp.bfloat16).itemsize
+    return state + tokens_per_device * _token_bytes(model, tokens, depth, remat)
 
 
 def _token_bytes(model, tokens, depth, remat):
