@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,6 +363,34 @@ def test_targets():
     assert met("sample", "DiT-S/2", 1, dit_jax=([1.04] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [False]
 
 
+def test_targets_of_a_gpu():
+    def met(what, images, **changes):
+        sides = {"dit_jax": ([1.0] * 5, 1), page.COMPILED_SIDE: ([1.1] * 5, 1)}
+        part = record(what, "DiT-XL/2", images, **sides)
+        part["sides"]["dit_jax"] |= {"platform": "gpu", "devices": 1, "device": "H100", "data_sheet": 2e9, **changes}
+        return [t["met"] for t in page.targets([part])]
+
+    assert met("train", 32) == [True, True] and met("train", 8) == []  # half of the data sheet's rate
+    assert met("train", 64, data_sheet=3e9) == [True, False]
+    assert met("train", 32, seconds=[1.2] * 5, data_sheet=None) == [False]
+    assert met("denoise", 1) == [True] and met("denoise", 1, platform="cpu") == []
+
+
+@pytest.mark.slow
+def test_the_command_beside_compiled_pytorch(tmp_path):
+    """On the CPU, where PyTorch's compiler needs one of C++. Both sides say where they ran."""
+    pytest.importorskip("torch")
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    status, stdout, err = speed(*TINY, "--what=denoise", "--against=pytorch", "--rounds=1", f"--out={tmp_path}")
+    assert status == 0, err
+    (part,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert list(part["sides"]) == [page.JAX_SIDE, page.COMPILED_SIDE] and "4 guided, 4 steps" in part["name"]
+    for side in part["sides"].values():
+        assert side["platform"] == "cpu" and side["dtype"] == "float32" and min(side["seconds"]) > 0
+    assert page.COMPILED_SIDE in stdout and "A call denoises several steps" in (tmp_path / "benchmarks.md").read_text()
+
+
 def test_times_are_printed_in_the_unit_that_fits():
     assert [page._time(s) for s in (2.0, 0.9996, 0.0123, -0.5, 4.2e-6, 3e-8)] == [
         "2 s",
@@ -461,6 +490,7 @@ def test_a_child_is_found_from_any_folder(monkeypatch, tmp_path):
             marks=pytest.mark.slow,  # imports PyTorch
         ),
         ([*TINY, "--what=decode", "--vae=nowhere"], ["nowhere"]),
+        ([*TINY, "--what=decode", "--against=pytorch"], ["--against=pytorch", "--what=train,denoise,scaling"]),
         (["--what=data", "--cache=nowhere"], ["nowhere"]),
         (["--seconds=nan"], ["--seconds=nan"]),
         (["--scratch=/dev/null/x"], ["--scratch=/dev/null/x"]),

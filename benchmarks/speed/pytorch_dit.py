@@ -70,6 +70,9 @@ class DiT(nn.Module):
     The arguments are those of dit_jax's DiT. The position embedding is zero until it is loaded.
     """
 
+    pos_embed: Tensor
+    frequencies: Tensor
+
     def __init__(self, *, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
         super().__init__()
         p, d, self.grid = patch_size, hidden_size, input_size // patch_size

@@ -66,7 +66,7 @@ class Way:
         for _ in range(6):
             self.wait()
             start = time.perf_counter()
-            a @ a
+            torch.mm(a, a)
             self.wait()
             best = min(best, time.perf_counter() - start)
         return 2 * n**3 / best
