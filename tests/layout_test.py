@@ -80,6 +80,7 @@ def test_a_gpu_recomputes_what_it_cannot_hold():
     assert [remat(memory) for memory in (130, 70, 24)] == ["none", "dots", "full"]
     assert remat(18, "DiT-S/2", batch_size=64) == "none"
     assert resolved([cpu()])["model"]["remat"] == "dots"
+    assert [resolved([d])["model"]["scan"] for d in (cpu(), gpu(), tpu())] == [True, False, False]
 
 
 def test_weights_lie_whole_where_they_fit():
