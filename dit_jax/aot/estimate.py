@@ -174,7 +174,9 @@ def _bytes_needed(error, shapes):
     if total := re.search(r"Used ([\d.]+)([KMGT]?) of", error):
         return _parse_bytes(*total.groups())
     if temporary := re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", error):
-        return _parse_bytes(*temporary.groups()) + sharding.bytes_on_a_device(shapes)
+        arguments = jax.tree.leaves(shapes)
+        held = sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in arguments)
+        return _parse_bytes(*temporary.groups()) + held
     return None
 
 
