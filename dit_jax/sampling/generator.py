@@ -339,8 +339,10 @@ class Generator:
                 images = self.result(state)
             else:
                 images = self.run(weights, request)
-            own = images if count == self.batch_size else images[:count]
-            yield start((images, list(decode(own)) if decode else []), count)
+            decoded = []
+            if decode:
+                decoded = list(decode(images if count == self.batch_size else images[:count]))
+            yield start((images, decoded), count)
 
 
 def _is_ready(work):
