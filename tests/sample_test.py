@@ -1,10 +1,12 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, one_error
@@ -16,7 +18,7 @@ from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
 from dit_jax.runtime.errors import UserError
 from dit_jax.sampling import output
-from dit_jax.sampling.generator import Generator, Settings
+from dit_jax.sampling.generator import Generator, Guide, Settings
 
 FAST = ["--sampler=ddim", "--steps=4", "--cfg_scale=2"]
 
@@ -72,7 +74,70 @@ def test_step_by_step_and_in_one_program_are_the_same(network, sampler, eta):
         for on_step in (None, seen.append)
     )
     np.testing.assert_allclose(steps, whole, atol=2e-4 * np.abs(whole).max())
-    assert seen == 2 * list(range(1, 8))
+    assert seen == list(range(1, 15))
+
+
+def _sampled(network, whole, devices=1, **mesh):
+    """(images, the sampler's program) of a guided bfloat16 network."""
+    args, _, params, _ = network("a")
+    args = dict(args, null_class=True, dtype=jnp.dtype(jnp.bfloat16))
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices], **mesh)
+    params = jax.device_put(params, sharding.state_shardings(params, mesh))
+    settings = Settings(7, "ddpm", "4", 0.0, 1.5, 3)
+    split = sharding.shardings_of(params)
+    generator = Generator(args, mesh, split, objective=DDPM(), settings=settings, batch_size=8, whole=whole)
+    weights = generator.abstract_weights(params)
+    generator.run = generator.run.lower(weights, generator.abstract_request()).compile()
+    return generator(params, np.arange(12) % 10, np.arange(12)), generator.run.as_text()
+
+
+def test_whole_weights_make_the_same_pictures_and_do_not_travel(network, monkeypatch):
+    """Kernels that are cast ahead give the same bits; on a mesh nothing but the finished images is gathered."""
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)  # the network is small, and shall be split all the same
+    one = _sampled(network, whole=False)[0]
+    assert_array_equal(_sampled(network, whole=True)[0], one)
+    split, with_gathers = _sampled(network, whole=False, devices=4, data=1, fsdp=2, tensor=2)
+    whole, program = _sampled(network, whole=True, devices=4, data=1, fsdp=2, tensor=2)
+    np.testing.assert_allclose(whole, one, atol=0.01 * np.abs(one).max())  # in bfloat16, 2 images a device and not 8
+    np.testing.assert_allclose(split, one, atol=0.1 * np.abs(one).max())
+    collectives = re.findall(r" = (\S+) (all-gather|all-reduce|all-to-all|collective-permute)\(", program)
+    assert len(re.findall(r"all-gather|all-reduce", with_gathers)) > 10
+    assert [shape.split("{")[0] for shape, _ in collectives] == ["f32[8,8,8,4]"], collectives
+
+
+def test_whole_weights_of_a_network_and_its_guide(network):
+    """Four devices, each with both networks, step by step; guided at some of the steps."""
+    args, _, params, _ = network("a")
+    args = dict(args, null_class=True, dtype=np.dtype(np.float32))
+    second, results = jax.tree.map(lambda a: 0.9 * a, params), []
+    settings = dict(objective=DDPM(), settings=Settings(7, "ddpm", "6", 0.0, 1.5, 3, "200,700"), batch_size=4)
+    for whole, sizes in ((False, dict(devices=jax.devices()[:1])), (True, dict(data=2, fsdp=2))):
+        mesh = sharding.make_mesh(**sizes)
+        mine, others = (jax.device_put(tree, sharding.state_shardings(tree, mesh)) for tree in (params, second))
+        split, guide = sharding.shardings_of(mine), Guide(args, others)
+        generator = Generator(args, mesh, split, **settings, guide=guide, on_step=lambda step: None, whole=whole)
+        results.append(generator(mine, np.arange(5), np.arange(5)))
+    np.testing.assert_allclose(results[1], results[0], atol=2e-4 * np.abs(results[0]).max())
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_the_devices_have_work_while_a_batch_is_saved(network, monkeypatch, ready):
+    """What is ready comes at once. Else the next steps are started before a batch is waited for."""
+    monkeypatch.setattr("dit_jax.sampling.generator._is_ready", lambda work: ready)
+    args, _, params, _ = network("a")
+    args = dict(args, null_class=True)
+    mesh, finished, started = sharding.make_mesh(devices=jax.devices()[:1]), [], []
+    settings = dict(objective=DDPM(), settings=Settings(7, "ddpm", "12", 0.0, 1.5, 3), batch_size=4)
+    generator = Generator(args, mesh, sharding.state_shardings(params, mesh), **settings, on_step=finished.append)
+    step = generator.step
+    generator.step = lambda *arguments: started.append(0) or step(*arguments)
+    seen = [
+        (len(images), len(started), len(finished))
+        for images, _ in generator.batches(params, np.arange(10), np.arange(10))
+    ]
+    ahead = 0 if ready else 8
+    assert seen == [(4, 12 + ahead, 12), (4, 24 + ahead, 24), (2, 36, 36)]
+    assert (generator.waited > 0) == ready and finished == list(range(1, 37))
 
 
 def test_npz_grid_pngs_and_manifest(command, run, tmp_path):

@@ -16,7 +16,11 @@
     evaluation  the metrics, beside their usual forms
     scaling     how the time of a training step grows with batch, tokens and depth
 
---against=diffusers times PyTorch beside train, denoise, decode, start and scaling (pip install -e '.[benchmark]').
+--against=diffusers times PyTorch beside train, denoise, decode, start and scaling (pip install -e '.[benchmark]'), on
+a CPU in float32. --against=pytorch times a plain DiT in PyTorch with torch.compile beside train, denoise and scaling,
+on a GPU in bfloat16 if there is one:
+
+    python -m benchmarks.speed --report --against=pytorch --out=runs/gpu
 
 --out gets parts/, a JSON file of each thing timed. It also gets report.json, benchmarks.md and scaling.png, which are
 made of all the parts that are there. So a part can be timed again alone, and --what= only makes the page anew.
@@ -33,8 +37,10 @@ if __name__ == "__main__":
     cli.define_config(required=False)
     flags.declare_key_flag("config")
     flags.DEFINE_list("what", None, f"what is timed: {','.join(WHAT)}; by default train,denoise, or with --report all")
-    flags.DEFINE_enum("against", None, ["diffusers"], "what is timed beside it: PyTorch on diffusers' DiT")
-    flags.DEFINE_bool("report", False, "time the set that benchmarks.md is made of, beside diffusers")
+    against_help = "what is timed beside it: PyTorch on diffusers' DiT, or on a plain one, compiled"
+    flags.DEFINE_enum("against", None, ["diffusers", "pytorch"], against_help)
+    report_help = "time the set that benchmarks.md is made of, beside diffusers; or with --against=pytorch a GPU's"
+    flags.DEFINE_bool("report", False, report_help)
     cli.define_path("out", None, "a folder for the report and its parts")
     flags.DEFINE_integer(
         "rounds", 5, "timings of each thing; at most 3 or 1 of what takes long and has no target", lower_bound=1
@@ -73,7 +79,8 @@ def asked_for():
         raise UserError(f"--seconds={f.seconds}: how long a timing is at least, a number of seconds")
     if f.scratch is not None:
         cli.make_workdir(f.scratch, "scratch")
-    what = (WHAT if f.report else ("train", "denoise")) if f.what is None else f.what
+    all_of_it = f.report and f.against != "pytorch"
+    what = (WHAT if all_of_it else ("train", "denoise")) if f.what is None else f.what
     for kind in what:
         if kind not in WHAT:
             raise UserError(f"--what={kind}: unknown; one or more of {','.join(WHAT)}")
@@ -81,10 +88,16 @@ def asked_for():
         raise UserError("--report has its own configs: leave --config out")
     if not what and not f.out:
         raise UserError("--what is empty: name what is to be timed, or with --out the report to make anew")
-    for package in ("torch", "diffusers") if f.report or f.against else ():
+    needed = {"diffusers": ("torch", "diffusers"), "pytorch": ("torch",), "": ()}
+    for package in needed[against()]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{'--report' if f.report else '--against'} needs {package}: pip install -e '.[benchmark]'")
     return what
+
+
+def against():
+    """Returns what PyTorch is timed on: "diffusers", "pytorch", or "" for not at all."""
+    return flags.FLAGS.against or ("diffusers" if flags.FLAGS.report else "")
 
 
 def main():
@@ -93,7 +106,7 @@ def main():
     process.cpu_only()
     what = asked_for()
     settings = parts.Settings(
-        pytorch=bool(f.against or f.report),
+        against=against(),
         rounds=f.rounds,
         images=f.images,
         vae=f.vae or "",

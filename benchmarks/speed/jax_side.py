@@ -1,6 +1,7 @@
 """The child that times dit_jax: the programs that `train` and `sample` run."""
 
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,8 @@ from dit_jax.vae.autoencoder import DECODING, Autoencoder, batch_size
 
 
 def device_memory():
-    """Returns the peak bytes of one device; on CPU, of the process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or peak_memory()
+    """Returns the most bytes that one device has held; on CPU, the process."""
+    return chips.peak_memory() or peak_memory()
 
 
 def timed(call, compiled_in, dtype, flop, images, program=None, devices=None):
@@ -104,7 +104,8 @@ def _sampling(config, images):
     """Returns (config, arguments of DiT, mesh, weights, their shardings, labels of `images`)."""
     config, mesh = _setting(config | {"batch_size": images}, "--images")
     args = configs.dit_args(config)
-    shapes = dit.abstract(**args)[1]
+    # As the sampler has them where they fit: the same numbers, float32 on a CPU.
+    shapes = jax.eval_shape(partial(dit.cast_kernels, dtype=args["dtype"]), dit.abstract(**args)[1])
     shardings = sharding.state_shardings(shapes, mesh)
     # Any numbers, made in their place: random ones would take memory beside the weights, and peak memory is measured.
     params = jax.tree.map(

@@ -1,6 +1,7 @@
 """Targets, tables and the plot, made of what was timed. A part here is a record, a plain dict, of run.measure."""
 
 import io
+import math
 import statistics
 
 from benchmarks.markdown import table
@@ -10,6 +11,8 @@ from dit_jax.runtime.files import write_aside
 GIB = 2**30
 # The sides' labels, in the records and on the page.
 JAX_SIDE, BARE, AGAIN, PYTORCH_SIDE = "dit_jax", "its steps alone", "its second start", "diffusers"
+COMPILED_SIDE = "PyTorch, compiled"
+SIDES = {"diffusers": PYTORCH_SIDE, "pytorch": COMPILED_SIDE}  # of --against
 
 # (what, model, images a call, None: any): least speed as a multiple of PyTorch's.
 SPEED = {
@@ -20,6 +23,9 @@ SPEED = {
     ("denoise", "DiT-XL/2", None): 1.4,
 }
 SHARE = {("train", "DiT-S/2", 8): 0.8, ("denoise", "DiT-S/2", None): 0.8, ("denoise", "DiT-XL/2", None): 0.8}
+# Of GPUs, beside compiled PyTorch: {(what, model): (least images a call, least speed as a multiple of PyTorch's, least
+# share of the data sheet's rate)}.
+ON_GPU = {("train", "DiT-XL/2"): (32, 1.0, 0.45), ("denoise", "DiT-XL/2"): (1, 1.0, 0)}
 OVERHEAD, FIRST_PICTURE, ROUNDS = 0.03, 60, 5  # FIRST_PICTURE: seconds
 
 NOTES = """\
@@ -33,6 +39,12 @@ call for all arrays, inference mode while denoising; timesteps and labels are em
 paper, where that package embeds them in every block again. It has malloc as the system has it; ours has huge pages and
 keeps what is freed, as all our commands on a CPU. Our training step also reckons the norms that are logged. A target
 is judged by the median over rounds of the two sides' ratio, whose range stands beside it."""
+
+COMPILED_NOTES = """\
+*PyTorch, compiled* is a plain DiT of our own in PyTorch, the same function (tests compare them): scaled dot product
+attention, `torch.compile` with its default settings over the loss or a whole denoising step, fused AdamW, the EMA in
+one call for all arrays; on a GPU with bfloat16 under autocast, and for denoising with its weights in bfloat16 as ours
+are. Both sides are on the device at once, neither reserves memory ahead. A call denoises several steps."""
 
 PROFILED = """\
 Where the time of one call goes, of its trace: each kind of operation, its share of the call, and the rate of its
@@ -121,6 +133,16 @@ def targets(parts):
             judge(
                 part, f"at least {bound:.0%} of the matrix rate", measured, bound, measured >= bound, f"{measured:.0%}"
             )
+        if COMPILED_SIDE in sides and sides[JAX_SIDE].get("platform") == "gpu":
+            least, speed, least_share = ON_GPU.get((part["what"], part["model"]), (math.inf, 0, 0))
+            if part["images"] >= least:
+                times, low, high = ratio(part, COMPILED_SIDE, JAX_SIDE)
+                shown = f"{times:.2f} times ({low:.2f} to {high:.2f})"
+                judge(part, f"at least {speed:g} times compiled PyTorch's speed", times, speed, times >= speed, shown)
+            measured = share(part, JAX_SIDE, "data_sheet")
+            if part["images"] >= least and least_share and measured is not None:
+                text = f"at least {least_share:.0%} MFU"
+                judge(part, text, measured, least_share, measured >= least_share, f"{measured:.0%}")
         if part["what"] == "start" and part["model"] == "DiT-XL/2":
             seconds = median(sides[JAX_SIDE])
             judge(
@@ -259,10 +281,17 @@ def page(parts, found, machine, plot):
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     notes = NOTES if busy is None else f"{NOTES} What waits took at most {busy:.1%} of a core while another was timed."
+    if any(COMPILED_SIDE in part["sides"] for part in parts):
+        notes += "\n\n" + COMPILED_NOTES
+    sides = [part["sides"][JAX_SIDE] for part in parts]
+    accelerators = ", ".join(
+        dict.fromkeys(f"{s['devices']} x {s['device']}" for s in sides if s.get("platform", "cpu") != "cpu")
+    )
+    where = f"{accelerators} and " if accelerators else ""
     commits = ", ".join(dict.fromkeys(part["commit"] for part in parts if part.get("commit")))
     text = [
         "# Benchmarks",
-        f"On {machine['cores']} cores of {machine['cpu']} ({machine['system']}), {when}, {versions}"
+        f"On {where}{machine['cores']} cores of {machine['cpu']} ({machine['system']}), {when}, {versions}"
         + (f", commit {commits}" if commits else "")
         + "; timed by",
         "\n".join(["```sh", *commands, "```"]),

@@ -29,6 +29,14 @@ REPORT = [
     ("evaluation", "DiT-S/2", 8),
     ("scaling", "DiT-S/2", 4),
 ]
+# What --report --against=pytorch times, which is for a GPU.
+REPORT_PYTORCH = [
+    ("train", "DiT-XL/2", 32),
+    ("train", "DiT-XL/2", 64),
+    ("denoise", "DiT-XL/2", 1),
+    ("denoise", "DiT-XL/2", 32),
+]
+STEPS = 10  # denoising steps that a call makes beside compiled PyTorch: a GPU is not waited for after each one
 # The modules that run in processes of their own.
 JAX, PYTORCH, START, DATA, EVALUATION = (
     f"benchmarks.speed.{module}" for module in ("jax_side", "pytorch_side", "start", "data", "evaluation")
@@ -56,12 +64,12 @@ class Part:
 class Settings:
     """How things are timed, as the flags of python -m benchmarks.speed say it.
 
-    pytorch: whether PyTorch is timed beside. rounds: of timings. images: denoised at once. vae: a VAE's file or folder,
-    or empty. cache, pictures: what is read, or None. num_latents: how many are made where `cache` is None. samples,
-    references, width: of the features.
+    against: what PyTorch is timed on beside, "diffusers" or "pytorch", or empty. rounds: of timings. images: denoised
+    at once. vae: a VAE's file or folder, or empty. cache, pictures: what is read, or None. num_latents: how many are
+    made where `cache` is None. samples, references, width: of the features.
     """
 
-    pytorch: bool = False
+    against: str = ""
     rounds: int = 5
     images: int = 4
     vae: str = ""
@@ -74,9 +82,12 @@ class Settings:
 
 
 def of_report(what, settings, scratch):
-    """Returns the parts of REPORT whose kinds are in `what`. scratch: an empty folder. Raises UserError."""
+    """Returns the parts of REPORT, or of REPORT_PYTORCH, whose kinds are in `what`. scratch: an empty folder.
+
+    Raises UserError.
+    """
     todo = []
-    for kind, model, images in REPORT:
+    for kind, model, images in REPORT_PYTORCH if settings.against == "pytorch" else REPORT:
         if kind in what:
             config = configs.paper(model)
             config.batch_size = images
@@ -119,14 +130,16 @@ def _parts(todo, settings, scratch):
 
 def _beside(config, spec, settings):
     """Returns PyTorch's side of what `spec` says, as a dict of sides, which is empty where it is not asked for."""
-    model = config["model"]
-    if not settings.pytorch:
+    model, against = config["model"], settings.against
+    if not against:
         return {}
     if model["block"] != "adaln_zero":
-        raise UserError(f"model.block={model['block']}: --against=diffusers has adaln_zero alone")
+        raise UserError(f"model.block={model['block']}: --against={against} has adaln_zero alone")
     if not model["num_classes"]:
-        raise UserError("model.num_classes=0: --against=diffusers has models with classes alone")
-    return {page.PYTORCH_SIDE: (PYTORCH, {**spec, "threads": cores()})}
+        raise UserError(f"model.num_classes=0: --against={against} has models with classes alone")
+    if against == "pytorch" and spec.get("what") not in ("train", "denoise"):
+        raise UserError("--against=pytorch is of --what=train,denoise,scaling: leave the others out")
+    return {page.SIDES[against]: (PYTORCH, {**spec, "against": against, "threads": cores()})}
 
 
 def label(config):
@@ -172,9 +185,11 @@ def denoising_parts(what, config, images, settings):
     spec = {"what": "denoise", "config": config, "images": images}
     if what == "denoise":  # a step of DDPM on both sides
         spec["config"] = config | {"sample": sample | {"sampler": "ddpm"}}
+        several = settings.against == "pytorch"
+        spec |= {"steps": min(steps, STEPS)} if several else {}
         return [
             Part(
-                f"denoise {model}, {images} guided",
+                f"denoise {model}, {images} guided" + (f", {spec['steps']} steps" if several else ""),
                 what,
                 model,
                 {page.JAX_SIDE: (JAX, spec), **_beside(config, spec, settings)},

@@ -1,9 +1,12 @@
-"""The child that times PyTorch on the diffusers package's DiT. Nothing of JAX is imported here.
+"""The child that times PyTorch, on the diffusers package's DiT or on a plain one. Nothing of JAX is imported here.
 
-That package's class is made the paper's network. The timesteps' frequencies divide by 128, not 127. The second norm's
+The package's class is made the paper's network. The timesteps' frequencies divide by 128, not 127. The second norm's
 eps is 1e-6, not 1e-5. The embeddings of timestep and label, of which it keeps a copy in every block, are computed once
 for all blocks, as the paper has it. Labels are dropped outside. Otherwise it is what its user runs: eager, with scaled
 dot product attention, fused AdamW, the EMA in one call for all arrays, inference mode while denoising.
+
+The plain one is pytorch_dit's. What a call repeats is compiled: the loss with its gradient, or a whole denoising step.
+On a GPU that has bfloat16 it runs under autocast.
 """
 
 # What these libraries declare does not name the attributes of a submodule, nor all that they export.
@@ -13,13 +16,69 @@ dot product attention, fused AdamW, the EMA in one call for all arrays, inferenc
 import math
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers.models import AutoencoderKL, DiTTransformer2DModel
 
-from benchmarks.speed.child import Timed, serve
+from benchmarks.speed import pytorch_dit
+from benchmarks.speed.child import Timed, peak_memory, serve
 from dit_jax.diffusion.process import linear_schedule, respace
+
+
+@dataclass(frozen=True)
+class Way:
+    """How PyTorch runs.
+
+    plain: pytorch_dit's network, else diffusers'. device: "cpu" or "cuda". bfloat16: under autocast. compiled: by
+    torch.compile.
+    """
+
+    plain: bool = False
+    device: str = "cpu"
+    bfloat16: bool = False
+    compiled: bool = False
+
+    def network(self, args):
+        """Returns model(x, t, y), float32. args: of dit_jax's DiT."""
+        return (pytorch_dit.DiT if self.plain else DiT)(**args).to(self.device)
+
+    def predict(self, model, x, t, y):
+        """Returns what the model predicts, in float32."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
+            return model(x, t, y).float()
+
+    def compile(self, function):
+        return torch.compile(function) if self.compiled else function
+
+    def wait(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def memory(self):
+        """Returns the most bytes that the GPU has held; on CPU, the process."""
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
+
+    def matrix_rate(self):
+        """Returns FLOP/s of PyTorch's large matrix product, measured as parallel.chips.measured_flops does."""
+        n, best = 1536 if self.device == "cpu" else 8192, math.inf
+        a = torch.ones(n, n, device=self.device, dtype=torch.bfloat16 if self.bfloat16 else torch.float32)
+        for _ in range(6):
+            self.wait()
+            start = time.perf_counter()
+            torch.mm(a, a)
+            self.wait()
+            best = min(best, time.perf_counter() - start)
+        return 2 * n**3 / best
+
+
+def way_of(against):
+    """Returns the Way of "diffusers", or of "pytorch": on a GPU if there is one, unless JAX is told to use the CPU."""
+    if against == "diffusers":
+        return Way()
+    gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
+    bfloat16 = gpu and torch.cuda.get_device_capability() >= (8, 0)
+    return Way(plain=True, device="cuda" if gpu else "cpu", bfloat16=bfloat16, compiled=True)
 
 
 class Condition(torch.nn.Module):
@@ -31,6 +90,8 @@ class Condition(torch.nn.Module):
 
 def network(*, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, **_):
     """Returns that package's DiT of these arguments, which are those of dit_jax's DiT."""
+    from diffusers.models import DiTTransformer2DModel
+
     return DiTTransformer2DModel(
         num_attention_heads=num_heads,
         attention_head_dim=hidden_size // num_heads,
@@ -65,12 +126,12 @@ class Diffusion:
     """dit_jax/diffusion/ddpm.py in PyTorch, for images (B, C, H, W). schedule: a diffusion.process.Schedule, of which
     training and sampling take float32 tables."""
 
-    def __init__(self, schedule):
+    def __init__(self, schedule, device="cpu"):
         def table(values):
-            return torch.tensor(np.asarray(values, np.float32))[:, None, None, None]
+            return torch.tensor(np.asarray(values, np.float32), device=device)[:, None, None, None]
 
         s = schedule
-        self.steps, self.told = len(s), torch.tensor(s.timestep_map)
+        self.steps, self.told = len(s), torch.tensor(s.timestep_map, device=device)
         self.sqrt, self.sqrt_1m = table(np.sqrt(s.alphas_cumprod)), table(np.sqrt(1 - s.alphas_cumprod))
         self.recip, self.recip_m1 = table(np.sqrt(1 / s.alphas_cumprod)), table(np.sqrt(1 / s.alphas_cumprod - 1))
         self.of_start, self.of_t = table(s.posterior_mean_coef1), table(s.posterior_mean_coef2)
@@ -101,17 +162,16 @@ class Diffusion:
         vb = torch.where(t == 0, nll.mean((1, 2, 3)), kl.mean((1, 2, 3))) / math.log(2)
         return ((noise - eps) ** 2).mean((1, 2, 3)) + vb
 
-    def guided_step(self, model, x, noise, y, i, scale, channels):
-        """Returns x_{t-1} of x_t at step i.
+    def guided_step(self, model, x, noise, y, t, scale, channels):
+        """Returns x_{t-1} of x_t at the steps t (B,).
 
         y: labels, then as many of the null class. channels: how many are guided; None is all.
         """
-        t = torch.full((len(x),), i)
         out = model(torch.cat([x, x]), self.told[torch.cat([t, t])], y)
         conditional, unconditional = out.chunk(2)
         eps = (unconditional + scale * (conditional - unconditional))[:, : min(channels or x.shape[1], x.shape[1])]
         mean, log_variance = self.p(torch.cat([eps, conditional[:, eps.shape[1] :]], dim=1), x, t)
-        return mean + (torch.exp(0.5 * log_variance) * noise if i else 0)
+        return mean + torch.exp(0.5 * log_variance) * noise * (t > 0)[:, None, None, None]
 
 
 def log_likelihood(x, mean, log_scale):
@@ -128,10 +188,14 @@ def log_likelihood(x, mean, log_scale):
 
 
 class Trainer:
-    """step() is what dit_jax/training/step.py does: forward, backward, AdamW, EMA. It returns the mean loss."""
+    """step() is what dit_jax/training/step.py does: forward, backward, AdamW, EMA. It returns the mean loss.
 
-    def __init__(self, args, *, batch_size, timesteps, label_dropout, optimizer, ema_decay):
-        self.model, self.diffusion = DiT(**args), Diffusion(linear_schedule(timesteps))
+    way: a Way.
+    """
+
+    def __init__(self, args, *, batch_size, timesteps, label_dropout, optimizer, ema_decay, way):
+        self.way, self.loss = way, way.compile(self._loss)
+        self.model, self.diffusion = way.network(args), Diffusion(linear_schedule(timesteps), way.device)
         self.params = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(
@@ -142,30 +206,36 @@ class Trainer:
             weight_decay=optimizer["weight_decay"],
             fused=True,
         )
-        self.x = torch.randn(batch_size, args["in_channels"], args["input_size"], args["input_size"])
-        self.y = torch.randint(args["num_classes"], (batch_size,))
+        shape = batch_size, args["in_channels"], args["input_size"], args["input_size"]
+        self.x = torch.randn(shape, device=way.device)
+        self.y = torch.randint(args["num_classes"], (batch_size,), device=way.device)
         self.num_classes, self.label_dropout, self.ema_decay = args["num_classes"], label_dropout, ema_decay
 
+    def _loss(self, x, t, noise, y):
+        return self.diffusion.losses(lambda *inputs: self.way.predict(self.model, *inputs), x, t, noise, y).mean()
+
     def step(self):
-        dropped = torch.rand(len(self.y)) < self.label_dropout
+        dropped = torch.rand(len(self.y), device=self.y.device) < self.label_dropout
         return self.update(
             self.x,
-            torch.randint(self.diffusion.steps, (len(self.x),)),
+            torch.randint(self.diffusion.steps, (len(self.x),), device=self.x.device),
             torch.randn_like(self.x),
             torch.where(dropped, self.num_classes, self.y),
         )
 
     def update(self, x, t, noise, y):
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.diffusion.losses(self.model, x, t, noise, y).mean()
+        loss = self.loss(x, t, noise, y)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.params, 1 - self.ema_decay)
-        return {"value": loss.item()}
+        value = loss.item()
+        self.way.wait()  # the loss is there before the parameters are
+        return {"value": value}
 
 
-def train_step(config):
+def train_step(config, way):
     """Returns a call that makes a training step on one batch of noise."""
     return Trainer(
         config["model"],
@@ -174,26 +244,47 @@ def train_step(config):
         label_dropout=config["diffusion"]["label_dropout"],
         optimizer=config["optimizer"],
         ema_decay=config["ema_decay"],
+        way=way,
     ).step
 
 
-def denoise(config, images):
-    """Returns a call that makes one guided denoising step."""
+def denoise(config, images, way, steps=1):
+    """Returns a call that makes guided denoising steps, one after the other."""
     args, s = config["model"], config["sample"]
-    model = DiT(**args).eval().requires_grad_(False)
-    diffusion = Diffusion(respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"]))
-    x, noise = torch.randn(2, images, args["in_channels"], args["input_size"], args["input_size"])
+    model = way.network(args).eval().requires_grad_(False)
+    if way.bfloat16:  # the weights as well, as dit_jax's sampler has them
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.to(torch.bfloat16)
+    diffusion = Diffusion(respace(linear_schedule(config["diffusion"]["timesteps"]), s["steps"]), way.device)
+    shape = 2, images, args["in_channels"], args["input_size"], args["input_size"]
+    x, noise = torch.randn(shape, device=way.device)
     y = torch.cat([torch.arange(images) % args["num_classes"], torch.full((images,), args["num_classes"])])
+    y = y.to(way.device)
 
-    @torch.inference_mode()
+    @way.compile
+    def step(x, t):
+        predict = lambda *inputs: way.predict(model, *inputs)
+        return diffusion.guided_step(predict, x, noise, y, t, s["cfg_scale"], s["cfg_channels"])
+
+    order = [torch.full((images,), diffusion.steps - 1 - i, device=way.device) for i in range(steps)]
+
+    # In inference mode torch.compile would compile for it alone, and it gains nothing there.
+    @(torch.no_grad() if way.compiled else torch.inference_mode())
     def call():
-        diffusion.guided_step(model, x, noise, y, diffusion.steps - 1, s["cfg_scale"], s["cfg_channels"])
+        x_t = x
+        for t in order:
+            x_t = step(x_t, t)
+        way.wait()
 
     return call
 
 
-def decode(images, side, args, scale):
-    """Returns a call that decodes latents. args: of dit_jax's VAE."""
+def decode(images, side, args, scale, way):
+    """Returns a call that decodes latents. args: of dit_jax's VAE. way: that of diffusers."""
+    from diffusers.models import AutoencoderKL
+
+    assert not way.plain
     levels = len(args["block_out_channels"])
     vae = (
         AutoencoderKL(
@@ -224,37 +315,35 @@ def make_weights(config, folder):
 @torch.inference_mode()
 def first_picture(folder, steps, threads):
     """Makes the latent of a picture of weights on disk, in so many guided steps, as a user of that package would."""
+    from diffusers.models import DiTTransformer2DModel
+
     torch.set_num_threads(threads)
     net = DiTTransformer2DModel.from_pretrained(folder).eval()
     diffusion, c = Diffusion(respace(linear_schedule(1000), str(steps))), net.config
     x, y = torch.randn(1, c.in_channels, c.sample_size, c.sample_size), torch.tensor([0, c.num_embeds_ada_norm])
     for i in reversed(range(steps)):
         x = diffusion.guided_step(
-            lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, i, 4.0, 3
+            lambda x, t, y: net(x, t, y, return_dict=False)[0], x, torch.randn_like(x), y, torch.full((1,), i), 4.0, 3
         )
     assert x.isfinite().all()
 
 
-def matrix_rate():
-    """Returns FLOP/s of PyTorch's large float32 matrix product, measured as parallel.chips.measured_flops does."""
-    n, best = 1536, math.inf
-    a = torch.ones(n, n)
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
 def make(spec):
-    """Returns a Timed. spec: what, "train", "denoise" or "decode"; threads; and the arguments of that function."""
+    """Returns a Timed.
+
+    spec: what, "train", "denoise" or "decode"; against, "diffusers" or "pytorch"; threads; and the arguments of that
+    function.
+    """
     torch.set_num_threads(spec.pop("threads"))
     torch.manual_seed(0)
-    return Timed(
-        {"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")](**spec),
-        {"dtype": "float32", "threads": torch.get_num_threads()},
-        rate=matrix_rate,
-    )
+    way = way_of(spec.pop("against"))
+    info = {
+        "dtype": "bfloat16" if way.bfloat16 else "float32",
+        "threads": torch.get_num_threads(),
+        "platform": "gpu" if way.device == "cuda" else "cpu",
+    }
+    what = {"train": train_step, "denoise": denoise, "decode": decode}[spec.pop("what")]
+    return Timed(what(**spec, way=way), info, rate=way.matrix_rate, memory=way.memory)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def measure(part, seconds):
                 children[label] = child = stack.enter_context(Child(module, spec, plain=module == PYTORCH))
                 _check_comparable(part, label, child.info)
                 sides[label] = {**child.info, "seconds": [], "rates": [], "calls": _calls(child, seconds, part.warm)}
+            _check_same_place(sides)
             for i in range(part.rounds):
                 for j, label in enumerate(list(children)[:: -1 if i % 2 else 1]):
                     side, others = sides[label], [child for name, child in children.items() if name != label]
@@ -77,6 +78,28 @@ def _check_comparable(part, label, info):
             f"--against=diffusers compares float32 on CPU, and here JAX runs {info['dtype']} on "
             f"{info['device']}: set JAX_PLATFORMS=cpu and --config.model.dtype=float32"
         )
+
+
+def _check_same_place(sides):
+    """UserError where compiled PyTorch and JAX run on different devices or in different types.
+
+    Else PyTorch's record gets the rate of the data sheet that JAX's has.
+    """
+    jax_side, pytorch = sides[page.JAX_SIDE], sides.get(page.COMPILED_SIDE)
+    if pytorch is None:
+        return
+    differ = [
+        f"{key} {pytorch[key]}, JAX {jax_side[key]}" for key in ("platform", "dtype") if pytorch[key] != jax_side[key]
+    ]
+    if differ:
+        raise UserError(
+            f"--against=pytorch: PyTorch has {' and '.join(differ)}: install JAX and PyTorch for the same device "
+            "(pip install -e '.[cuda]'), or set JAX_PLATFORMS=cpu, and leave model.dtype at auto"
+        )
+    devices = jax_side["devices"]
+    if devices > 1:
+        raise UserError(f"--against=pytorch: PyTorch has one device, and JAX {devices}: set CUDA_VISIBLE_DEVICES=0")
+    pytorch["data_sheet"] = jax_side["data_sheet"]
 
 
 def _calls(child, seconds, warm):

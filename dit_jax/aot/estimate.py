@@ -19,14 +19,18 @@ from dit_jax.training import setup
 from dit_jax.vae import autoencoder, network
 
 
-def _program(config, mesh, what):
-    """Returns the jitted function, the shapes of its arguments, and the number of images per call."""
+def _program(config, mesh, what, batch_size):
+    """Returns the jitted function, the shapes of its arguments, the number of images per call, and its mesh.
+
+    batch_size: of the sampler; None for the images of a grid.
+    """
     if what in ("encode", "decode"):
-        return _vae_program(config["model"], mesh, what)
+        return *_vae_program(config["model"], mesh, what), mesh
     _, step, target = setup.make_programs(config, mesh)
     if what == "sample":
-        generator = setup.make_generator(config, mesh, target)
-        return generator.run, (target.ema, generator.abstract_request()), generator.batch_size
+        generator = setup.make_generator(config, mesh, target, batch_size=batch_size)
+        weights = generator.abstract_weights(target.ema)
+        return generator.run, (weights, generator.abstract_request()), generator.batch_size, generator.mesh
     model, n = config["model"], config["batch_size"]
     split = sharding.batch_sharding(mesh)
     shape = (n, model["input_size"], model["input_size"], model["in_channels"])
@@ -34,11 +38,11 @@ def _program(config, mesh, what):
         "x": jax.ShapeDtypeStruct(shape, np.float32, sharding=split),
         "y": jax.ShapeDtypeStruct((n,), np.int32, sharding=split),
     }
-    return step, (target, batch), n
+    return step, (target, batch), n, mesh
 
 
 def _vae_program(model, mesh, what):
-    """As _program, of the published VAE at the picture size of the model's latents."""
+    """As the first three of _program, of the published VAE at the picture size of the model's latents."""
     vae = autoencoder.Autoencoder(network.PUBLISHED, network.abstract(**network.PUBLISHED)[1])
     if model["in_channels"] != vae.latent_channels:
         raise UserError(
@@ -96,10 +100,14 @@ def _advice(config, n, capacity, needed):
     return found or ["a larger slice: nothing that this command knows of is enough"]
 
 
-def estimate_run(config: dict[str, Any], topology: str, what: str = "train") -> dict[str, Any]:
+def estimate_run(
+    config: dict[str, Any], topology: str, what: str = "train", per_device: int | None = None
+) -> dict[str, Any]:
     """Compiles a resolved config for a slice and returns the report, a dict of plain values.
 
-    what: "train", "sample", "encode" or "decode". Raises UserError if the slice is unknown or does not suit the config.
+    what: "train", "sample", "encode" or "decode". per_device: for "sample", how many images are sampled at once on each
+    device; None for as many as the run's grids have in all. Raises UserError if the slice is unknown or does not suit
+    the config.
     """
     devices = find_devices(topology)
     chip = CHIPS[devices[0].device_kind]
@@ -107,9 +115,9 @@ def estimate_run(config: dict[str, Any], topology: str, what: str = "train") -> 
     mesh = sharding.make_mesh(**config["mesh"], devices=devices)
     if what == "train":
         setup.check_batch(config, mesh)
-    report = _describe(config, topology, mesh, chip, what)
     start = time.perf_counter()
-    function, shapes, images = _program(config, mesh, what)
+    function, shapes, images, mesh = _program(config, mesh, what, per_device and per_device * len(devices))
+    report = _describe(config, topology, mesh, chip, what)
     lowered = function.lower(*shapes)
     lowered_at = time.perf_counter()
     report |= {"images_per_step": images, "lower_seconds": round(lowered_at - start, 1)}

@@ -98,27 +98,56 @@ TABLE_MODELS = [*MODELS, "DiT-XL/2-512"]
 TABLE_SLICES = ["v3-8", "v3-32", "v3-256", "v4-32", "v5e-16", "v5e-256", "v6e-16"]
 
 
-def table(slices: list[str], models: list[str]) -> None:
-    """Prints a Markdown table of the chosen layout of each model on each slice. Raises UserError for unknown names."""
+TRAIN_COLUMNS = (
+    "data x fsdp x tensor",
+    "blocks, remat",
+    "peak HBM, GiB",
+    "GB a device",
+    "arithmetic, memory, interconnect, ms",
+    "images/s at best",
+)
+SAMPLE_COLUMNS = (
+    "images at once",
+    "peak HBM, GiB",
+    "GB between chips",
+    "arithmetic, memory, interconnect, s",
+    "images/s at best",
+    "50,000 at best",
+)
+
+
+def table(slices: list[str], models: list[str], what: str = "train", per_device: int = 32) -> None:
+    """Prints a Markdown table of the chosen layout of each model on each slice. Raises UserError for unknown names.
+
+    what: "train", or "sample": the paper's 250 guided steps, with `per_device` images at once on each device.
+    """
     unknown = [model for model in models if model not in TABLE_MODELS]
     if unknown:
         raise UserError(f"--models: unknown model {unknown[0]!r}: one of {', '.join(TABLE_MODELS)}")
     for topology in slices:
         find_devices(topology)
-    say(
-        "| slice | model | data x fsdp x tensor | blocks, remat | peak HBM, GiB | GB a device | arithmetic, memory, "
-        "interconnect, ms | images/s at best |"
-    )
-    say("|---|---|---|---|---|---|---|---|")
+    columns = "slice", "model", *(TRAIN_COLUMNS if what == "train" else SAMPLE_COLUMNS)
+    say(f"| {' | '.join(columns)} |")
+    say("|" + len(columns) * "---|")
     for topology in slices:
         for model in models:
-            say(f"| {topology} | {model} | {_row(topology, model)} |")
+            config = configs.paper(model.removesuffix("-512"))
+            config.update_from_flattened_dict({"model.input_size": 64 if model.endswith("-512") else 32})
+            r = estimate_run(configs.resolve(config), topology, what, per_device if what == "sample" else None)
+            say(f"| {topology} | {model} | {_train_row(r) if what == 'train' else _sample_row(r)} |")
 
 
-def _row(topology, model):
-    config = configs.paper(model.removesuffix("-512"))
-    config.update_from_flattened_dict({"model.input_size": 64 if model.endswith("-512") else 32})
-    r = estimate_run(configs.resolve(config), topology)
+def _sample_row(r):
+    if "bounds_s" not in r:
+        return f"{r['images_per_step']:,} | does not fit | | | | "
+    bounds, rate = ", ".join(f"{s:.3g}" for s in r["bounds_s"].values()), r["images_per_s_bound"]
+    return (
+        f"{r['images_per_step']:,} | {r['hbm_peak_bytes'] / GIB:.2f} of {r['hbm_capacity_bytes'] / GIB:.2f} | "
+        f"{r['interconnect_bytes_into_a_chip'] / 1e9:.3g} | {bounds} | {rate:,.3g} | {duration(50_000 / rate)}"
+    )
+
+
+def _train_row(r):
     mesh = " x ".join(str(r["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
     parts = f", {r['accumulate']} parts" if r["accumulate"] > 1 else ""
     layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}"

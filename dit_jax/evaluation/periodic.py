@@ -1,8 +1,9 @@
 """FID on few samples while a run trains (config.eval)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
@@ -20,9 +21,14 @@ class Generator(Protocol):
     batch_size: int
     num_classes: int
 
-    def __call__(
-        self, params: Any, labels: Int[np.ndarray, " n"], indices: Int[np.ndarray, " n"]
-    ) -> Float[np.ndarray, "n h w c"]: ...
+    def batches(
+        self,
+        params: Any,
+        labels: Int[np.ndarray, " n"],
+        indices: Int[np.ndarray, " n"],
+        *,
+        decode: Callable[[jax.Array], Iterable[jax.Array]] | None,
+    ) -> Iterator[tuple[Float[np.ndarray, "m h w c"], Float[np.ndarray, "m H W c"] | None]]: ...
 
 
 class PeriodicEvaluation:
@@ -34,7 +40,7 @@ class PeriodicEvaluation:
     so that errors in them are reported before the run.
 
     Args:
-      decode: from latents to pictures, or None.
+      decode: from latents to pictures, as vae.autoencoder.Decoder.parts; or None.
       size: of the pictures.
       num: of the samples.
       kind, inception: as in features.load.
@@ -46,7 +52,7 @@ class PeriodicEvaluation:
         self,
         mesh: Mesh,
         generator: Generator,
-        decode: Callable[[np.ndarray], np.ndarray] | None,
+        decode: Callable[[jax.Array], Iterable[jax.Array]] | None,
         size: int,
         num: int,
         kind: str,
@@ -62,13 +68,13 @@ class PeriodicEvaluation:
 
     def samples(self, ema: Any, progress: Progress) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
         """Yields the samples a batch at a time. Raises FloatingPointError if one is not finite."""
-        for start in range(0, self.num, self.generator.batch_size):
-            part = np.arange(start, min(start + self.generator.batch_size, self.num))
-            images = self.generator(ema, self.labels[part], part)
-            images = self.decode(images) if self.decode else images
+        done = 0
+        for images, decoded in self.generator.batches(ema, self.labels, np.arange(self.num), decode=self.decode):
+            images = images if decoded is None else decoded
             if not np.isfinite(images).all():
                 raise FloatingPointError
-            progress.update(part[-1] + 1)
+            done += len(images)
+            progress.update(done)
             yield to_uint8(images)
 
     def __call__(self, ema: Any) -> tuple[dict[str, float], str]:

@@ -250,3 +250,17 @@ def split(model: DiT) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def abstract(**args: Any) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Returns split(DiT(**args)) with jax.ShapeDtypeStructs for arrays: allocates nothing."""
     return split(nnx.eval_shape(lambda: DiT(**args, rngs=nnx.Rngs(0))))
+
+
+def cast_kernels(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """Returns the parameters of a DiT with its kernels in dtype, which must be the DiT's: it gives the same numbers.
+
+    The DiT casts these kernels itself wherever it multiplies. The timestep embedders compute in float32.
+    """
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        in_float32 = names[0] in ("t_embedder", "h_embedder") or names[-1] != "kernel"
+        return leaf if in_float32 else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

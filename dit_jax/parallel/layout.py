@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.parallel.chips import CHIPS, GIB, Devices
+from dit_jax.parallel.chips import CHIPS, GIB, GPUS, Devices, has_bfloat16
 from dit_jax.runtime.arrays import host_memory
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import say
@@ -105,12 +105,34 @@ def least_memory(
 def memory_of(devices: Devices) -> float:
     """Returns the bytes that a program over these devices can have, over all of them; infinity if unknown.
 
-    On CPU it is the memory of the machine, or the limit of its control group, for each process.
+    On CPU it is the memory of the machine, or the limit of its control group, for each process. On GPU it is what the
+    device says that JAX may take of it.
     """
     if devices[0].platform == "cpu":
         return host_memory() * jax.process_count()
-    chip = CHIPS.get(devices[0].device_kind)
-    return len(devices) * (chip.hbm if chip else (devices[0].memory_stats() or {}).get("bytes_limit", math.inf))
+    kind = devices[0].device_kind
+    if kind in CHIPS:
+        return len(devices) * CHIPS[kind].hbm
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", GPUS[kind].hbm if kind in GPUS else math.inf)
+    return len(devices) * limit
+
+
+def whole_weights_fit(model: dict[str, Any], devices: Devices, images: int, weights: int, held: int) -> bool:
+    """Returns whether each device can hold all weights of a network, in their compute dtype, while it samples.
+
+    Then no step moves weights between devices. On CPU, where devices share one memory, the answer is no.
+
+    model: the arguments of models.dit.DiT. images: how many are sampled at once, over all devices. weights: bytes.
+    held: bytes of one device that are taken already.
+    """
+    if devices[0].platform == "cpu":
+        return False
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    image = 8 * model["input_size"] ** 2 * model["in_channels"]  # two float32 arrays: the image and its noise
+    guided = 2  # guidance doubles the batch
+    images_per_device = -(-images // len(devices))
+    at_work = images_per_device * guided * (image + tokens * _token_bytes(model, tokens, 0, "full"))
+    return held + weights + at_work < 0.9 * memory_of(devices) / len(devices)
 
 
 def check_memory(needs: dict[str, int], devices: Devices) -> None:
@@ -128,8 +150,8 @@ def _gib(count):
     return f"{count / GIB:,.3g} GiB" if count < 1e6 * GIB else f"{count / GIB:.1e} GiB"
 
 
-def _tpu_mesh(num_devices, batch_size, num_heads):
-    """Returns the sizes of (data, fsdp, tensor) for a TPU slice.
+def _auto_mesh(num_devices, batch_size, num_heads):
+    """Returns the sizes of (data, fsdp, tensor) for a TPU slice, or for GPUs.
 
     With few examples a device most of the traffic is weights. `tensor` then shares a layer among as many devices as
     have 4 examples together. `fsdp` shares the state among up to 16 devices: the rows of a kernel still fill whole
@@ -145,8 +167,8 @@ def _tpu_mesh(num_devices, batch_size, num_heads):
 
 
 def compute_dtype(devices: Devices) -> np.dtype:
-    """Returns the dtype of matrix products and activations: bfloat16 on a TPU of CHIPS, else float32."""
-    return np.dtype(jnp.bfloat16 if devices[0].device_kind in CHIPS else np.float32)
+    """Returns the dtype of matrix products and activations: bfloat16 where the chip has it, else float32."""
+    return np.dtype(jnp.bfloat16 if has_bfloat16(devices[0]) else np.float32)
 
 
 def choose_attention(model: dict[str, Any], devices: Devices, objective: str = "ddpm") -> str:
@@ -186,17 +208,18 @@ def _runs(kernel, model, device):
 def resolve_auto(config: dict[str, Any], devices: Devices) -> dict[str, Any]:
     """Returns a resolved config with every "auto" and every unset field decided for these devices, of one kind."""
     model, mesh = dict(config["model"]), dict(config["mesh"])
-    chip = CHIPS.get(devices[0].device_kind)
+    on_cpu = devices[0].platform == "cpu"
     if model["dtype"] == "auto":
         model["dtype"] = compute_dtype(devices).name
-    if chip and mesh["fsdp"] is None and mesh["tensor"] is None and mesh["data"] == -1:
-        mesh = _tpu_mesh(len(devices), config["batch_size"], model["num_heads"])
+    if not on_cpu and mesh["fsdp"] is None and mesh["tensor"] is None and mesh["data"] == -1:
+        mesh = _auto_mesh(len(devices), config["batch_size"], model["num_heads"])
     mesh = {axis: 1 if size is None else size for axis, size in mesh.items()}
     config = config | {"model": model, "mesh": mesh}
     model["attention"] = choose_attention(model, devices, config.get("objective", "ddpm"))
     if model["scan"] is None:
-        # Unrolled, a TPU's program takes less memory and moves fewer bytes. Elsewhere it only compiles longer.
-        model["scan"] = not chip
+        # Unrolled, the program of a TPU or a GPU takes less memory and moves fewer bytes: S/2's step at batch 32,
+        # compiled for an H100, 2.5 GiB and 20 GB, and 3.0 and 34 as a loop. On CPU it only compiles longer.
+        model["scan"] = on_cpu
     config["accumulate"], model["remat"] = _parts_and_remat(config, devices)
     return config
 

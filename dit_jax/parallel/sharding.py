@@ -68,6 +68,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Devices |
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
+def data_mesh(mesh: Mesh) -> Mesh:
+    """Returns a mesh over the same devices, in the same order, on which each has examples of its own."""
+    return Mesh(mesh.devices.reshape(-1, 1, 1), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns the path of a leaf of a tree (of jax.tree_util) as a name: "blocks/attn/qkv/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
@@ -184,9 +189,23 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+def bytes_on_a_device(tree: Any) -> int:
+    """Returns the bytes that a tree of arrays, or of ShapeDtypeStructs with shardings, takes on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in leaves)
+
+
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns a NumPy array, which every host has whole, as a jax.Array with this sharding."""
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def on_each_device(function: Callable[..., Any], *specs: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the function as one that each device runs on its share of a batch, over all axes of the mesh.
+
+    specs: the PartitionSpecs of its arguments.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(mesh.axis_names), check_vma=False)
 
 
 def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -194,8 +213,7 @@ def over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
 
     The program is the same on any number of devices. The result is whole on every device.
     """
-    split = P(mesh.axis_names)
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), split), out_specs=split, check_vma=False)
+    mapped = on_each_device(function, P(), P(mesh.axis_names), mesh=mesh)
     return jax.jit(mapped, out_shardings=replicated(mesh))
 
 

@@ -9,17 +9,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def in_flight(
+    started: Iterable[Item], limit: int, ready: Callable[[Item], bool] = lambda item: False
+) -> Iterator[Item]:
+    """Yields the same items in order, each when it is ready or when `limit` later ones were started.
+
+    For items that are work on the devices: the iterator starts it and does not wait.
+    """
+    waiting = deque()
+    for item in started:
+        waiting.append(item)
+        while waiting and (len(waiting) > limit or ready(waiting[0])):
+            yield waiting.popleft()
+    yield from waiting
+
+
 def one_behind(run: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yields run(item) of each item, in order, after starting the next one.
 
     For a `run` that starts work on the devices and returns at once.
     """
-    previous = []
-    for item in items:
-        result = run(item)
-        yield from previous
-        previous = [result]
-    yield from previous
+    return in_flight(map(run, items), 1)
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:

@@ -1,7 +1,9 @@
 """The jitted sampler over the mesh: weights, labels and indices -> images."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +16,14 @@ from dit_jax.diffusion.guidance import MAX_SCALE, guide
 from dit_jax.diffusion.meanflow import MeanFlow
 from dit_jax.diffusion.objectives import Objective
 from dit_jax.models import dit
-from dit_jax.parallel import sharding
+from dit_jax.parallel import layout, sharding
+from dit_jax.parallel.sharding import BATCH, P
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.overlap import in_flight
 from dit_jax.runtime.progress import say
+
+# Denoising steps that are started before the first of them is waited for: work for the devices while a batch is saved.
+STEPS_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,13 @@ class Request(NamedTuple):
     seed: Any
     cfg_scale: Any
     guided: Any = None
+
+
+class Work(NamedTuple):
+    """What was started on the devices: a denoising step, or with `images` the end of a batch of so many."""
+
+    arrays: Any
+    images: int
 
 
 class Guide(NamedTuple):
@@ -152,8 +166,12 @@ class Generator:
       objective: of the network.
       guide: a second network, or None. Its parameters are sharded like its `params`.
       batch_size: images that go through the network at once; rounded up to a multiple that the mesh can split.
-      on_step: called as on_step(step) after each denoising step, counted from 1. Each step is then a program of its
-        own, because JAX does not cache a program that calls back to the host.
+      on_step: called as on_step(steps) with the number of denoising steps that a call has finished, after each. Each
+        step is then a program of its own, because JAX does not cache a program that calls back to the host.
+      whole: whether each device has all weights, in the compute dtype, and samples images of its own
+        (whole_weights_fit). Else the weights are split as they are given, and so is each layer's work.
+    Attributes: batch_size; mesh, on which it samples; waited, the seconds in which the devices had nothing to do while
+      the caller was busy with a batch, at most.
     Raises: UserError naming the setting that is out of range.
     """
 
@@ -168,10 +186,13 @@ class Generator:
         batch_size: int,
         guide: Guide | None = None,
         on_step: Callable[[int], None] | None = None,
+        whole: bool = False,
     ):
         check(settings, args, objective, bool(guide))
+        mesh = sharding.data_mesh(mesh) if whole else mesh
         self.args, self.settings, self.objective, self.on_step, self.mesh = args, settings, objective, on_step, mesh
-        self.num_classes, self.guide = args["num_classes"], guide
+        self.num_classes, self.guide, self.whole, self.waited = args["num_classes"], guide, whole, 0.0
+        self._newest = Work((), 0)  # the last that was started
         self.sampler = sampler = make_sampler(settings, objective)
         if settings.cfg_interval:
             if not guided_steps(settings.cfg_interval, sampler).any():  # refuses a wrong one at once
@@ -179,7 +200,7 @@ class Generator:
         shards = sharding.batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         shape = (args["input_size"], args["input_size"], args["in_channels"])
-        model_fn = _model_fn(args, mesh, settings, guide)
+        model_fn = _model_fn(args, None if whole else mesh, settings, guide)
 
         def noise_of(request):
             keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(request.seed), index))(request.indices)
@@ -195,9 +216,17 @@ class Generator:
             return samplers.sample(sampler, model_fn(params, request), noise_of(request))
 
         batch, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self.shardings = Request(batch, batch, replicated, replicated, replicated if settings.cfg_interval else None)
         if guide:
             params_sharding = params_sharding, sharding.shardings_of(guide.params)
-        self.shardings = Request(batch, batch, replicated, replicated, replicated if settings.cfg_interval else None)
+        if whole:
+            split, params_sharding = params_sharding, replicated
+            # Cast while it is still split, so that the smaller type travels.
+            cast = lambda weights: jax.lax.with_sharding_constraint(self._cast(weights), split)
+            self.lay_whole = jax.jit(cast, in_shardings=(split,), out_shardings=replicated)
+            # The program of one device, on each. Left to itself, XLA moves the images that guidance doubles.
+            of, each = jax.tree.map(lambda s: s.spec, self.shardings), partial(sharding.on_each_device, mesh=mesh)
+            start, step, run = each(start, of), each(step, P(), of, BATCH, P()), each(run, P(), of)
         self.start = jax.jit(start, in_shardings=(self.shardings,), out_shardings=batch)
         step_shardings = params_sharding, self.shardings, batch, replicated
         self.step = jax.jit(step, in_shardings=step_shardings, out_shardings=batch)
@@ -230,6 +259,21 @@ class Generator:
             on.guided and jax.ShapeDtypeStruct((len(self.sampler),), bool, sharding=on.guided),
         )
 
+    def abstract_weights(self, params: Any) -> Any:
+        """The weights that `step` and `run` take, as ShapeDtypeStructs with their shardings. params: as such, too."""
+        weights = (params, self.guide.params) if self.guide else params
+        if not self.whole:
+            return weights
+        whole = sharding.replicated(self.mesh)
+        shapes = jax.eval_shape(self._cast, weights)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+
+    def _cast(self, weights):
+        if not self.guide:
+            return dit.cast_kernels(weights, self.args["dtype"])
+        params, second = weights
+        return dit.cast_kernels(params, self.args["dtype"]), dit.cast_kernels(second, self.guide.args["dtype"])
+
     def __call__(
         self,
         params: Any,
@@ -237,42 +281,99 @@ class Generator:
         indices: Int[np.ndarray, " n"],
         settings: Settings | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """The images of these labels and indices. Raises UserError.
+        """The images of these labels and indices. Raises UserError. The arguments are those of `batches`."""
+        return np.concatenate([images for images, _ in self.batches(params, labels, indices, settings)])
+
+    def batches(
+        self,
+        params: Any,
+        labels: Int[np.ndarray, " n"],
+        indices: Int[np.ndarray, " n"],
+        settings: Settings | None = None,
+        decode: Callable[[jax.Array], Iterable[jax.Array]] | None = None,
+    ) -> Iterator[tuple[Float[np.ndarray, "m h w c"], Float[np.ndarray, "m H W c"] | None]]:
+        """Yields (images, images decoded or None) of these labels and indices, a batch at a time, in host memory.
+
+        While the caller is busy with a batch, the devices work on the next one. Raises UserError.
 
         settings: replace the generator's; those that are compiled in (Settings.compiled) must be the same.
+        decode: as vae.autoencoder.Decoder.parts.
         """
         labels, indices = np.asarray(labels), np.asarray(indices)
         if settings is not None:
             check(settings, self.args, self.objective, bool(self.guide))
             assert settings.compiled == self.settings.compiled
         highest = max(self.num_classes, 1) - 1
-        if labels.min() < 0 or labels.max() > highest:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise UserError(f"class {wrong}: this model has classes 0 to {highest}")
-        images, weights = [], (params, self.guide.params) if self.guide else params
-        for start in range(0, len(labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            request = self.request(labels[part], indices[part], settings)
-            if self.on_step:
-                images.append(np.asarray(self._run_in_steps(weights, request, self.on_step)))
-            else:
-                images.append(np.asarray(self.run(weights, request)))
-        return np.concatenate(images)[: len(labels)]
+        wrong = labels[(labels < 0) | (labels > highest)]
+        if wrong.size:
+            raise UserError(f"class {wrong[0]}: this model has classes 0 to {highest}")
+        weights = (params, self.guide.params) if self.guide else params
+        weights = self.lay_whole(weights) if self.whole else weights
+        started, steps = self._started(weights, labels, indices, settings, decode), 0
+        for work in in_flight(started, STEPS_AHEAD if self.on_step else 1, _is_ready):
+            if not work.images:
+                jax.block_until_ready(work.arrays)
+                steps += 1
+                if self.on_step:
+                    self.on_step(steps)
+                continue
+            images, decoded = jax.tree.map(np.asarray, work.arrays)
+            before = time.perf_counter()
+            yield images[: work.images], np.concatenate(decoded)[: work.images] if decoded else None
+            if _is_ready(self._newest):
+                self.waited += time.perf_counter() - before
 
-    def _run_in_steps(self, params, request, on_step):
-        state = self.start(request)
-        for i in range(len(self.sampler)):
-            state = self.step(params, request, state, np.int32(i))
-            jax.block_until_ready(state)
-            on_step(i + 1)
-        return self.result(state)
+    def _started(self, weights, labels, indices, settings, decode):
+        """Yields each Work when it is started."""
+
+        def start(arrays, images=0):
+            self._newest = Work(arrays, images)
+            return self._newest
+
+        for first in range(0, len(labels), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            request, count = self.request(labels[part], indices[part], settings), len(labels[part])
+            if self.on_step:
+                state = self.start(request)
+                for i in range(len(self.sampler)):
+                    state = self.step(weights, request, state, np.int32(i))
+                    yield start(state)
+                images = self.result(state)
+            else:
+                images = self.run(weights, request)
+            decoded = []
+            if decode:
+                decoded = list(decode(images if count == self.batch_size else images[:count]))
+            yield start((images, decoded), count)
+
+
+def _is_ready(work):
+    return all(a.is_ready() for a in jax.tree.leaves(work.arrays))
+
+
+def whole_weights_fit(
+    args: dict[str, Any], mesh: jax.sharding.Mesh, images: int, held: int, guide: Guide | None = None
+) -> bool:
+    """Returns whether a Generator of these arguments is to have `whole` weights: layout.whole_weights_fit.
+
+    images: at once. held: bytes of a device that are taken already.
+    """
+    weights = 0
+    for network in (args, guide.args) if guide else (args,):
+        shapes = jax.eval_shape(partial(dit.cast_kernels, dtype=network["dtype"]), dit.abstract(**network)[1])
+        weights += sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    return layout.whole_weights_fit(args, list(mesh.devices.flat), images, weights, held)
 
 
 def _model_fn(args, mesh, settings, second):
-    """Returns model_fn(params, request) -> model(x, t, h, i), guided as the settings say. second: a Guide, or None."""
+    """Returns model_fn(params, request) -> model(x, t, h, i), guided as the settings say.
+
+    mesh: None on one device. second: a Guide, or None.
+    """
 
     def network_of(args):
-        graphdef = dit.abstract(**args | {"sharding": sharding.MeshSharding(mesh, args["num_heads"])})[0]
+        on_mesh = {"sharding": sharding.MeshSharding(mesh, args["num_heads"])} if mesh else {}
+        graphdef = dit.abstract(**args | on_mesh)[0]
         return lambda params: nnx.merge(graphdef, params)
 
     build, second_time = network_of(args), args.get("second_time", False)

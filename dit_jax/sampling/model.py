@@ -17,7 +17,7 @@ from dit_jax.parallel import layout, sharding
 from dit_jax.runtime import images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import Progress
-from dit_jax.sampling.generator import Generator, Guide, Settings, check, is_whole
+from dit_jax.sampling.generator import Generator, Guide, Settings, check, is_whole, whole_weights_fit
 from dit_jax.vae.autoencoder import Autoencoder
 from dit_jax.weights.load import Loaded
 
@@ -145,6 +145,9 @@ class Model:
         for generator in self._generators:
             if generator.settings.compiled == settings.compiled and generator.batch_size >= batch_size:
                 return generator
+        # A mesh that splits the weights or the layers was asked for.
+        split = self.mesh.shape["fsdp"] > 1 or self.mesh.shape["tensor"] > 1
+        held = sharding.bytes_on_a_device((self.params, self.guide and self.guide.params))
         generator = Generator(
             self.args,
             self.mesh,
@@ -153,24 +156,29 @@ class Model:
             settings=settings,
             batch_size=batch_size,
             guide=self.guide,
+            whole=not split and whole_weights_fit(self.args, self.mesh, batch_size, held, self.guide),
         )
         self._generators.append(generator)
         return generator
+
+    @property
+    def waited(self) -> float:
+        """The seconds in which the devices had nothing to do while the host worked on a batch, at most."""
+        return sum(generator.waited for generator in self._generators)
 
     def decode(self, images: Float[np.ndarray, "n h w c"], first: int = 0) -> np.ndarray:
         """Turns the network's images into samples: uint8 pictures, decoded if there is a VAE, or float32 latents.
 
         first: index of the first image, for messages. Raises UserError if an image is not finite.
         """
-        finite = np.isfinite(images).all((1, 2, 3))
-        if not finite.all():
-            raise UserError(
-                f"image {first + int(np.argmin(finite))} is not finite: lower --cfg_scale, or look at the weights"
-            )
-        if self._decoder:
-            images = self._decoder(images)
-            if not np.isfinite(images).all():
-                raise UserError("the decoder makes pictures that are not finite: look at --vae")
+        _check_finite(images, first)
+        return self._finish(images, self._decoder(images) if self._decoder else None)
+
+    def _finish(self, images, decoded):
+        """The samples of finite images, and of the same decoded if there is a VAE."""
+        if decoded is not None and not np.isfinite(decoded).all():
+            raise UserError("the decoder makes pictures that are not finite: look at --vae")
+        images = images if decoded is None else decoded
         return images if self.latent else pictures.to_uint8(images)
 
     def batches(
@@ -186,13 +194,16 @@ class Model:
         """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded."""
         generator = self.generator(settings, min(batch_size, len(labels)))
         size, steps = generator.batch_size, len(generator.sampler)
-        starts = range(start, len(labels), size)
-        bar = Progress("sample", len(starts) * steps, "steps") if progress else None
-        for n, first in enumerate(starts):
-            generator.on_step = lambda step: bar.update(n * steps + step) if bar else None
-            part = np.arange(first, min(first + size, len(labels)))
-            images = generator(self.params, labels[part], part, settings)
-            yield images if latents else self.decode(images, first)
+        bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress else None
+        generator.on_step = lambda step: bar.update(step) if bar else None
+        indices, decode = np.arange(start, len(labels)), self._decoder.parts if self._decoder and not latents else None
+        for images, decoded in generator.batches(self.params, labels[start:], indices, settings, decode):
+            if latents:
+                yield images
+                continue
+            _check_finite(images, start)
+            yield self._finish(images, decoded)
+            start += len(images)
         if bar:
             bar.close()
 
@@ -241,6 +252,14 @@ class Model:
         check_batch(self.args, num, batch_size)
         labels = choose_labels(classes, num, self.args["num_classes"], seed, self.class_names)
         return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
+
+
+def _check_finite(images, first):
+    finite = np.isfinite(images).all((1, 2, 3))
+    if not finite.all():
+        raise UserError(
+            f"image {first + int(np.argmin(finite))} is not finite: lower --cfg_scale, or look at the weights"
+        )
 
 
 def settings_of(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from numpy.typing import DTypeLike
 from dit_jax.runtime import files, hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
-from dit_jax.runtime.progress import say
+from dit_jax.runtime.progress import duration, say
 
 if TYPE_CHECKING:
     from dit_jax.sampling.model import Samples
@@ -194,9 +195,13 @@ def make(samples: "Samples", out: str, single: bool) -> None:
     if not finished:
         if done:
             say(f"resuming from image {done} of {num}")
+        start, waited = time.perf_counter(), samples.model.waited
         for images in samples.batches(done):
             if parts:
                 parts.append(images)
+        seconds = time.perf_counter() - start
+        share = (samples.model.waited - waited) / seconds
+        say(f"sampled in {duration(seconds)}; the devices waited for the host for {share:.1%} of it, at most")
         if parts:
             write_pictures(out, map(np.load, parts.files), samples.labels, single)
             parts.write_npz(npz, key)

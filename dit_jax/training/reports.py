@@ -12,6 +12,7 @@ import numpy as np
 from dit_jax.data.pipeline import Batches
 from dit_jax.data.sources import Arrays
 from dit_jax.evaluation import classifier
+from dit_jax.parallel import chips
 from dit_jax.runtime import hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
@@ -94,6 +95,10 @@ class Reports:
             "data_wait": batches.waited / seconds,
             "mfu": self.run.mfu(images),
         }
+        memory, peak = "", chips.peak_memory()
+        if peak:
+            record["peak_memory_gib"] = peak / chips.GIB
+            memory = f"  {record['peak_memory_gib']:.3g} GiB"
         self.metrics.write(step, record)
         self.unlogged = []
         self.restart_clock(step, batches)
@@ -102,7 +107,7 @@ class Reports:
         losses = "  ".join(f"{name} {record[name]:.4f}" for name in LOSSES if name in record)
         self.progress.say(
             f"step {step}/{self.steps}  {losses}  "
-            f"{rate:.3g} steps/s  {images:.4g} images/s  MFU {record['mfu']:.0%}  "
+            f"{rate:.3g} steps/s  {images:.4g} images/s  MFU {record['mfu']:.0%}{memory}  "
             f"{duration((self.steps - step) / rate)} left{wait}"
         )
 

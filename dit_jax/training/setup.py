@@ -20,7 +20,7 @@ from dit_jax.runtime import hosts
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.images import is_picture
 from dit_jax.runtime.progress import say
-from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler
+from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler, whole_weights_fit
 from dit_jax.training import accumulate, initialize
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.step import TrainState, from_items, init_state, make_train_step, to_items
@@ -134,13 +134,15 @@ def make_generator(
     settings = sample_settings(config)
     if cfg_scale is not None:
         settings = replace(settings, cfg_scale=cfg_scale, cfg_interval=settings.cfg_interval if cfg_scale != 1 else "")
+    args, batch_size = configs.dit_args(config), batch_size or len(grid_labels(config))
     return Generator(
-        configs.dit_args(config),
+        args,
         mesh,
         sharding.shardings_of(target.ema),
         objective=configs.objective_of(config),
         settings=settings,
-        batch_size=batch_size or len(grid_labels(config)),
+        batch_size=batch_size,
+        whole=whole_weights_fit(args, mesh, batch_size, sharding.bytes_on_a_device(target)),
     )
 
 
@@ -252,13 +254,13 @@ def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
         vae=vae if data["source"] in ("folder", "tfds") else None,
     )
     size = model["input_size"] * (vae.factor if vae else 1)
-    decode, generator, evaluation = vae and vae.decoder(mesh, size), None, None
+    decoder, generator, evaluation = vae and vae.decoder(mesh, size), None, None
     if config["sample"]["every"] or config["judge"]["samples"]:
         with prefixed("config.sample"):
             generator = make_generator(resolved, mesh, target)
     if config["eval"]["every"]:
         with prefixed("config.eval"):
-            evaluation = _make_evaluation(resolved, mesh, target, decode, size)
+            evaluation = _make_evaluation(resolved, mesh, target, decoder, size)
     peak, peak_source = chips.peak_flops(configs.dit_args(resolved)["dtype"])
     return Run(
         config=config,
@@ -272,7 +274,7 @@ def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
         model_input=model_input,
         generator=generator,
         evaluation=evaluation,
-        decode=decode,
+        decode=decoder,
         peak=peak,
         peak_source=peak_source,
     )
@@ -287,12 +289,13 @@ def prefixed(section: str) -> Iterator[None]:
         raise UserError(f"{section}: {e}") from None
 
 
-def _make_evaluation(config, mesh, target, decode, size):
+def _make_evaluation(config, mesh, target, decoder, size):
     e = config["eval"]
-    if not decode and not is_picture(config["model"]["in_channels"]):
+    if not decoder and not is_picture(config["model"]["in_channels"]):
         raise UserError(f"every={e['every']}: latents are no pictures: name a decoder with vae.path")
     batch_size = min(e["num"], e["batch_size"])
     generator = make_generator(config, mesh, target, cfg_scale=e["cfg_scale"], batch_size=batch_size)
+    decode = decoder and decoder.parts
     return PeriodicEvaluation(mesh, generator, decode, size, e["num"], e["features"], e["inception"], e["reference"])
 
 

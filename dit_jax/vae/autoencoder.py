@@ -5,7 +5,7 @@ mean, std = vae.encode(vae.params, images)          # may be jitted
 images = vae.decode(vae.params, latents)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dit_jax.parallel import sharding
+from dit_jax.runtime.overlap import in_flight
 from dit_jax.vae import network
 
 SCALE = 0.18215
 ENCODING, DECODING = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")  # the weights that each needs
 
+Latents = Float[np.ndarray, "n h w c"] | Float[Array, "n h w c"]
 Images = UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]
 
 
@@ -76,26 +78,37 @@ class Autoencoder:
         both = jnp.stack([images, images[:, :, ::-1]])
         return jax.lax.map(lambda x: jnp.concatenate(self.encode(params, x), axis=-1), both).swapaxes(0, 1)
 
-    def decoder(self, mesh: Mesh | None, size: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Returns a function of scaled latents (n, h, w, c) -> images (n, size, size, 3) float32, both NumPy arrays.
+    def decoder(self, mesh: Mesh | None, size: int) -> "Decoder":
+        """Returns the Decoder of latents of pictures of size x size. mesh: None for one device."""
+        return Decoder(self, sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh, size)
 
-        It decodes batch_size(size) latents at a time on each device of the mesh (None: on one device), by the same
-        program for any number of devices. On several hosts all call it with the same latents.
+
+class Decoder:
+    """decoder(latents) -> images (n, size, size, 3) float32 of scaled latents (n, h, w, c), both NumPy arrays.
+
+    It decodes batch_size(size) latents at a time on each device of the mesh, by the same program for any number of
+    devices. On several hosts all call it with the same latents.
+    """
+
+    def __init__(self, vae: Autoencoder, mesh: Mesh, size: int):
+        self.run, self.at_once = sharding.over_devices(vae.decode, mesh), mesh.size * batch_size(size)
+        self.split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), sharding.replicated(mesh)
+        self.params = jax.tree.map(lambda a: sharding.put(a, whole), vae.only(DECODING))
+
+    def __call__(self, latents: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n H W 3"]:
+        return np.concatenate([np.asarray(part) for part in in_flight(self.parts(latents), 1)])[: len(latents)]
+
+    def parts(self, latents: Latents) -> Iterator[Float[Array, "m H W 3"]]:
+        """Yields the images in parts, as soon as the devices have begun with them. The last part is filled up.
+
+        latents: NumPy arrays, or jax.Arrays that are whole on each device, which may be on their way.
         """
-        mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-        run, n = sharding.over_devices(self.decode, mesh), mesh.size * batch_size(size)
-        split, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), sharding.replicated(mesh)
-        params = jax.tree.map(lambda a: sharding.put(a, whole), self.only(DECODING))
-
-        def decode(latents: np.ndarray) -> np.ndarray:
-            images = []
-            for start in range(0, len(latents), n):
-                part = np.asarray(latents[start : start + n], np.float32)
-                part = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.float32)])
-                images.append(np.asarray(run(params, sharding.put(part, split))))
-            return np.concatenate(images)[: len(latents)]
-
-        return decode
+        of_jax: tuple[Callable[..., Any], ...] = jnp.pad, jnp.split, jax.device_put
+        of_numpy: tuple[Callable[..., Any], ...] = np.pad, np.split, sharding.put
+        pad, split, put = of_jax if isinstance(latents, jax.Array) else of_numpy
+        latents = pad(latents.astype(np.float32), [(0, -len(latents) % self.at_once), *[(0, 0)] * 3])
+        for part in split(latents, len(latents) // self.at_once):
+            yield self.run(self.params, put(part, self.split))
 
 
 def batch_size(size: int) -> int:
