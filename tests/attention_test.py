@@ -207,5 +207,5 @@ def test_another_attention_than_asked_for_is_said(capsys):
 def test_an_older_run_has_no_such_field():
     config = configs.resolve(configs.paper())
     del config["model"]["attention"]
-    assert configs.stored_problem(config) is None and not configs.is_fixed("model.attention")
+    assert configs.stored_problem(config) is None and not configs.is_fixed("model.attention", "xla", "pallas")
     assert layout.resolve_auto(config, jax.devices())["model"]["attention"] == "xla"

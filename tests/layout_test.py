@@ -77,7 +77,7 @@ def test_a_gpu_recomputes_what_it_cannot_hold():
     def remat(memory, model="DiT-XL/2", **changes):
         return resolved([gpu("NVIDIA L4", memory * GIB)], model, **changes)["model"]["remat"]
 
-    assert [remat(memory) for memory in (130, 67.5, 24)] == ["none", "dots", "full"]
+    assert [remat(memory) for memory in (130, 42, 24)] == ["none", "dots", "full"]
     assert remat(18, "DiT-S/2", batch_size=64) == "none"
     assert resolved([cpu()])["model"]["remat"] == "dots"
     assert [resolved([d])["model"]["scan"] for d in (cpu(), gpu(), tpu())] == [True, False, False]
