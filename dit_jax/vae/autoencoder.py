@@ -5,7 +5,7 @@ mean, std = vae.encode(vae.params, images)          # may be jitted
 images = vae.decode(vae.params, latents)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,12 +103,11 @@ class Decoder:
 
         latents: NumPy arrays, or jax.Arrays that are whole on each device, which may be on their way.
         """
-        of_jax: tuple[Callable[..., Any], ...] = jnp.pad, jnp.split, jax.device_put
-        of_numpy: tuple[Callable[..., Any], ...] = np.pad, np.split, sharding.put
-        pad, split, put = of_jax if isinstance(latents, jax.Array) else of_numpy
+        of_jax = jnp.pad, jnp.split, jax.device_put
+        pad, split, put = of_jax if isinstance(latents, jax.Array) else (np.pad, np.split, sharding.put)
         latents = pad(latents.astype(np.float32), [(0, -len(latents) % self.at_once), *[(0, 0)] * 3])
         for part in split(latents, len(latents) // self.at_once):
-            yield self.run(self.params, put(part, self.split))
+            yield self.run(self.params, put(part, self.split))  # pyright: ignore[reportArgumentType]
 
 
 def batch_size(size: int) -> int:
