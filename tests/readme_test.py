@@ -28,7 +28,8 @@ def test_it_is_read_in_one_sitting():
 
 def test_numbers_are_those_of_the_table():
     """What XL/2 needs, as in the table of docs/preflight.md."""
-    table = (ROOT / "docs/preflight.md").read_text()
+    page = (ROOT / "docs/preflight.md").read_text()
+    table = page[page.index("## The table") :]
     for name in ("v3-8", "v5e-16", "v3-256"):
         row = re.search(rf"^\| {name}\b[^|]*\|(.*)\|$", README, re.M)[1]
         memory, time, images = (cell.strip().split()[0] for cell in row.split("|"))
