@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *DOCS, ROOT / "benchmarks/README.md"]
 FENCE = re.compile(r"(?:^<!-- (tested|not run): ([^\n]+) -->\n)?^```(\w*)\n(.*?)^```$", re.S | re.M)
 LINK = re.compile(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)\s]+))?\)")
 # Why a block may not be run. Such a block is parsed.
-REASONS = re.compile(r"ImageNet|TPU|GPU|published weights|an? (hour|server)|40 minutes|another folder")
+REASONS = re.compile(r"ImageNet|TPU|GPU|published weights|(an?|half an) (hour|server)|40 minutes|another folder")
 COMMANDS = [path.stem for path in (ROOT / "dit_jax").glob("*.py") if "cli.parse()" in path.read_text()]
 MODULES = [*(f"dit_jax.{name}" for name in COMMANDS), "benchmarks.speed", "benchmarks.miniature", "benchmarks.samplers"]
 RENAMED = ("dit_jax.benchmark", "dit_jax.reproduce")  # named where the old name is told
