@@ -259,6 +259,7 @@ def test_fit_trains_resumes_and_equals_the_command(command, run, tmp_path):
     jax.tree.map(assert_array_equal, folder.params, whole.params)
 
 
+@pytest.mark.slow
 def test_published_names_are_fetched_once(mesh, tmp_path, monkeypatch, command):
     """The authors' file and the hub's folder, of a small network under their names."""
     rng, args = np.random.default_rng(0), ARGS

@@ -80,6 +80,7 @@ def assert_same(a, b, tolerance=2e-4):
         assert_allclose(x, y, atol=tolerance * float(jnp.abs(x).max()) + 1e-7)
 
 
+@pytest.mark.slow
 def test_the_network_with_the_kernel_on_a_mesh():
     """With tensor-parallel heads."""
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
@@ -87,6 +88,7 @@ def test_the_network_with_the_kernel_on_a_mesh():
     assert_same(loss_and_gradients(across, attention="pallas", remat="dots"), loss_and_gradients())
 
 
+@pytest.mark.slow
 def test_forward_mode_is_xlas_and_says_so(capsys):
     attention._say_xla.cache_clear()
     assert_same(loss_and_gradients(attention="pallas"), loss_and_gradients())

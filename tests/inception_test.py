@@ -288,6 +288,7 @@ def test_efflite0_is_the_packages(efflite0, height, width):
     assert efflite0.name == "FD-EffLite0" and efflite0.sha256.startswith("57934424")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["efflite0", "network"])
 def test_rows_do_not_depend_on_batches_and_devices(which, request):
     extractor, x = request.getfixturevalue(which), pictures(7, 40)

@@ -70,6 +70,7 @@ def test_forward_mode_against_finite_differences(block, monkeypatch):
         assert_allclose(tangent, difference, rtol=0, atol=1e-7 * float(jnp.abs(difference).max()))
 
 
+@pytest.mark.slow
 def test_gradient_through_forward_mode(monkeypatch):
     """The loss of MeanFlow: the velocity u and, under stop_gradient, its total derivative in time."""
     x, t, y = inputs(SMALL)

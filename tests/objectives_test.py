@@ -200,6 +200,7 @@ def test_outside_the_interval_nothing_is_guided_and_the_batch_is_not_doubled(run
     assert sorted(sizes) == [3, 6] and [eqn.primitive.name for eqn in program.eqns].count("cond") == 1
 
 
+@pytest.mark.slow
 def test_autoguidance_by_an_earlier_checkpoint(run, command, mesh, tmp_path):
     where = run("flow")
     flags = ["--sampler=euler", "--steps=1", "--cfg_scale=2", "--cfg_channels=0", "--num=3", "--classes=2"]

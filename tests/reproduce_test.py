@@ -340,6 +340,7 @@ def study_in(plan):
     }
 
 
+@pytest.mark.slow
 def test_the_page_is_made_of_the_results(tmp_path):
     plan = Plan(str(tmp_path), "small", STUDIES)
     made_up(plan, STUDIES)
