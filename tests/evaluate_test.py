@@ -400,6 +400,11 @@ class Noise:
         self.indices += list(indices)
         return self.rng.uniform(-1, 1, (len(labels), 8, 8, 1)).astype(np.float32) + self.fault
 
+    def batches(self, params, labels, indices, decode):
+        for first in range(0, len(labels), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield self(params, labels[part], indices[part]), None
+
 
 def test_a_reference_says_of_which_size_its_pictures_were(tmp_path):
     network = toy(sharding.make_mesh())

@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -240,17 +241,22 @@ def test_sampling_on_two_hosts_makes_the_same_bytes(start, uninterrupted, tmp_pa
     flags = ["--num=20", "--batch_size=4", "--sampler=ddim", "--steps=4", "--cfg_scale=2", f"--workdir={uninterrupted}"]
     [(status, _, err)] = ends(start(1, *flags, f"--out={tmp_path}/one", name="sample"))
     assert status == 0, err
-    # On two, where host 1 is gone after two of the five parts.
+    # On two, where host 1 is gone after two of the five parts. The other may still save what was begun.
     killed = (
-        "from dit_jax.sampling.generator import Generator\ncall, calls = Generator.__call__, []\n"
-        "Generator.__call__ = lambda *a: (calls.append(0), len(calls) > 2 and os.kill(os.getpid(), 9), call(*a))[2]"
+        "from dit_jax.sampling.generator import Generator\nmade = Generator.batches\n"
+        "def batches(*args, **options):\n"
+        "    for n, batch in enumerate(made(*args, **options)):\n"
+        "        if n == 2: os.kill(os.getpid(), 9)\n"
+        "        yield batch\n"
+        "Generator.batches = batches"
     )
     processes = start(2, *flags, f"--out={tmp_path}/again", name="sample", faults={1: killed})
     (status, _, err), _ = ends(processes)
     assert status == hosts.AGAIN
     one_line(err, "another host was lost")
     results = ends(start(2, *flags, f"--out={tmp_path}/again", name="sample"))
-    assert [status for status, _, _ in results] == [0, 0] and "resuming from image 8 of 20" in results[0][1], results
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert re.search(r"resuming from image (8|12|16) of 20", results[0][1]), results
     for name in ("samples.npz", "grid.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
