@@ -79,6 +79,23 @@ def test_a_second_call_compiles_nothing(run, mesh, compilations):
     assert np.abs(model.sample([1], 6, **FAST | {"cfg_scale": 5.0}, progress=False).astype(int) - first).max() > 0
 
 
+def test_a_sample_can_be_watched_from_the_noise_to_the_end(run, mesh, compilations):
+    model = dit_jax.load(str(run), mesh=mesh)
+    samples = model.sample([1, 2], 2, **FAST, progress=False)
+    times, images = zip(*model.watch([1, 2], 2, moments=3, **FAST, progress=False))
+    assert times == (0, 2, 4)
+    noise = [jax.random.fold_in(jax.random.fold_in(jax.random.key(FAST["seed"]), i), FAST["steps"]) for i in range(2)]
+    noise = [jax.random.normal(key, (8, 8, 1)) for key in noise]
+    assert_array_equal(images[0], dit_jax.runtime.images.to_uint8(np.stack(noise)))
+    assert_array_equal(images[-1], samples)
+    assert len({array.tobytes() for array in images}) == 3
+    compilations.clear()
+    assert [time for time, _ in model.watch([3, 4], 2, moments=99, **FAST | {"seed": 5}, progress=False)] == [*range(5)]
+    assert not compilations
+    with pytest.raises(dit_jax.UserError, match="moments=1"):
+        model.watch([1], 1, moments=1)
+
+
 def test_batches_fill_the_devices(run):
     """A batch that the devices do not divide is rounded up, and used whole."""
     from dit_jax.parallel import sharding

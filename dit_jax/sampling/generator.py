@@ -1,7 +1,7 @@
 """The jitted sampler over the mesh: weights, labels and indices -> images."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -291,6 +291,7 @@ class Generator:
         indices: Int[np.ndarray, " n"],
         settings: Settings | None = None,
         decode: Callable[[jax.Array], Iterable[jax.Array]] | None = None,
+        shown: Container[int] = (),
     ) -> Iterator[tuple[Float[np.ndarray, "m h w c"], Float[np.ndarray, "m H W c"] | None]]:
         """Yields (images, images decoded or None) of these labels and indices, a batch at a time, in host memory.
 
@@ -298,6 +299,7 @@ class Generator:
 
         settings: replace the generator's; those that are compiled in (Settings.compiled) must be the same.
         decode: as vae.autoencoder.Decoder.parts.
+        shown: numbers of evaluations, from 0 for the noise, after which a batch is yielded unfinished as well.
         """
         labels, indices = np.asarray(labels), np.asarray(indices)
         if settings is not None:
@@ -309,7 +311,7 @@ class Generator:
             raise UserError(f"class {wrong[0]}: this model has classes 0 to {highest}")
         weights = (params, self.guide.params) if self.guide else params
         weights = self.lay_whole(weights) if self.whole else weights
-        started, steps = self._started(weights, labels, indices, settings, decode), 0
+        started, steps = self._started(weights, labels, indices, settings, decode, shown), 0
         for work in in_flight(started, STEPS_AHEAD if self.on_step else 1, _is_ready):
             if not work.images:
                 jax.block_until_ready(work.arrays)
@@ -323,28 +325,30 @@ class Generator:
             if _is_ready(self._newest):
                 self.waited += time.perf_counter() - before
 
-    def _started(self, weights, labels, indices, settings, decode):
+    def _started(self, weights, labels, indices, settings, decode, shown):
         """Yields each Work when it is started."""
 
         def start(arrays, images=0):
             self._newest = Work(arrays, images)
             return self._newest
 
+        def start_decoding(images, count):
+            parts = decode(images if count == self.batch_size else images[:count]) if decode else ()
+            return start((images, list(parts)), count)
+
         for first in range(0, len(labels), self.batch_size):
             part = slice(first, first + self.batch_size)
             request, count = self.request(labels[part], indices[part], settings), len(labels[part])
-            if self.on_step:
+            if self.on_step or shown:
                 state = self.start(request)
                 for i in range(len(self.sampler)):
+                    if i in shown:
+                        yield start_decoding(self.result(state), count)
                     state = self.step(weights, request, state, np.int32(i))
                     yield start(state)
-                images = self.result(state)
+                yield start_decoding(self.result(state), count)
             else:
-                images = self.run(weights, request)
-            decoded = []
-            if decode:
-                decoded = list(decode(images if count == self.batch_size else images[:count]))
-            yield start((images, decoded), count)
+                yield start_decoding(self.run(weights, request), count)
 
 
 def _is_ready(work):

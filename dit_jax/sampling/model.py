@@ -1,7 +1,7 @@
 """A trained network that is ready to sample."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -190,20 +190,24 @@ class Model:
         start: int = 0,
         latents: bool = False,
         progress: bool = True,
+        shown: Container[int] = (),
     ) -> Iterator[np.ndarray]:
-        """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded."""
+        """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded.
+
+        shown: as in Generator.batches.
+        """
         generator = self.generator(settings, min(batch_size, len(labels)))
         size, steps = generator.batch_size, len(generator.sampler)
         bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress else None
         generator.on_step = lambda step: bar.update(step) if bar else None
         indices, decode = np.arange(start, len(labels)), self._decoder.parts if self._decoder and not latents else None
-        for images, decoded in generator.batches(self.params, labels[start:], indices, settings, decode):
+        for images, decoded in generator.batches(self.params, labels[start:], indices, settings, decode, shown):
             if latents:
                 yield images
                 continue
             _check_finite(images, start)
             yield self._finish(images, decoded)
-            start += len(images)
+            start += 0 if shown else len(images)
         if bar:
             bar.close()
 
@@ -245,13 +249,49 @@ class Model:
           progress: whether to show a bar.
         Raises: UserError naming the argument.
         """
+        labels, settings = self._request(
+            classes, num, batch_size, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval
+        )
+        return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
+
+    def watch(
+        self,
+        classes: str | Sequence[int | str] = "balanced",
+        num: int = 4,
+        *,
+        moments: int = 8,
+        cfg_scale: float | None = None,
+        steps: int | str | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        cfg_channels: int = 3,
+        cfg_interval: str | tuple[float, float] = "",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (evaluations so far, the samples as they are then): from noise, at 0, to those that `sample` makes.
+
+        moments: how often, with the noise and the end, at equal distances; fewer if the sampler has fewer evaluations.
+        The other arguments, and the arrays, are those of `sample`; all samples are made at once. Raises UserError.
+        """
+        labels, settings = self._request(
+            classes, num, num, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval
+        )
+        if not is_whole(moments) or moments < 2:
+            raise UserError(f"moments={moments!r}: must be a whole number of at least 2")
+        evaluations = len(self.generator(settings, num).sampler)
+        done = np.linspace(0, evaluations, min(moments, evaluations + 1)).round().astype(int).tolist()
+        return zip(done, self.batches(labels, settings, num, progress=progress, shown=done))
+
+    def _request(self, classes, num, batch_size, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval):
+        """The labels and the Settings that the arguments of `sample` ask for. Raises UserError."""
         if isinstance(cfg_interval, (tuple, list)):
             cfg_interval = ",".join(map(str, cfg_interval))
         settings = settings_of(self.objective, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval)
         check(settings, self.args, self.objective, bool(self.guide))
         check_batch(self.args, num, batch_size)
         labels = choose_labels(classes, num, self.args["num_classes"], seed, self.class_names)
-        return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
+        return labels, settings
 
 
 def _check_finite(images, first):
