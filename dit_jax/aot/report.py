@@ -131,10 +131,18 @@ def table(slices: list[str], models: list[str], what: str = "train", per_device:
     say("|" + len(columns) * "---|")
     for topology in slices:
         for model in models:
-            config = configs.paper(model.removesuffix("-512"))
-            config.update_from_flattened_dict({"model.input_size": 64 if model.endswith("-512") else 32})
-            r = estimate_run(configs.resolve(config), topology, what, per_device if what == "sample" else None)
-            say(f"| {topology} | {model} | {_train_row(r) if what == 'train' else _sample_row(r)} |")
+            r = estimate_paper(model, topology, what, per_device if what == "sample" else None)
+            say(f"| {topology} | {model} | {train_row(r) if what == 'train' else _sample_row(r)} |")
+
+
+def estimate_paper(
+    model: str, topology: str, what: str = "train", per_device: int | None = None, attention: str = "auto"
+) -> dict[str, Any]:
+    """Returns estimate_run of the paper's run of one of TABLE_MODELS. attention: as config.model.attention."""
+    config = configs.paper(model.removesuffix("-512"))
+    size = 64 if model.endswith("-512") else 32
+    config.update_from_flattened_dict({"model.input_size": size, "model.attention": attention})
+    return estimate_run(configs.resolve(config), topology, what, per_device)
 
 
 def _sample_row(r):
@@ -147,7 +155,8 @@ def _sample_row(r):
     )
 
 
-def _train_row(r):
+def train_row(r: dict[str, Any]) -> str:
+    """Returns the cells of the TRAIN_COLUMNS of a report of estimate_run."""
     mesh = " x ".join(str(r["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
     parts = f", {r['accumulate']} parts" if r["accumulate"] > 1 else ""
     layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}"
