@@ -132,7 +132,7 @@ def test_every_kind_of_weights_makes_the_same_pictures(run, mesh, command, tmp_p
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(classes=[10]), "10 is no class"), (dict(classes=["cat"]), "'balanced', 'random' or numbers"),
-    (dict(num=0), "num=0: must be a whole number of at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
+    (dict(num=0), "num=0: must be a whole number of at least 1"), (dict(steps="x"), "steps='x'"), (dict(steps=0), "steps='0'"), (dict(steps=1001), "steps='1001'"), (dict(classes=[-1]), "-1 is no class"), (dict(sampler="x"), "unknown sampler"),
     (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes"), (dict(num="4"), "num=4: must be a whole number"), (dict(batch_size=2.5), "batch_size=2.5"),
     (dict(classes=[3.7]), "3.7"), (dict(classes=None), "classes"), (dict(classes="random", seed=-1), "seed=-1"), (dict(seed=1.5), "seed=1.5"), (dict(cfg_scale="2"), "cfg_scale='2'")])  # fmt: skip
 def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):

@@ -265,15 +265,8 @@ def test_a_class_out_of_range(command, run, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--classes=-1"], ["--classes", "-1"]),
-        (["--classes=cat"], ["--classes=cat"]),
-        (["--steps=0"], ["steps='0'"]),
         (["--steps=-4"], ["steps='-4'"]),
-        (["--steps=1001"], ["steps='1001'"]),
-        (["--num=0"], ["--num=0"]),
-        (["--batch_size=-1"], ["--batch_size=-1"]),
         (["--step=3"], ["--step=3", "2, 4"]),
-        (["--sampler=eulre"], ["sampler"]),
         (["--workdir=/tmp/none"], ["/tmp/none"]),
         (["--num_heads=5"], ["--num_heads is of a weights file"]),
         (["--weights=x.pt"], ["--workdir", "--weights"]),
@@ -282,6 +275,7 @@ def test_a_class_out_of_range(command, run, tmp_path):
     ids=lambda v: v[0] if v and v[0].startswith("--") else "",
 )
 def test_bad_input_gets_one_line(command, run, tmp_path, flags, words):
+    """What api_test.py has no argument for; the values of the others are checked by the same functions."""
     one_error(command("sample", f"--workdir={run}", f"--out={tmp_path}/out", "--num=2", *FAST, *flags), *words)
 
 
