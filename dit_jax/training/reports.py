@@ -140,7 +140,9 @@ class Reports:
         images = self.run.decode(images) if self.run.decode else images
         if jax.process_index() == 0:
             path = os.path.join(self.workdir, "samples", f"{step:08d}.png")
-            write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), columns)))
+            names = self.run.source.class_names
+            texts = pictures.class_labels(labels, names) if self.run.config["model"]["num_classes"] else None
+            write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), columns, texts)))
 
     def evaluate_if_due(self, step: int, ema: Any) -> bool:
         """Measures FID or other metrics if config.eval asks for it at this step. Returns whether it was measured.
