@@ -62,7 +62,10 @@ def test_the_pictures_are_those_of_the_command(run, mesh, command, tmp_path):
     assert_array_equal(images, expected)
     assert_array_equal(model.sample("3,7", 5, **FAST, progress=False), expected)
     picture = dit_jax.grid(images)
-    assert picture.mode == "RGB" and picture.width > 3 * 8
+    assert picture.mode == "RGB" and picture.size == (3 * 98 + 2, 2 * 98 + 2)
+    named = dit_jax.grid(images[:4], 2, ["three", 7, "three", 7])
+    assert np.asarray(named).tobytes() != np.asarray(dit_jax.grid(images[:4], 2, ["three", 8, "three", 8])).tobytes()
+    assert_array_equal(np.asarray(named)[-2 * 98 - 2 :], np.asarray(dit_jax.grid(images[:4], 2)))
     assert model.config["model"]["depth"] == 2 and model.origin["step"] == 3 and model.class_names is None
 
 
@@ -195,6 +198,9 @@ def test_what_cannot_be_trained(tmp_path):
 def test_what_is_no_grid(shape, columns, words):
     with pytest.raises(dit_jax.UserError, match=words):
         dit_jax.grid(np.zeros(shape, np.uint8), columns)
+    for labels in ("abcd", ["a"] * 3, 3, [["a"]] * 4):
+        with pytest.raises(dit_jax.UserError, match="labels: must be a list .* of the 4 images"):
+            dit_jax.grid(np.zeros((4, 8, 8, 3), np.uint8), 2, labels)
 
 
 def test_a_number_is_a_number_also_where_names_are_numbers():
