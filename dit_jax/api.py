@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -132,10 +133,14 @@ def _arrays(data):
     return images, labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
 
 
-def grid(images: Shaped[np.ndarray, "n h w c"], columns: int | None = None) -> Image.Image:
-    """Arranges pictures or latents of Model.sample in rows. columns: by default about as many as rows.
+def grid(
+    images: Shaped[np.ndarray, "n h w c"], columns: int | None = None, labels: Sequence[str | int] | None = None
+) -> Image.Image:
+    """Arranges pictures or latents of Model.sample in rows. Those smaller than 96 pixels are enlarged.
 
-    Raises UserError naming the argument.
+    columns: by default about as many as rows. labels: a name or number for each image, which stands above a column or
+    left of a row that it is the same for, else below the image; of "tench, Tinca tinca" it is the first name. By
+    default none. Raises UserError naming the argument.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not images.size or images.dtype == np.uint8 and not pictures.is_picture(images.shape[-1]):
@@ -144,5 +149,7 @@ def grid(images: Shaped[np.ndarray, "n h w c"], columns: int | None = None) -> I
         columns = int(np.ceil(np.sqrt(len(images))))
     elif not is_whole(columns) or columns < 1:
         raise UserError(f"columns={columns!r}: must be a whole number of at least 1")
+    if labels is not None and (isinstance(labels, str) or np.shape(labels) != (len(images),)):
+        raise UserError(f"labels: must be a list with a name or number for each of the {len(images)} images")
     images = images if images.dtype == np.uint8 else pictures.to_uint8(images)
-    return Image.fromarray(pictures.grid(images, columns))
+    return Image.fromarray(pictures.grid(images, columns, labels))

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from dit_jax import config as configs
 from dit_jax.runtime import process
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import say
 from dit_jax.training import averages
 from dit_jax.weights import snapshots
 
@@ -38,7 +39,7 @@ def main() -> None:
     steps = averages.snapshot_steps(f.workdir, f.step)
     cli.make_parent(snapshots.path_of(f.workdir, name, steps[-1]), "workdir")
     path, made = averages.make(f.workdir, f.std, steps)
-    print(
+    say(
         f"{path}: made of the snapshots of {len(steps)} steps, {steps[0]} to {steps[-1]}; its profile differs from the "
         f"exact one by {made['distance']:.2g} of its norm. Use it with --which={name}"
     )

@@ -220,13 +220,15 @@ def _on_hosts(main):
     An error on one host ends all of them.
     """
     from dit_jax.runtime import hosts  # imports JAX
+    from dit_jax.runtime.progress import waiting
 
     process.cpu_without_accelerator()
     try:
         if "coordinator" in flags.FLAGS:
             f = flags.FLAGS
             hosts.join(f.coordinator, f.process_count, f.process_id, f.host_timeout)
-        status = main()
+        with waiting("still working"):
+            status = main()
         hosts.finish()
         ending.finish(status or 0)
     except FloatingPointError:  # --debug_nans asks for the traceback

@@ -56,6 +56,7 @@ from dit_jax import config as configs
 from dit_jax.diffusion.objectives import DDPM, Objective
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import say, waiting
 from dit_jax.vae import files as vae_files
 from dit_jax.weights import diffusers, files, load, published, training_checkpoint
 
@@ -93,7 +94,7 @@ def main() -> None:
     args, flat = save_training(f.out, f.workdir, f.step) if f.training else save_weights(f, folder)
     size, channels = args["input_size"], args["in_channels"]
     classes = f"{args['num_classes']} classes" if args["num_classes"] else "unconditional"
-    print(
+    say(
         f"{f.out}: {len(flat)} arrays, {sum(a.size for a in flat.values()):,d} parameters; input {size} x {size} x "
         f"{channels}, patch {args['patch_size']}, {args['depth']} blocks of width {args['hidden_size']}, "
         f"{args['num_heads']} heads, {classes}"
@@ -103,6 +104,7 @@ def main() -> None:
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]  # arguments of models.dit.DiT, published arrays
 
 
+@waiting("converting the weights")
 def save_weights(f: flags.FlagValues, folder: bool) -> Written:
     """Writes a weights file or a diffusers folder, as the flags say. Raises UserError."""
     if f.weights:
@@ -124,6 +126,7 @@ def save_weights(f: flags.FlagValues, folder: bool) -> Written:
     return args, flat
 
 
+@waiting("converting the checkpoint")
 def save_training(out: str, workdir: str, step: int | None) -> Written:
     """Writes the training checkpoint of a run. step: None for the newest. Raises UserError."""
     import optax  # these take a second to import, which files need not wait for

@@ -33,11 +33,12 @@ if __name__ == "__main__":
     cli.parse()  # above the imports that take time
 
 import json
+import sys
 
 from dit_jax import config as configs
 from dit_jax.aot import report
 from dit_jax.aot.estimate import estimate_run
-from dit_jax.runtime import process
+from dit_jax.runtime import process, progress
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 
@@ -55,6 +56,7 @@ def main() -> int:
         models = report.TABLE_MODELS if f.models == ["all"] else f.models
         if f.what not in ("train", "sample"):
             raise UserError(f"--what={f.what}: --table is of train or sample")
+        progress.silence.stream = sys.stderr  # stdout is the table
         report.table(slices, models, f.what, f.per_device or 32)
         return 0
     if f.config is None:
@@ -64,7 +66,7 @@ def main() -> int:
     if f.out:
         cli.make_parent(f.out)
     result = estimate_run(configs.resolve(f.config), f.topology, f.what, f.per_device)
-    print(report.text(result), flush=True)
+    progress.say(report.text(result))
     if f.out:
         write_aside(f.out, (json.dumps(result, indent=2) + "\n").encode())
     return 0 if result["fits"] else 1

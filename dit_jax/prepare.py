@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 from dit_jax.data import imagenet
 from dit_jax.runtime import files, process
+from dit_jax.runtime.progress import say
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     with files.hold(f.path, "path"):
         out = imagenet.prepare(f.tars, f.path, f.partial)
     flags_to_train = f"--config.data.source=tfds --config.data.name=imagenet2012 --config.data.path={f.path}"
-    print(f"{out}: done. To train on it: {flags_to_train}")
+    say(f"{out}: done. To train on it: {flags_to_train}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,10 @@ def test_the_pictures_are_those_of_the_command(run, mesh, command, tmp_path):
     assert_array_equal(images, expected)
     assert_array_equal(model.sample("3,7", 5, **FAST, progress=False), expected)
     picture = dit_jax.grid(images)
-    assert picture.mode == "RGB" and picture.width > 3 * 8
+    assert picture.mode == "RGB" and picture.size == (3 * 98 + 2, 2 * 98 + 2)
+    named = dit_jax.grid(images[:4], 2, ["three", 7, "three", 7])
+    assert np.asarray(named).tobytes() != np.asarray(dit_jax.grid(images[:4], 2, ["three", 8, "three", 8])).tobytes()
+    assert_array_equal(np.asarray(named)[-2 * 98 - 2 :], np.asarray(dit_jax.grid(images[:4], 2)))
     assert model.config["model"]["depth"] == 2 and model.origin["step"] == 3 and model.class_names is None
 
 
@@ -132,7 +135,7 @@ def test_every_kind_of_weights_makes_the_same_pictures(run, mesh, command, tmp_p
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(classes=[10]), "10 is no class"), (dict(classes=["cat"]), "'balanced', 'random' or numbers"),
-    (dict(num=0), "num=0: must be a whole number of at least 1"), (dict(steps="x"), "steps='x'"), (dict(sampler="x"), "unknown sampler"),
+    (dict(num=0), "num=0: must be a whole number of at least 1"), (dict(steps="x"), "steps='x'"), (dict(steps=0), "steps='0'"), (dict(steps=1001), "steps='1001'"), (dict(classes=[-1]), "-1 is no class"), (dict(sampler="x"), "unknown sampler"),
     (dict(cfg_scale=-1.0), "cfg_scale=-1.0"), (dict(seed=-1), "seed=-1"), (dict(classes=[]), "classes"), (dict(num="4"), "num=4: must be a whole number"), (dict(batch_size=2.5), "batch_size=2.5"),
     (dict(classes=[3.7]), "3.7"), (dict(classes=None), "classes"), (dict(classes="random", seed=-1), "seed=-1"), (dict(seed=1.5), "seed=1.5"), (dict(cfg_scale="2"), "cfg_scale='2'")])  # fmt: skip
 def test_errors_are_exceptions_of_one_line(arguments, words, run, mesh):
@@ -195,6 +198,9 @@ def test_what_cannot_be_trained(tmp_path):
 def test_what_is_no_grid(shape, columns, words):
     with pytest.raises(dit_jax.UserError, match=words):
         dit_jax.grid(np.zeros(shape, np.uint8), columns)
+    for labels in ("abcd", ["a"] * 3, 3, [["a"]] * 4):
+        with pytest.raises(dit_jax.UserError, match="labels: must be a list .* of the 4 images"):
+            dit_jax.grid(np.zeros((4, 8, 8, 3), np.uint8), 2, labels)
 
 
 def test_a_number_is_a_number_also_where_names_are_numbers():

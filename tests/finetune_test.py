@@ -358,4 +358,4 @@ def test_a_run_becomes_unconditional(command, uninterrupted, tmp_path):
         "sample", f"--workdir={workdir}", "--num=9", "--cfg_scale=1", "--sampler=ddim", "--steps=3"
     )
     assert status == 0, err
-    assert Image.open(workdir / "out/grid.png").size == (3 * 50 + 2, 3 * 50 + 2)
+    assert Image.open(workdir / "out/grid.png").size == (3 * 98 + 2, 3 * 98 + 2)  # no classes, no names

@@ -222,8 +222,11 @@ def test_what_the_command_says(command, tmp_path):
     """The figures are XLA's own analysis of the very program, and the report names its bounds as bounds."""
     out = tmp_path / "report.json"
     flags = [*TINY, "--config.model.scan=False", "--topology=v3:2x2"]
-    status, text, err = command("preflight", *flags, f"--out={out}")
+    # It says that it is compiling, here at once.
+    impatient = "from dit_jax.runtime.progress import Silence\nSilence.FIRST, Silence.AGAIN, Silence.TICK = 0, 0, 0.05"
+    status, text, err = command("preflight", *flags, f"--out={out}", code=impatient)
     assert status == 0 and not err, err
+    assert re.search(r"^compiling: DiT, train, on v3:2x2 \(\d+ s\)$", text, re.M), text
     report = json.loads(out.read_text())
     assert report["devices"] == 8 and report["chips"] == 4 and report["fits"] is True
     for field in (

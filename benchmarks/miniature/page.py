@@ -199,7 +199,10 @@ def _training(plan, results, spread, folder):
 def _stages(rows, results, spread, folder):
     """Returns the section on the stages of training. rows: of compute.training."""
     plots.distances(
-        os.path.join(folder, "stages.png"), sorted(rows, key=lambda row: row.steps), lambda row: row.steps, "step"
+        os.path.join(folder, "stages.png"),
+        sorted(rows, key=lambda row: row.steps),
+        lambda row: row.steps,
+        "training step",
     )
     found, sentences = findings.stages(results, spread)
     return [

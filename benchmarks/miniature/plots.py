@@ -1,43 +1,10 @@
 """The plots of report.md."""
 
-import io
-
 import numpy as np
 
 from benchmarks.miniature.decisions import JUDGES, Value
-from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.images import grid
-
-
-class Plots:
-    """A context whose value is a list of panels. They are written as PNG when it ends well.
-
-    stacked: whether they are one above the other, for a narrow screen, and not side by side.
-    """
-
-    def __init__(self, path, panels, stacked=False, **settings):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        self.path, self.pyplot = path, pyplot
-        shape, size = ((panels, 1), (5.6, 4.6 * panels)) if stacked else ((1, panels), (4.6 * panels, 4))
-        self.figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-        self.axes = axes.ravel()
-        for panel in self.axes:
-            panel.grid(alpha=0.3)
-            panel.set(**settings)
-
-    def __enter__(self):
-        return self.axes
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            file = io.BytesIO()
-            self.figure.savefig(file, format="png", dpi=90)
-            write_aside(self.path, file.getvalue())
-        self.pyplot.close(self.figure)
+from dit_jax.runtime.plots import plots
 
 
 def line(axes, x, values, label, **style):
@@ -50,6 +17,11 @@ def line(axes, x, values, label, **style):
         label=label,
         **{"marker": "o", "capsize": 3} | style,
     )
+
+
+def _name(axes, text, x, y, below=False):
+    """Writes a text to the right of the point (x, y), above or below it."""
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, -12 if below else 5))
 
 
 def style(model, models):
@@ -65,19 +37,13 @@ def scaling(path, rows, published):
 
     rows: of findings.scaling. published: of findings.paper_models.
     """
-    with Plots(path, 3, xscale="log", yscale="log", xlabel="Gflops of a forward pass") as axes:
+    with plots(path, 3, xscale="log", yscale="log", xlabel="Gflops of a forward pass") as axes:
         for panel, judge in zip(axes, JUDGES):
             for size in dict.fromkeys(name.split("/")[0] for name, *_ in rows):
                 mine = [row for row in rows if row[0].split("/")[0] == size]
                 line(panel, [row[1] for row in mine], [row[3][judge] for row in mine], size)
                 for row in mine:
-                    panel.annotate(
-                        row[0],
-                        (row[1], row[3][judge].mean),
-                        fontsize="small",
-                        textcoords="offset points",
-                        xytext=(5, 5),
-                    )
+                    _name(panel, row[0], row[1], row[3][judge].mean, below=not row[0].startswith(rows[0][0][0]))
             panel.set(title=f"by {judge}", ylabel="Fréchet distance")
             panel.legend()
         for size in ("S", "B", "L", "XL"):
@@ -89,7 +55,7 @@ def scaling(path, rows, published):
 
 def losses(path, runs, models):
     """The smoothed loss of each run. runs: [(model, records of metrics.jsonl)]. models: by their Gflops."""
-    with Plots(path, 1, yscale="log", xlabel="step", ylabel="loss") as axes:
+    with plots(path, 1, yscale="log", xlabel="training step", ylabel="loss (mean-squared error and bound)") as axes:
         for model, records in runs:
             records = [q for q in records if "loss" in q]
             smooth, steps = (np.array([q[key] for q in records]) for key in ("loss", "step"))
@@ -97,7 +63,7 @@ def losses(path, runs, models):
                 keep = 0.8 ** ((steps[i] - steps[i - 1]) / steps[0])  # a record at a checkpoint is of fewer steps
                 smooth[i] = keep * smooth[i - 1] + (1 - keep) * smooth[i]
             axes[0].plot(steps, smooth, label=model, **style(model, models) | {"marker": "", "linewidth": 1})
-        axes[0].legend(ncols=3, fontsize="small")
+        axes[0].legend(ncols=3)
 
 
 def blocks(path, rows, names, published):
@@ -105,7 +71,7 @@ def blocks(path, rows, names, published):
 
     rows: of findings.blocks. names: {block: name}, in the order of the rows. published: {block: FID}.
     """
-    with Plots(path, 3) as axes:
+    with plots(path, 3) as axes:
         for panel, judge in zip(axes, JUDGES):
             for i, (_, _, values, seeds, _) in enumerate(rows):
                 line(panel, [i], [values[judge]], None)
@@ -121,12 +87,13 @@ def blocks(path, rows, names, published):
         axes[2].plot(range(4), [published[block] for block in names], "o")
         axes[2].set(title="the paper's XL/2", ylabel="FID-50K")
         for panel in axes:
-            panel.set_xticks(range(4), names.values(), rotation=20)
+            panel.set_xticks(range(4), [name.replace(" ", "\n") for name in names.values()])
+            panel.set_xlim(-0.5, 3.5)
 
 
 def guidance(path, rows, metrics):
     """Each metric over the guidance scale, a panel for each. rows: of findings.guidance."""
-    with Plots(path, 4, xlabel="guidance scale") as axes:
+    with plots(path, 4, xlabel="guidance scale") as axes:
         for panel, metric in zip(axes, metrics):
             for judge in JUDGES:
                 # Distances of two judges have no common unit: each is shown as a multiple of its own without guidance.
@@ -138,7 +105,7 @@ def guidance(path, rows, metrics):
                     [Value(v.mean / unit, v.low / unit, v.high / unit) for v in values],
                     judge,
                 )
-            panel.set(title="Fréchet distance, times that without" if metric == "frechet" else metric)
+            panel.set(ylabel="Fréchet distance, times that without" if metric == "frechet" else metric)
             panel.legend()
 
 
@@ -148,34 +115,30 @@ def distances(path, rows, x, xlabel, steps=False):
     rows: of compute.Row. steps: whether the number of steps is written beside the points.
     """
     models = sorted({row.model for row in rows}, key=lambda model: min(row.cost for row in rows if row.model == model))
-    with Plots(path, 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
+    with plots(path, 2, xscale="log", yscale="log", xlabel=xlabel) as axes:
         for panel, judge in zip(axes, JUDGES):
             for model in models:
                 mine = [row for row in rows if row.model == model]
                 line(panel, list(map(x, mine)), [row.values[judge] for row in mine], model, **style(model, models))
                 for row in mine if steps else ():
-                    panel.annotate(
-                        str(row.steps),
-                        (row.cost, row.values[judge].mean),
-                        fontsize="small",
-                        textcoords="offset points",
-                        xytext=(5, 5),
-                    )
+                    _name(panel, str(row.steps), row.cost, row.values[judge].mean)
             panel.set(title=f"by {judge}", ylabel="Fréchet distance")
-            panel.legend(fontsize="small")
-            if xlabel == "step":
-                panel.set_xticks(ticks := sorted({row.steps for row in rows}), map(str, ticks))
-                panel.set_xticks([], minor=True)
+            if xlabel == "training step":
+                panel.set_xticks(ticks := sorted({row.steps for row in rows}), [f"{tick:,}" for tick in ticks])
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def samples(path, pictures, names):
-    """Pictures (20 a name, H, W, 3), a row for each name."""
-    with Plots(path, 1) as axes:
-        picture = grid(pictures, 20)
-        axes[0].figure.set_size_inches(9.6, 0.4 + 6.9 * picture.shape[0] / picture.shape[1])  # 2.7 for the names
-        axes[0].imshow(picture)
-        rows = picture.shape[0] / len(names)
-        columns = picture.shape[1] / 20
-        axes[0].set_xticks([(i + 0.5) * columns for i in range(20)], [str(i % 10) for i in range(20)])
-        axes[0].set_yticks([(i + 0.5) * rows for i in range(len(names))], names, fontsize="x-small")
-        axes[0].grid(False)
+    """Pictures (20 a name, H, W, 3), a row for each name, which stands above it."""
+    with plots(path, len(names), height=0.58) as axes:
+        for i, (panel, name) in enumerate(zip(axes, names)):
+            panel.imshow(grid(pictures[20 * i : 20 * i + 20], 20))
+            panel.set_title(name, loc="left", fontsize=10, pad=3)
+            panel.set_axis_off()
+        picture = grid(pictures[:20], 20)
+        width = picture.shape[1] / 20
+        axes[-1].set_axis_on()
+        axes[-1].grid(False)
+        axes[-1].spines[:].set_visible(False)
+        axes[-1].set_xticks([(i + 0.5) * width for i in range(20)], [str(i % 10) for i in range(20)])
+        axes[-1].set_yticks([])

@@ -11,6 +11,7 @@ from benchmarks.samplers import verdicts
 from benchmarks.samplers.plan import SAMPLERS
 from benchmarks.samplers.results import Setting, by_setting, distance
 from benchmarks.samplers.verdicts import TITLES
+from dit_jax.runtime import plots as style
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import duration
 
@@ -32,6 +33,7 @@ STYLES = {
     "sde_heun": ("tab:orange", "x"),
     "meanflow": ("black", "*"),
 }
+XLABEL = "evaluations of the network"
 # The rows of the picture of samples.
 SHOWN = (
     Setting("ddpm", "ddpm", 250),
@@ -95,7 +97,7 @@ def plot(path, found, judge, wanted, floor):
     wanted: the ticks. floor: the distance of training digits.
     """
     objectives = list(dict.fromkeys(s.objective for s in found))
-    with plots.Plots(path, len(objectives), stacked=True, xscale="log", yscale="log") as axes:
+    with style.plots(path, len(objectives), height=4.4, xscale="log", yscale="log", xlabel=XLABEL) as axes:
         values = {s: distance(of[judge]["frechet"]) for s, of in found.items()}
         low, high = min(floor, *(v.mean for v in values.values())), max(v.mean for v in values.values())
         for panel, objective in zip(axes, objectives):
@@ -123,18 +125,7 @@ def plot(path, found, judge, wanted, floor):
                 title=title[0].upper() + title[1:], ylabel=f"Fréchet distance, by {judge}", ylim=(low / 1.3, high * 1.3)
             )
             panel.set_xticks(wanted, list(map(str, wanted)))
-            panel.set_xticks([], minor=True)
-            panel.yaxis.set_major_locator(_locator((1, 2, 5)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("")
-            panel.legend(fontsize="small", ncols=2, labelspacing=0.3, columnspacing=1)
-        axes[-1].set_xlabel("evaluations of the network")
-
-
-def _locator(subs):
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=subs)
+            panel.legend(ncols=2, labelspacing=0.3, columnspacing=1)
 
 
 def _column(setting, wanted):

@@ -1,12 +1,11 @@
 """Targets, tables and the plot, made of what was timed. A part here is a record, a plain dict, of run.measure."""
 
-import io
 import math
 import statistics
 
 from benchmarks.markdown import table
 from benchmarks.speed.profile import KINDS
-from dit_jax.runtime.files import write_aside
+from dit_jax.runtime.plots import plots
 
 GIB = 2**30
 # The sides' labels, in the records and on the page.
@@ -318,41 +317,23 @@ def page(parts, found, machine, plot):
 
 def scaling_plot(parts, path):
     """Writes a plot with a panel each for batch, tokens and depth. The bars are the range over rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     base, model = parts[0]["base"], parts[0]["model"]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
-    for axes, (key, label) in zip(panels, (("batch", "batch"), ("tokens", "tokens an image"), ("depth", "blocks"))):
-        line = [p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)]
-        line.sort(key=lambda p: p["at"][key])
-        if not line:  # what the panels share was removed
-            continue
-        x = [p["at"][key] for p in line]
-        for name in common(parts):
-            y = [median(p["sides"][name]) for p in line]
-            ends = [
-                [m - min(p["sides"][name]["seconds"]) for m, p in zip(y, line)],
-                [max(p["sides"][name]["seconds"]) - m for m, p in zip(y, line)],
-            ]
-            axes.errorbar(x, y, yerr=ends, marker="o", capsize=3, label=name)
-        first = median(line[0]["sides"][JAX_SIDE])
-        axes.plot(x, [first * v / x[0] for v in x], color="grey", linestyle=":", label="in proportion")
-        axes.set(
-            xlabel=label,
-            xscale="log",
-            yscale="log",
-            xticks=x,
-            xticklabels=x,
-            title=", ".join(f"{k} {v}" for k, v in base.items() if k != key),
-        )
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"seconds a training step, {model}")
-    panels[0].legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    write_aside(path, file.getvalue())
+    with plots(path, 3, xscale="log", yscale="log", ylabel=f"seconds a training step, {model}") as panels:
+        for axes, (key, label) in zip(panels, (("batch", "batch"), ("tokens", "tokens an image"), ("depth", "blocks"))):
+            line = [p for p in parts if all(p["at"][k] == base[k] for k in base if k != key)]
+            line.sort(key=lambda p: p["at"][key])
+            if not line:  # what the panels share was removed
+                continue
+            x = [p["at"][key] for p in line]
+            for name in common(parts):
+                y = [median(p["sides"][name]) for p in line]
+                ends = [
+                    [m - min(p["sides"][name]["seconds"]) for m, p in zip(y, line)],
+                    [max(p["sides"][name]["seconds"]) - m for m, p in zip(y, line)],
+                ]
+                axes.errorbar(x, y, yerr=ends, marker="o", capsize=3, label=name)
+            first = median(line[0]["sides"][JAX_SIDE])
+            axes.plot(x, [first * v / x[0] for v in x], color="grey", linestyle=":", label="in proportion")
+            axes.set(xlabel=label, title=", ".join(f"{k} {v}" for k, v in base.items() if k != key))
+            axes.set_xticks(x, map(str, x))
+            axes.legend()

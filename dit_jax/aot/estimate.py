@@ -15,6 +15,7 @@ from dit_jax.models import flops
 from dit_jax.parallel import layout, sharding
 from dit_jax.parallel.chips import CHIPS
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import waiting
 from dit_jax.training import setup
 from dit_jax.vae import autoencoder, network
 
@@ -118,27 +119,33 @@ def estimate_run(
     start = time.perf_counter()
     function, shapes, images, mesh = _program(config, mesh, what, per_device and per_device * len(devices))
     report = _describe(config, topology, mesh, chip, what)
+    report["images_per_step"] = images
+    with waiting(f"compiling: {report['model'] or 'DiT'}, {what}, on {topology}"):
+        report |= _compiled(function, shapes, start, config, mesh, chip, report)
+    if not report["fits"] and what == "train":
+        report["advice"] = _advice(config, mesh.size, chip.hbm, report["hbm_peak_bytes"])
+    return report
+
+
+def _compiled(function, shapes, start, config, mesh, chip, report):
+    """Compiles the program, and returns the part of the report that says what it takes. start: when tracing began."""
     lowered = function.lower(*shapes)
     lowered_at = time.perf_counter()
-    report |= {"images_per_step": images, "lower_seconds": round(lowered_at - start, 1)}
+    times: dict[str, Any] = {"lower_seconds": round(lowered_at - start, 1)}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         needed = _bytes_needed(str(e))
-        report |= {
+        return times | {
             "fits": False,
             "hbm_peak_bytes": needed and int(needed),
             "compile_seconds": round(time.perf_counter() - lowered_at, 1),
             "compiler_says": str(e).splitlines()[0],
         }
-    else:
-        report["compile_seconds"] = round(time.perf_counter() - lowered_at, 1)
-        report |= _costs(compiled, config, mesh, chip, report)
-    if not report["fits"] and what == "train":
-        report["advice"] = _advice(config, mesh.size, chip.hbm, report["hbm_peak_bytes"])
-    return report
+    times["compile_seconds"] = round(time.perf_counter() - lowered_at, 1)
+    return times | _costs(compiled, config, mesh, chip, report)
 
 
 def _describe(config, topology, mesh, chip, what):

@@ -24,7 +24,7 @@ from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import read_json, write_aside
 from dit_jax.runtime.images import grid, png, to_uint8
 from dit_jax.runtime.overlap import one_behind, read_ahead
-from dit_jax.runtime.progress import Progress, say
+from dit_jax.runtime.progress import Progress, say, waiting
 from dit_jax.vae.autoencoder import ENCODING, Autoencoder, batch_size
 
 Fields = dict[str, Any]  # of a JSON file
@@ -116,6 +116,7 @@ def leftover_files(there: Iterable[str], names: Sequence[str]) -> list[str]:
     return [name for name in there if name in temporary | parts]
 
 
+@waiting("writing preview.png")
 def preview(out: str, source: Pictures, vae: Autoencoder) -> None:
     """Writes preview.png: some pictures, and below each what the VAE decodes from its mean in the cache."""
     cache = latents.LatentCache(out)

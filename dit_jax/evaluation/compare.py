@@ -5,6 +5,7 @@ from dit_jax.evaluation.features import Features
 from dit_jax.evaluation.frechet import frechet_distance
 from dit_jax.evaluation.measure import Measured
 from dit_jax.evaluation.references import Reference, check_size, measure_reference
+from dit_jax.runtime.progress import waiting
 
 NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 
@@ -45,6 +46,7 @@ def json_keys(kind: str) -> dict[str, str]:
     }
 
 
+@waiting("comparing the samples with the reference")
 def compare(features: Features, measured: Measured, reference: Reference) -> dict[str, float | None]:
     """Returns {metric: value} of measured samples. A value is None if the reference lacks what it needs.
 

@@ -29,6 +29,7 @@ from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import reading
 from dit_jax.runtime.images import to_uint8
 from dit_jax.runtime.overlap import one_behind
+from dit_jax.runtime.progress import waiting
 from dit_jax.weights import pytorch
 from dit_jax.weights.archive import memory_limit
 from dit_jax.weights.files import read_all
@@ -98,6 +99,7 @@ def load_efflite0() -> Extractor:
     return Extractor("FD-EffLite0", lambda params, x: Rows(network(params, x), None, None), params, sha256)
 
 
+@waiting("reading the network of the features")
 def load(mesh: Mesh, kind: str, inception: str | None, batch_size: int = 32) -> "Features":
     """Returns the Features of a kind over the mesh. Raises UserError.
 

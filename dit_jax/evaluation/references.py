@@ -16,7 +16,7 @@ from dit_jax.evaluation.measure import Measured, measure
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import reading, writing
 from dit_jax.runtime.overlap import ahead
-from dit_jax.runtime.progress import Progress
+from dit_jax.runtime.progress import Progress, waiting
 from dit_jax.weights.archive import read_npz
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -41,6 +41,7 @@ class Reference:
     measured: Measured | None = None
 
 
+@waiting("reading the reference")
 def load_reference(path: str, features: Features) -> Reference:
     """Returns the reference in a folder of PNGs, or in an .npz with `mu`, `sigma`, `mu_s`, `sigma_s` (as published, or
     from dit_jax.reference), with pictures `arr_0`, or with both.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dit_jax.models.blocks import BLOCKS, MLP_RATIO
-from dit_jax.models.dit import FREQUENCY_DIM, MODELS, abstract, model_args
+from dit_jax.models.dit import FREQUENCY_DIM, abstract, model_args
 
 # Name: (Gflops, million parameters), as printed in tables 1 and 4, and in section 5 for 512 px.
 PAPER = {
@@ -104,6 +104,9 @@ def num_params(**args: Any) -> tuple[int, int]:
 def paper_models() -> dict[str, dict[str, Any]]:
     """Returns {name as in PAPER: arguments of dit.DiT}."""
     base = dict(input_size=32, in_channels=4, num_classes=1000)
-    models = {name: dict(base, **model_args(name)) for name in MODELS}
-    models |= {f"DiT-XL/2 {block}": dict(base, block=block, **model_args("DiT-XL/2")) for block in BLOCKS}
-    return models | {"DiT-XL/2 512px": dict(base, **model_args("DiT-XL/2") | {"input_size": 64})}
+    models = {}
+    for name in PAPER:
+        size, _, variant = name.partition(" ")
+        change: dict[str, Any] = {"block": variant} if variant in BLOCKS else {"input_size": 64} if variant else {}
+        models[name] = base | model_args(size) | change
+    return models

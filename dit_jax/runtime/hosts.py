@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from dit_jax.runtime import ending, meeting, process
+from dit_jax.runtime import ending, meeting, process, progress
 from dit_jax.runtime.ending import AGAIN
 from dit_jax.runtime.errors import UserError, chain, first_line, line_of
 
@@ -133,7 +133,7 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
         why = "" if "bad_cast" in str(e) else f"{type(e).__name__}: {first_line(e)}"
         _too_late(start, address, why)
     _client, _index, _count = global_state.client, global_state.process_id, global_state.num_processes
-    ending.prefix = f"host {_index}: "
+    ending.prefix, progress.silence.quiet = f"host {_index}: ", _index > 0
     ending.on_signal(signal.SIGINT, lambda: stop(1, f"interrupted; {RESUME}"))
     for number in ending.STOPS:
         ending.on_signal(number, functools.partial(stop, AGAIN, f"stopped by {number.name}; {RESUME}"))

@@ -279,9 +279,13 @@ class Model:
         )
         if not is_whole(moments) or moments < 2:
             raise UserError(f"moments={moments!r}: must be a whole number of at least 2")
-        evaluations = len(self.generator(settings, num).sampler)
+        return self._moments(labels, settings, moments, progress)
+
+    def _moments(self, labels, settings, moments, progress=True):
+        """As `watch`, of the first samples of these labels."""
+        evaluations = len(self.generator(settings, len(labels)).sampler)
         done = np.linspace(0, evaluations, min(moments, evaluations + 1)).round().astype(int).tolist()
-        return zip(done, self.batches(labels, settings, num, progress=progress, shown=done))
+        return zip(done, self.batches(labels, settings, len(labels), progress=progress, shown=done))
 
     def _request(self, classes, num, batch_size, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval):
         """The labels and the Settings that the arguments of `sample` ask for. Raises UserError."""
@@ -366,6 +370,15 @@ class Samples:
     def batches(self, start: int = 0) -> Iterator[np.ndarray]:
         """Yields the samples from index `start` on, a batch at a time, and shows progress."""
         return self.model.batches(self.labels, self.settings, self.batch_size, start=start)
+
+    @property
+    def texts(self) -> list[str | int] | None:
+        """The name of each sample's class, or its number; None if there are no classes."""
+        return pictures.class_labels(self.labels, self.model.class_names) if self.model.args["num_classes"] else None
+
+    def moments(self, num: int, moments: int) -> list[np.ndarray]:
+        """The first `num` samples as they form, at so many moments from the noise to the end."""
+        return [images for _, images in self.model._moments(self.labels[:num], self.settings, moments)]
 
 
 def _described(settings):

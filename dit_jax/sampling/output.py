@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
 from dit_jax.runtime import files, hosts, images as pictures
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dit_jax.sampling.model import Samples
 
 GRID_IMAGES = 100
+STRIP_IMAGES, STRIP_MOMENTS = 4, 8  # the rows and columns of strip.png
 SHA256 = "samples_sha256"  # field of a manifest: the sha256 of the finished samples.npz
 
 Images = Shaped[np.ndarray, "n h w c"]  # uint8 pictures, or float32
@@ -85,6 +86,15 @@ class Parts:
         path = self._path(len(images), data.getvalue())
         write_aside(path, data.getvalue())
         self._add(path, len(images))
+
+    def first(self, count: int) -> Images:
+        """Returns the first `count` images, of all parts that they are in."""
+        found, start = [], 0
+        for file in self.files:
+            if start < count:
+                found.append(np.load(file))
+                start += len(found[-1])
+        return np.concatenate(found)[:count]
 
     def write_npz(self, path: str, key: str) -> None:
         """Writes all parts as one array of an .npz. Parts are streamed: 50,000 pictures need not fit in memory."""
@@ -161,7 +171,7 @@ def is_whole(path: str, key: str, shape: tuple[int, ...], dtype: DTypeLike, dige
         return False
 
 
-def write_pictures(out: str, arrays: Iterable[Images], labels: Int[np.ndarray, " n"], single: bool) -> None:
+def write_pictures(out: str, arrays: Iterable[Images], samples: "Samples", single: bool) -> None:
     """Writes grid.png of the first images; with `single`, also each image as png/NUMBER.png.
 
     arrays: the images in order. The grid has a column a class if there are few.
@@ -175,23 +185,40 @@ def write_pictures(out: str, arrays: Iterable[Images], labels: Int[np.ndarray, "
             first.append(images)
         start += len(images)
     first = np.concatenate(first)[:GRID_IMAGES]
-    first = first if first.dtype == np.uint8 else pictures.to_uint8(first)
-    classes = len(set(labels.tolist()))
+    classes = len(set(samples.labels.tolist()))
     columns = min(classes if classes > 1 else math.isqrt(len(first)), 10)
-    write_aside(os.path.join(out, "grid.png"), pictures.png(pictures.grid(first, columns)))
+    _write_grid(os.path.join(out, "grid.png"), first, columns, samples.texts and samples.texts[: len(first)])
 
 
-def make(samples: "Samples", out: str, single: bool) -> None:
+def write_strip(out: str, moments: list[Images], images: Images, texts: list[str | int] | None) -> None:
+    """Writes strip.png: noise turning into pictures, a row a sample.
+
+    moments: the samples as they form, from the noise on. images: the finished ones, which stand for the last moment:
+    they may have been made in batches of another size, which rounds differently.
+    """
+    shown = pictures.strip([*moments[:-1], images])
+    texts = texts and [text for text in texts[: len(images)] for _ in moments]
+    _write_grid(os.path.join(out, "strip.png"), shown, len(moments), texts)
+
+
+def _write_grid(path, images, columns, texts):
+    images = images if images.dtype == np.uint8 else pictures.to_uint8(images)
+    write_aside(path, pictures.png(pictures.grid(images, columns, texts)))
+
+
+def make(samples: "Samples", out: str, single: bool, strip: bool = False) -> None:
     """Makes the samples in the folder `out`, or those that are missing. Every host calls it.
 
-    The caller holds the folder (runtime.files.hold). single: also write single pictures. Raises UserError, OSError.
+    The caller holds the folder (runtime.files.hold). single: also write single pictures. strip: also write strip.png,
+    for which the first batch is sampled once more. Raises UserError, OSError.
     """
     num, npz = len(samples.labels), os.path.join(out, "samples.npz")
     key = "latents" if samples.model.latent else "arr_0"
     # Only the first process writes, and decides where to resume. All make the same images.
     main_process = jax.process_index() == 0
     parts = _unfinished_parts(samples, out, npz, key) if main_process else None
-    finished, done = hosts.share((parts is None, parts.done if parts else 0))[0]
+    no_strip = not os.path.exists(os.path.join(out, "strip.png"))
+    finished, done, no_strip = hosts.share((parts is None, parts.done if parts else 0, no_strip))[0]
     if not finished:
         if done:
             say(f"resuming from image {done} of {num}")
@@ -202,19 +229,25 @@ def make(samples: "Samples", out: str, single: bool) -> None:
         seconds = time.perf_counter() - start
         share = (samples.model.waited - waited) / seconds
         say(f"sampled in {duration(seconds)}; the devices waited for the host for {share:.1%} of it, at most")
-        if parts:
-            write_pictures(out, map(np.load, parts.files), samples.labels, single)
-            parts.write_npz(npz, key)
-            write_manifest(os.path.join(out, "manifest.json"), samples.manifest | {SHA256: sha256_of(npz)})
-            parts.remove()
+    moments = samples.moments(STRIP_IMAGES, STRIP_MOMENTS) if strip and (no_strip or not finished) else None
+    if parts:
+        write_pictures(out, map(np.load, parts.files), samples, single)
+        if moments:
+            write_strip(out, moments, parts.first(len(moments[0])), samples.texts)
+        parts.write_npz(npz, key)
+        write_manifest(os.path.join(out, "manifest.json"), samples.manifest | {SHA256: sha256_of(npz)})
+        parts.remove()
     elif main_process:
-        if single or not os.path.exists(os.path.join(out, "grid.png")):
+        if single or moments or not os.path.exists(os.path.join(out, "grid.png")):
             with np.load(npz) as file:
-                write_pictures(out, [file[key]], samples.labels, single)
+                images = file[key]
+            write_pictures(out, [images], samples, single)
+            if moments:
+                write_strip(out, moments, images[: len(moments[0])], samples.texts)
         # A command that was killed just before its end leaves its parts.
         shutil.rmtree(os.path.join(out, "parts"), ignore_errors=True)
     what = "latents" if samples.model.latent else "images"
-    say(f"{num} {what}: {npz} and grid.png" + (" and png/" if single else ""))
+    say(f"{num} {what}: {npz} and grid.png" + " and png/" * single + " and strip.png" * strip)
 
 
 def _unfinished_parts(samples, out, npz, key):

@@ -1,6 +1,5 @@
 """The metrics of a run: metrics.jsonl, TensorBoard events if tensorboardX is installed, and the loss curve."""
 
-import io
 import json
 import os
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 
 from dit_jax.runtime.files import append, reading, write_aside
+from dit_jax.runtime.plots import plots
 
 MAX_LINE = 2**20  # characters; every record is shorter
 
@@ -84,28 +84,40 @@ def _is_record(record):
 
 
 def loss_curve(records: list[Record], path: str) -> None:
-    """Draws a picture of the records' losses (LOSSES).
+    """Draws a picture of the records' losses (LOSSES) over the training steps, with the last values in the legend.
 
-    Fréchet distances, such as "fid_5000", get a panel of their own.
+    It begins after the first 1 % of the steps so far, whose losses are many times larger. Fréchet distances, such as
+    "fid_5000", get a panel of their own.
     """
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
-
+    last = max((r["step"] for r in records), default=0)
+    records = [r for r in records if r["step"] > last / 100 or r["step"] == last]
     losses = [r for r in records if "loss" in r]
-    steps = [r["step"] for r in losses]
     distances = sorted({key for r in records for key in r if key.startswith(("fid_", "fd_"))})
-    figure = Figure(figsize=(8, 4.5 + 2.5 * bool(distances)), layout="constrained")
-    panels = figure.subplots(1 + bool(distances), sharex=True, squeeze=False)
-    axes = panels[0, 0]
-    for name, label in LOSSES.items():
-        if name == "loss" or losses and all(name in r for r in losses):
-            axes.plot(steps, [r[name] for r in losses], label=label, marker="." if len(steps) < 30 else None)
-    axes.set(xlabel="step", ylabel="mean over the interval", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    for key in distances:
-        panels[1, 0].plot(*zip(*((r["step"], r[key]) for r in records if key in r)), label=key, marker=".")
-        panels[1, 0].grid(alpha=0.3)
-        panels[1, 0].legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    write_aside(path, file.getvalue())
+    with plots(path, 1 + bool(distances), height=3.4, xlabel="training step") as panels:
+        for name, label in LOSSES.items():
+            if name == "loss" or losses and all(name in r for r in losses):
+                _curve(panels[0], losses, name, label)
+        panels[0].set(ylabel="mean since the last record", yscale="log")
+        for key in distances:
+            _curve(panels[1], records, key, key)
+            panels[1].set(ylabel="Fréchet distance")
+        for panel in panels:
+            panel.locator_params("x", nbins=5, integer=True)
+            if panel.lines:
+                panel.legend()
+
+
+def _curve(axes, records, name, label):
+    """Draws the values of `name`, their last one as a point whose value the legend has."""
+    points = [(r["step"], r[name]) for r in records if name in r]
+    if not points:
+        return
+    steps, values = zip(*points)
+    axes.plot(
+        steps,
+        values,
+        label=f"{label}: {values[-1]:.4g} at step {steps[-1]:,}",
+        marker="o",
+        markersize=4,
+        markevery=None if len(steps) < 30 else [-1],
+    )

@@ -16,7 +16,7 @@ from dit_jax.parallel import chips
 from dit_jax.runtime import hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
-from dit_jax.runtime.progress import Progress, duration, say
+from dit_jax.runtime.progress import Progress, duration, say, waiting
 from dit_jax.training.metrics import LOSSES, Metrics, loss_curve
 from dit_jax.training.setup import Run, grid_labels
 from dit_jax.weights import snapshots
@@ -132,6 +132,7 @@ class Reports:
         """
         snapshots.write_snapshot(self.workdir, step, averages, self.run_meta())
 
+    @waiting("making the samples of the grid")
     def draw_grid(self, step: int, ema: Any) -> None:
         """Writes samples/STEP.png: config.sample.per_class samples of each of the first classes, a row a class."""
         assert self.run.generator is not None
@@ -140,7 +141,9 @@ class Reports:
         images = self.run.decode(images) if self.run.decode else images
         if jax.process_index() == 0:
             path = os.path.join(self.workdir, "samples", f"{step:08d}.png")
-            write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), columns)))
+            names = self.run.source.class_names
+            texts = pictures.class_labels(labels, names) if self.run.config["model"]["num_classes"] else None
+            write_aside(path, pictures.png(pictures.grid(pictures.to_uint8(images), columns, texts)))
 
     def evaluate_if_due(self, step: int, ema: Any) -> bool:
         """Measures FID or other metrics if config.eval asks for it at this step. Returns whether it was measured.
@@ -170,6 +173,7 @@ class Reports:
         self.progress.close()
 
 
+@waiting("making and measuring the samples of report.json")
 def closing_measurement(run: Run, ema: Any, train_seconds: float, workdir: str) -> None:
     """Writes report.json: how a classifier, fitted on the real training pictures, sees samples of all classes in turn.
 

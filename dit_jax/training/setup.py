@@ -19,7 +19,7 @@ from dit_jax.parallel import chips, layout, sharding
 from dit_jax.runtime import hosts
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.images import is_picture
-from dit_jax.runtime.progress import say
+from dit_jax.runtime.progress import say, waiting
 from dit_jax.sampling.generator import Generator, Settings, guided_steps, make_sampler, whole_weights_fit
 from dit_jax.training import accumulate, initialize
 from dit_jax.training.optimizer import make_optimizer
@@ -217,6 +217,7 @@ class Run:
         )
 
 
+@waiting("building the run")
 def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
     """The Run of a config of config.resolve. Every host calls it. Raises UserError naming the field.
 
@@ -337,6 +338,7 @@ def check_same_on_all(config: dict[str, Any], identity: str) -> None:
         raise UserError(f"not the run of the first host: {', '.join(differ)}")
 
 
+@waiting("reading the checkpoint, or drawing the first weights")
 def restore_or_init(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     """Returns (state, meta) of the newest checkpoint, or of a new run if there is none.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import reading, write_aside
+from dit_jax.runtime.progress import waiting
 from dit_jax.vae import network
 from dit_jax.vae.autoencoder import SCALE, Autoencoder
 from dit_jax.weights import hub, pytorch
@@ -65,6 +66,7 @@ FIXED = {  # fields of a config.json -> the only value that vae/network.py has
 }
 
 
+@waiting("reading the VAE")
 def load(where: str, dtype: str = "float32") -> Autoencoder:
     """Returns a VAE. Raises UserError.
 

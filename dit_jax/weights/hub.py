@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
@@ -12,7 +13,7 @@ from typing import BinaryIO
 from dit_jax.runtime.errors import UserError, first_line
 from dit_jax.runtime.files import open_locked
 from dit_jax.runtime.process import cache_folder, quiet_hub
-from dit_jax.runtime.progress import say
+from dit_jax.runtime.progress import say, waiting
 
 AUTHORS = "https://dl.fbaipublicfiles.com/DiT/models/"
 
@@ -129,7 +130,8 @@ def _download_rest(url: str, f: BinaryIO, name: str) -> None:
 def _download_or_explain(name: str, remedy: str, download: Callable[[], str]) -> str:
     """The path that download() returns; its errors become one UserError. remedy: what to fetch by hand."""
     try:
-        with quiet_hub():
+        # Its bars move on a terminal.
+        with quiet_hub(), waiting("" if sys.stderr.isatty() else f"fetching {name}"):
             return download()
     except Exception as e:  # huggingface_hub raises its own errors, httpx's and the system's
         raise UserError(

@@ -16,6 +16,7 @@ from dit_jax.diffusion.objectives import DDPM, OBJECTIVES, Flow, MeanFlow, Objec
 from dit_jax.models import dit
 from dit_jax.parallel import layout, sharding
 from dit_jax.runtime.errors import UserError
+from dit_jax.runtime.progress import waiting
 from dit_jax.weights import diffusers, files, hub, published, snapshots
 
 ITEMS = {"ema": "ema", "raw": "params"}  # `which` -> item of a checkpoint
@@ -73,6 +74,7 @@ def is_run(where: str) -> bool:
     return os.path.isdir(where) and not diffusers.is_folder(where)
 
 
+@waiting("reading the weights")
 def open_source(where: str, which: str = "ema") -> Source:
     """The Source of a .pt, .npz or .safetensors file, a diffusers folder, or one of NAMES. Raises UserError.
 
@@ -198,6 +200,7 @@ def load_guide(where: str, mesh: jax.sharding.Mesh, which: str, step: int | None
         raise UserError(named) from None
 
 
+@waiting("reading the checkpoint")
 def from_run(
     workdir: str,
     mesh: jax.sharding.Mesh,
@@ -267,6 +270,7 @@ def _loaded(
     return Loaded(args, params, objective, origin, vae, meta.get("class_names"), config)
 
 
+@waiting("placing the weights on the devices")
 def from_source(
     source: Source,
     mesh: jax.sharding.Mesh,
