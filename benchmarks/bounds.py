@@ -4,7 +4,7 @@
     python -m benchmarks.bounds --only=v6e-16,v5e-16  # only what is missing of these
 
 Compiles what benchmarks/bounds.json lacks, one program after the other, and adds it there. Then writes the table into
-docs/preflight.md, and docs/pictures/bounds.png: DiT-XL/2 with XLA's attention and with the one that `auto` chooses.
+docs/preflight.md, and docs/pictures/bounds.png: DiT-XL/2 with XLA's attention (before) and with what `auto` chooses.
 After any end the same command resumes.
 """
 
@@ -17,27 +17,23 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", [], "compile only what is missing of these slices")
     cli.parse()  # above the imports that take time
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dit_jax.aot import report
 from dit_jax.runtime import process
 from dit_jax.runtime.files import write_aside
+from dit_jax.runtime.plots import plots
 from dit_jax.runtime.progress import say
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PICTURE = ROOT / "benchmarks/bounds.json", ROOT / "docs/preflight.md", ROOT / "docs/pictures/bounds.png"
 BEGIN, END = "<!-- begin: python -m benchmarks.bounds -->\n", "<!-- end: python -m benchmarks.bounds -->\n"
 ONE_CHIP = "v5e-1", "v6e-1"  # for the largest model alone, which needs its batch in parts there
-COMPARED = "DiT-XL/2", "DiT-XL/2-512"
+COMPARED = {"DiT-XL/2": 256, "DiT-XL/2-512": 512}
 KEPT = (
     *("mesh", "scan", "remat", "accumulate", "attention", "fits", "hbm_peak_bytes", "hbm_capacity_bytes"),
     *("bytes_per_device", "hbm_bytes_by_kind", "bounds_s", "images_per_s_bound", "versions", "compile_seconds"),
@@ -72,30 +68,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: dict[str, dict[str, Any]]) -> bytes:
-    """Returns a PNG: the bounds of a step of the compared models on each slice, before (XLA's attention) and now."""
-    figure, axes = plt.subplots(len(COMPARED), 1, figsize=(7, 8), layout="constrained")
-    colors = {"arithmetic": "C0", "memory": "C1", "interconnect": "C2"}
-    for ax, model in zip(axes, COMPARED):
-        slices = [s for s in report.TABLE_SLICES if f"{s} {model} auto" in results and f"{s} {model} xla" in results]
-        for j, (kind, color) in enumerate(colors.items()):
-            before, now = (
-                [1e3 * results[f"{s} {model} {attention}"]["bounds_s"][kind] for s in slices]
-                for attention in ("xla", "auto")
-            )
-            x = np.arange(len(slices)) + (j - 1) * 0.27
-            ax.bar(x, before, 0.25, color="none", edgecolor=color, linestyle=":", linewidth=1.2)
-            ax.bar(x, now, 0.25, color=color, label=kind)
-        ax.set(yscale="log", ylabel="at least, ms a step", title=f"{model.removesuffix('-512')}, batch 256, "
-               f"{512 if model.endswith('-512') else 256} px")  # fmt: skip
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        ax.set_xticks(np.arange(len(slices)), slices)
-    axes[0].bar([0], [np.nan], color="none", edgecolor="black", linestyle=":", label="with XLA's attention")
-    axes[0].legend(fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
-    return file.getvalue()
+def draw(results: dict[str, dict[str, Any]], path: str) -> None:
+    """Draws the bounds of a step of the compared models on each slice: a bar each, and a line with XLA's attention."""
+    with plots(path, len(COMPARED), ylabel="ms a step, at least", yscale="log") as panels:
+        for panel, (model, pixels) in zip(panels, COMPARED.items()):
+            slices = [s for s in report.TABLE_SLICES if {f"{s} {model} {a}" for a in ("auto", "xla")} <= results.keys()]
+            for j, kind in enumerate(("arithmetic", "memory", "interconnect")):
+                before, now = (
+                    [1e3 * results[f"{s} {model} {attention}"]["bounds_s"][kind] for s in slices]
+                    for attention in ("xla", "auto")
+                )
+                x = np.arange(len(slices)) + 0.27 * (j - 1)
+                panel.bar(x, now, 0.25, label=kind)
+                panel.hlines(before, x - 0.13, x + 0.13, "black", label="before" if j == 2 else None)
+            panel.set(title=f"DiT-XL/2, batch 256, {pixels} px")
+            panel.set_xticks(np.arange(len(slices)), slices)
+        panels[0].legend(ncols=2)
 
 
 def main():
@@ -105,7 +93,7 @@ def main():
     compile_missing(results, flags.FLAGS.only)
     head, rest = PAGE.read_text().split(BEGIN)
     write_aside(str(PAGE), (head + BEGIN + "\n" + table(results) + "\n" + END + rest.split(END)[1]).encode())
-    write_aside(str(PICTURE), draw(results))
+    draw(results, str(PICTURE))
     say(f"{PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
 
 
