@@ -1,7 +1,7 @@
 """The lower bounds of a training step on TPU slices, as a table and as a picture: python -m benchmarks.bounds
 
     python -m benchmarks.bounds                       # all models on all slices: an hour and a half on 2 cores
-    python -m benchmarks.bounds --only=v6e-16,v5e-16  # only what is missing of these
+    python -m benchmarks.bounds --only=v6e-16,v5e-16  # only what is missing of these; --only=none: nothing
 
 Compiles what benchmarks/bounds.json lacks, one program after the other, and adds it there. Then writes the table into
 docs/preflight.md, and docs/pictures/bounds.png: DiT-XL/2 with XLA's attention (before) and with what `auto` chooses.
@@ -14,10 +14,11 @@ from dit_jax import cli  # before all else: from here on a signal is one line
 from absl import flags
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], "compile only what is missing of these slices")
+    flags.DEFINE_list("only", [], "compile only what is missing of these slices; none: only write the page again")
     cli.parse()  # above the imports that take time
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dit_jax.runtime.progress import say
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PICTURE = ROOT / "benchmarks/bounds.json", ROOT / "docs/preflight.md", ROOT / "docs/pictures/bounds.png"
-BEGIN, END = "<!-- begin: python -m benchmarks.bounds -->\n", "<!-- end: python -m benchmarks.bounds -->\n"
+TABLE = re.compile(r"^\| slice \| model \| data x fsdp x tensor \|.*\n(\|.*\n)*", re.M)  # in PAGE
 ONE_CHIP = "v5e-1", "v6e-1"  # for the largest model alone, which needs its batch in parts there
 COMPARED = {"DiT-XL/2": 256, "DiT-XL/2-512": 512}
 KEPT = (
@@ -59,11 +60,11 @@ def compile_missing(results: dict[str, dict[str, Any]], slices: list[str]) -> No
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the Markdown table of what was compiled with the attention that `auto` chooses."""
+    """Returns the Markdown table: with the attention that `auto` chooses, or XLA's where only that was compiled."""
     columns = "slice", "model", *report.TRAIN_COLUMNS
     lines = [f"| {' | '.join(columns)} |", "|" + len(columns) * "---|"]
     for s in (*ONE_CHIP, *report.TABLE_SLICES):
-        rows = ((m, results.get(f"{s} {m} auto")) for m in report.TABLE_MODELS)
+        rows = ((m, results.get(f"{s} {m} auto") or results.get(f"{s} {m} xla")) for m in report.TABLE_MODELS)
         lines += [f"| {s} | {m} | {report.train_row(row)} |" for m, row in rows if row]
     return "\n".join(lines) + "\n"
 
@@ -91,8 +92,9 @@ def main():
     process.no_compilation_cache()
     results = json.loads(RESULTS.read_text())
     compile_missing(results, flags.FLAGS.only)
-    head, rest = PAGE.read_text().split(BEGIN)
-    write_aside(str(PAGE), (head + BEGIN + "\n" + table(results) + "\n" + END + rest.split(END)[1]).encode())
+    page = PAGE.read_text()
+    assert TABLE.search(page), f"{PAGE} has no table to replace"
+    write_aside(str(PAGE), TABLE.sub(lambda _: table(results), page).encode())
     draw(results, str(PICTURE))
     say(f"{PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}")
 

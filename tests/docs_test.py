@@ -28,7 +28,8 @@ LINK = re.compile(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)\s]+))?\)")
 # Why a block may not be run. Such a block is parsed.
 REASONS = re.compile(r"ImageNet|TPU|GPU|published weights|(an?|half an) (hour|server)|40 minutes|another folder")
 COMMANDS = [path.stem for path in (ROOT / "dit_jax").glob("*.py") if "cli.parse()" in path.read_text()]
-MODULES = [*(f"dit_jax.{name}" for name in COMMANDS), "benchmarks.speed", "benchmarks.miniature", "benchmarks.samplers"]
+BENCHMARKS = "speed", "miniature", "samplers", "bounds"
+MODULES = [*(f"dit_jax.{name}" for name in COMMANDS), *(f"benchmarks.{name}" for name in BENCHMARKS)]
 RENAMED = ("dit_jax.benchmark", "dit_jax.reproduce")  # named where the old name is told
 Block = namedtuple("Block", "page mark note language text")
 

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY, one_error, start
 from jax.sharding import NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
 
+from benchmarks import bounds
 from dit_jax import config as configs
 from dit_jax.aot import cost, estimate, report, slices
 from dit_jax.aot.cost import Program
@@ -342,3 +344,18 @@ def test_the_papers_run_on_the_papers_pod(command, tmp_path):
     assert r["bounds_s"]["arithmetic"] == pytest.approx(11.6e-3, rel=0.01)
     assert r["step_time_bound_s"] < 16e-3 and r["xla_estimate_s"] < 22e-3
     assert r["hbm_peak_bytes"] < 2**30 and r["hbm_capacity_bytes"] == int(CHIPS["TPU v3"].hbm)
+
+
+def test_the_page_is_made_of_what_was_compiled(tmp_path):
+    results = json.loads(bounds.RESULTS.read_text())
+    page = bounds.PAGE.read_text()
+    assert bounds.TABLE.search(page)[0] == bounds.table(results)
+    bounds.draw(results, str(tmp_path / "bounds.png"))
+    assert (tmp_path / "bounds.png").stat().st_size > 10_000 and bounds.PICTURE.exists()
+    # What compiles next is what is missing, and nothing of a slice that was not asked for.
+    done = set()
+    with mock.patch.object(bounds.report, "estimate_paper", lambda model, s, attention: done.add((s, model)) or {}):
+        with mock.patch.object(bounds, "RESULTS", tmp_path / "bounds.json"):
+            bounds.compile_missing({"v6e-16 DiT-L/2 auto": {}}, ["v6e-16"])
+    assert {s for s, _ in done} == {"v6e-16"} and ("v6e-16", "DiT-S/2") in done and ("v6e-16", "DiT-L/2") not in done
+    assert len(json.loads((tmp_path / "bounds.json").read_text())) == 1 + 12 + 2

@@ -30,12 +30,13 @@ def test_numbers_are_those_of_the_table():
     """What XL/2 needs, as in the table of docs/preflight.md."""
     page = (ROOT / "docs/preflight.md").read_text()
     table = page[page.index("## The table") :]
-    for name in ("v3-8", "v5e-16", "v3-256"):
+    for name in ("v3-8", "v5e-1", "v5e-16", "v3-256"):
         row = re.search(rf"^\| {name}\b[^|]*\|(.*)\|$", README, re.M)[1]
-        memory, time, images = (cell.strip().split()[0] for cell in row.split("|"))
+        memory, time, images = (cell.strip().split()[0].replace(",", "") for cell in row.split("|"))
         cells = re.search(rf"^\| {name} \| DiT-XL/2 \|(.*)\|$", table, re.M)[1].split("|")
         bounds = [float(bound) for bound in cells[4].split(",")]
-        assert cells[2].split()[0] == memory and cells[5].strip() == images and max(bounds) == float(time)
+        assert cells[2].split()[0] == memory and max(bounds) == float(time)
+        assert cells[5].strip().replace(",", "") == images
 
 
 def test_every_config_is_named():

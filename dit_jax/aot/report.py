@@ -100,7 +100,7 @@ TABLE_SLICES = ["v3-8", "v3-32", "v3-256", "v4-32", "v5e-16", "v5e-256", "v6e-16
 
 TRAIN_COLUMNS = (
     "data x fsdp x tensor",
-    "blocks, remat",
+    "blocks, remat, parts, kernel",
     "peak HBM, GiB",
     "GB a device",
     "arithmetic, memory, interconnect, ms",
@@ -159,7 +159,8 @@ def train_row(r: dict[str, Any]) -> str:
     """Returns the cells of the TRAIN_COLUMNS of a report of estimate_run."""
     mesh = " x ".join(str(r["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
     parts = f", {r['accumulate']} parts" if r["accumulate"] > 1 else ""
-    layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}"
+    kernel = f", {r['attention']}" if r["attention"] != "xla" else ""
+    layout = f"{mesh} | {'scanned' if r['scan'] else 'unrolled'}, {r['remat']}{parts}{kernel}"
     if "bounds_s" not in r:
         return f"{layout} | {'not understood' if r['fits'] else 'does not fit'} | | | "
     bounds = ", ".join(f"{1e3 * s:.3g}" for s in r["bounds_s"].values())
