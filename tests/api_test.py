@@ -39,20 +39,6 @@ def mesh():
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-@pytest.fixture
-def compilations():
-    """A list that grows with every program that is compiled."""
-    found = []
-
-    def listen(event, _, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_the_pictures_are_those_of_the_command(run, mesh, command, tmp_path):
     assert command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=5", "--classes=3,7", *FLAGS)[0] == 0
     expected = np.load(tmp_path / "samples.npz")["arr_0"]

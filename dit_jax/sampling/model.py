@@ -1,7 +1,7 @@
 """A trained network that is ready to sample."""
 
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,17 +189,18 @@ class Model:
         *,
         start: int = 0,
         latents: bool = False,
-        progress: bool = True,
+        progress: bool | Callable[[int], None] = True,
         shown: Container[int] = (),
     ) -> Iterator[np.ndarray]:
         """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded.
 
+        progress: whether to show a bar; or a function that is called with the number of finished steps, after each.
         shown: as in Generator.batches.
         """
         generator = self.generator(settings, min(batch_size, len(labels)))
         size, steps = generator.batch_size, len(generator.sampler)
-        bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress else None
-        generator.on_step = lambda step: bar.update(step) if bar else None
+        bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress is True else None
+        generator.on_step = progress if callable(progress) else lambda step: bar.update(step) if bar else None
         indices, decode = np.arange(start, len(labels)), self._decoder.parts if self._decoder and not latents else None
         for images, decoded in generator.batches(self.params, labels[start:], indices, settings, decode, shown):
             if latents:
@@ -267,11 +268,13 @@ class Model:
         cfg_channels: int = 3,
         cfg_interval: str | tuple[float, float] = "",
         seed: int = 0,
-        progress: bool = True,
+        progress: bool | Callable[[int], None] = True,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (evaluations so far, the samples as they are then): from noise, at 0, to those that `sample` makes.
 
         moments: how often, with the noise and the end, at equal distances; fewer if the sampler has fewer evaluations.
+        progress: whether to show a bar; or a function that is called with the number of finished evaluations, after
+        each. An exception that it raises ends the sampling.
         The other arguments, and the arrays, are those of `sample`; all samples are made at once. Raises UserError.
         """
         labels, settings = self._request(
