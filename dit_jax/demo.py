@@ -48,6 +48,7 @@ def main() -> None:
     )
     process.one_step_at_a_time()
     process.keep_compiled()
+    say(f"loading {f.workdir or f.weights}")
     model = cli.load_model(sharding.make_mesh())
     # Those that were the newest: a run may go on.
     steps = {"step": model.origin.get("step"), "guide_step": model.origin.get("guide", {}).get("step")}

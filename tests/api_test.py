@@ -65,6 +65,19 @@ def test_a_second_call_compiles_nothing(run, mesh, compilations):
     assert np.abs(model.sample([1], 6, **FAST | {"cfg_scale": 5.0}, progress=False).astype(int) - first).max() > 0
 
 
+def test_what_was_used_last_stays_compiled(run, mesh):
+    """And no more, as a server that is asked for many settings would fill the memory."""
+    from dit_jax.sampling.generator import Settings
+    from dit_jax.sampling.model import GENERATORS
+
+    model = dit_jax.load(str(run), mesh=mesh)
+    made = [model.generator(Settings(steps=str(n), sampler="ddim"), 2) for n in range(1, GENERATORS + 1)]
+    assert model.generator(made[0].settings, 1) is made[0]
+    newest = model.generator(Settings(steps="99", sampler="ddim"), 2)
+    assert model.generator(made[0].settings, 2) is made[0]
+    assert set(model._generators) == {*made, newest} - {made[1]}
+
+
 def test_a_sample_can_be_watched_from_the_noise_to_the_end(run, mesh, compilations):
     model = dit_jax.load(str(run), mesh=mesh)
     samples = model.sample([1, 2], 2, **FAST, progress=False)

@@ -232,7 +232,7 @@ class Page:
         self.page.route("**/*", lambda route: self._route(route, url))
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(url)
+        self.page.goto(url, timeout=90_000)
         self.page.wait_for_selector("#make")
 
     def _route(self, route, url):
@@ -302,23 +302,27 @@ def test_in_a_browser(uninterrupted, chromium, tmp_path):
         assert_array_equal(second, expected)
         assert (second != first).any()
 
-        page.fill("Steps", "1000")
-        page.click()
-        page.wait("Step ")
         other = Page(chromium, url)
         other.fill("Number of pictures", "2")
         other.fill("Steps", "6")
+        page.fill("Number of pictures", "64")
+        page.fill("Steps", "1000")
+        page.click()
+        page.wait("Compiling")
         other.click()
         assert "1/1" in other.wait("queue")
+        page.wait("Step ")
         page.click("stop")
         page.wait("Stopped.")
         other.wait("2 pictures in 6 steps")
         page.fill("Steps", "300")
+        other.fill("Number of pictures", "1")
         page.click()
+        page.wait("Compiling")
         other.click()
         other.wait("queue")
-        other.wait("2 pictures in 6 steps")
-        assert "4 pictures in 300 steps" in page.page.inner_text("#status")
+        other.wait("1 picture in 6 steps")
+        assert "64 pictures in 300 steps" in page.page.inner_text("#status")
         assert page.outside == other.outside == [] and page.errors == other.errors == []
         connection = http.client.HTTPConnection(url.split("/")[2])
         connection.request("GET", "/openapi.json")
@@ -331,9 +335,9 @@ def test_the_page_fits_a_desk_and_a_phone(uninterrupted, chromium, tmp_path):
     with served(PICTURED or uninterrupted) as url:
         for width, height in ((390, 844), (1280, 800)):
             page = Page(chromium, url, width, height)
-            page.fill("Number of pictures", "20")
+            page.fill("Number of pictures", "24")
             page.click()
-            page.wait("20 pictures in ")
+            page.wait("24 pictures in ")
             page.page.wait_for_selector("#strip img")
             page.page.wait_for_timeout(500)
             assert page.page.evaluate("document.documentElement.scrollWidth") <= width

@@ -21,6 +21,7 @@ from dit_jax.sampling.generator import Generator, Guide, Settings, check, is_who
 from dit_jax.vae.autoencoder import Autoencoder
 from dit_jax.weights.load import Loaded
 
+GENERATORS = 16  # that a Model keeps; one of a small network takes 10 MB on CPU
 # The arguments of models.dit.DiT that go into a manifest.
 MANIFEST_ARGS = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
 
@@ -141,9 +142,14 @@ class Model:
         return nnx.merge(self._graphdef, params)(x, t, y, *h)
 
     def generator(self, settings: Settings, batch_size: int) -> Generator:
-        """A Generator for these settings and at least `batch_size` images at once. An existing one is used again."""
+        """A Generator for these settings and at least `batch_size` images at once.
+
+        An existing one is used again. The GENERATORS that were used last are kept, with what they have compiled.
+        """
         for generator in self._generators:
             if generator.settings.compiled == settings.compiled and generator.batch_size >= batch_size:
+                self._generators.remove(generator)
+                self._generators.append(generator)
                 return generator
         # A mesh that splits the weights or the layers was asked for.
         split = self.mesh.shape["fsdp"] > 1 or self.mesh.shape["tensor"] > 1
@@ -158,7 +164,7 @@ class Model:
             guide=self.guide,
             whole=not split and whole_weights_fit(self.args, self.mesh, batch_size, held, self.guide),
         )
-        self._generators.append(generator)
+        self._generators = [*self._generators[1 - GENERATORS :], generator]
         return generator
 
     @property

@@ -5,6 +5,7 @@ import queue
 import shlex
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ class Studio:
     def __init__(self, model: Model, source: dict[str, Any]):
         self.model, self.source = model, source
         self._turn = threading.Lock()
-        self._compiled: set[Generator] = set()
+        self._compiled: weakref.WeakSet[Generator] = weakref.WeakSet()
         # Each moment of a latent is decoded, which takes as long as some steps.
         self._moments = 6 if model.vae else 25
 
