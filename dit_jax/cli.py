@@ -25,7 +25,9 @@ from dit_jax.runtime import files
 from dit_jax.runtime.errors import UserError, line_of
 
 if TYPE_CHECKING:
-    from dit_jax.sampling.model import Samples
+    from jax.sharding import Mesh
+
+    from dit_jax.sampling.model import Model, Samples
 
 flags.disclaim_key_flags()  # --help lists the flags that are defined here under the command itself
 
@@ -57,8 +59,8 @@ def define_which() -> None:
     flags.register_validator("which", is_which, f"must be {WHICH}")
 
 
-def define_samples(num: int, classes: str, cfg_scale: float) -> None:
-    """Defines the flags of samples(), with these defaults of --num, --classes and --cfg_scale."""
+def define_model() -> None:
+    """Defines the flags of load_model."""
     define_path("workdir", None, "run directory")
     flags.DEFINE_integer("step", None, "the checkpoint of the run; by default the newest")
     weights_help = (
@@ -77,6 +79,13 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
         "the run's; empty: none"
     )
     define_path("vae", None, vae_help)
+    define_path("guide", None, "run directory of a second network, which guides instead of the null class")
+    flags.DEFINE_integer("guide_step", None, "the checkpoint of --guide; by default the newest")
+
+
+def define_samples(num: int, classes: str, cfg_scale: float) -> None:
+    """Defines the flags of samples(), with these defaults of --num, --classes and --cfg_scale."""
+    define_model()
     flags.DEFINE_integer("num", num, "number of images")
     classes_help = "balanced (all in turn), random, or class numbers or names as in 3,7 (in turn)"
     flags.DEFINE_string("classes", classes, classes_help)
@@ -85,8 +94,6 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
     flags.DEFINE_integer("cfg_channels", 3, "how many channels are guided, the first ones; 0: all")
     interval_help = "LOW,HIGH: guide only steps at times between these, as the network sees them; by default all"
     flags.DEFINE_string("cfg_interval", "", interval_help)
-    define_path("guide", None, "run directory of a second network, which guides instead of the null class")
-    flags.DEFINE_integer("guide_step", None, "the checkpoint of --guide; by default the newest")
     sampler_help = (
         "a name of dit_jax/diffusion/catalog.py with options, as in unipc or edm:churn=20; by default ddpm, heun "
         "for flow matching, meanflow for MeanFlow"
@@ -111,37 +118,43 @@ def define_objective() -> None:
     flags.DEFINE_string("objective", None, help)
 
 
-def samples(cfg_scale: float) -> "Samples":
-    """Returns the samples that the flags of define_samples ask for. Raises UserError naming the flag."""
-    from dit_jax.parallel import sharding
-    from dit_jax.sampling.model import Model, Samples, check_batch, choose_labels, settings_of
+def load_model(mesh: "Mesh") -> "Model":
+    """Returns the model that the flags of define_model name. Raises UserError naming the flag."""
+    from dit_jax.sampling.model import Model
     from dit_jax.vae.files import load as load_vae
     from dit_jax.weights import load
 
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
         raise UserError("give exactly one of --workdir and --weights")
-    if f.workdir is not None and not f.workdir.strip():
-        raise UserError("--workdir is empty: name a run's folder")
+    for name in ("workdir", "guide"):
+        if f[name].value is not None and not f[name].value.strip():
+            raise UserError(f"--{name} is empty: name a run's folder")
     if f.weights and f.step is not None:
         raise UserError("--step names a checkpoint of a run: give it with --workdir")
+    if f.guide_step is not None and f.guide is None:
+        raise UserError("--guide_step names a checkpoint of --guide: name that run as well")
     for name in ("num_heads", "num_classes", "objective"):
         if f[name].value is not None and not f.weights:
             raise UserError(f"--{name} is of a weights file: give it with --weights; a run's config names its own")
-    mesh = sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor)
     if f.workdir is not None:
         loaded = load.from_run(f.workdir, mesh, f.which, f.step)
     else:
         source = load.open_source(f.weights, f.which)
         loaded = load.from_source(source, mesh, f.which, f.num_heads, f.num_classes, f.objective)
-    check_batch(loaded.args, f.num, f.batch_size)
     vae = loaded.vae if f.vae is None else f.vae
-    if f.guide is not None and not f.guide.strip():
-        raise UserError("--guide is empty: name a run's folder")
-    if f.guide_step is not None and f.guide is None:
-        raise UserError("--guide_step names a checkpoint of --guide: name that run as well")
     guide = None if f.guide is None else load.load_guide(f.guide, mesh, f.which, f.guide_step)
-    model = Model(loaded, mesh, load_vae(vae) if vae else None, guide)
+    return Model(loaded, mesh, load_vae(vae) if vae else None, guide)
+
+
+def samples(cfg_scale: float) -> "Samples":
+    """Returns the samples that the flags of define_samples ask for. Raises UserError naming the flag."""
+    from dit_jax.parallel import sharding
+    from dit_jax.sampling.model import Samples, check_batch, choose_labels, settings_of
+
+    f = flags.FLAGS
+    model = load_model(sharding.make_mesh(data=-1, fsdp=f.fsdp, tensor=f.tensor))
+    check_batch(model.args, f.num, f.batch_size)
     scale = cfg_scale if f.cfg_scale is None and model.objective.name != "meanflow" else f.cfg_scale
     settings = settings_of(model.objective, f.seed, f.sampler, f.steps, f.eta, scale, f.cfg_channels, f.cfg_interval)
     model.generator(settings, min(f.batch_size, f.num))  # checks the settings before anything is written

@@ -39,20 +39,6 @@ def mesh():
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
-@pytest.fixture
-def compilations():
-    """A list that grows with every program that is compiled."""
-    found = []
-
-    def listen(event, _, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_the_pictures_are_those_of_the_command(run, mesh, command, tmp_path):
     assert command("sample", f"--workdir={run}", f"--out={tmp_path}", "--num=5", "--classes=3,7", *FLAGS)[0] == 0
     expected = np.load(tmp_path / "samples.npz")["arr_0"]
@@ -80,6 +66,19 @@ def test_a_second_call_compiles_nothing(run, mesh, compilations):
     assert_array_equal(model.sample([1], 6, **FAST, progress=False), first)
     assert not compilations
     assert np.abs(model.sample([1], 6, **FAST | {"cfg_scale": 5.0}, progress=False).astype(int) - first).max() > 0
+
+
+def test_what_was_used_last_stays_compiled(run, mesh):
+    """And no more, as a server that is asked for many settings would fill the memory."""
+    from dit_jax.sampling.generator import Settings
+    from dit_jax.sampling.model import GENERATORS
+
+    model = dit_jax.load(str(run), mesh=mesh)
+    made = [model.generator(Settings(steps=str(n), sampler="ddim"), 2) for n in range(1, GENERATORS + 1)]
+    assert model.generator(made[0].settings, 1) is made[0]
+    newest = model.generator(Settings(steps="99", sampler="ddim"), 2)
+    assert model.generator(made[0].settings, 2) is made[0]
+    assert set(model._generators) == {*made, newest} - {made[1]}
 
 
 def test_a_sample_can_be_watched_from_the_noise_to_the_end(run, mesh, compilations):

@@ -167,6 +167,20 @@ def uninterrupted(command, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture
+def compilations():
+    """A list that grows with every program that is compiled."""
+    found = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def one_error(result, *words):
     """The command failed with exactly one line on stderr, which holds `words`."""
     status, _, err = result

@@ -287,6 +287,14 @@ def quiet_hub() -> Callable[[], None]:
     return functools.partial(hub_logging.set_verbosity, before)
 
 
+def quiet_gradio() -> None:
+    """Keeps Gradio from reporting to its makers, and from asking for its newest version. Called before it is imported.
+
+    Why: it does both by default, and the machine may have no internet. Can go when it does not.
+    """
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 def silence_stdout() -> None:
     """Discards what C++ prints to stdout; Python's stdout stays.
 

@@ -1,7 +1,7 @@
 """A trained network that is ready to sample."""
 
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from dit_jax.sampling.generator import Generator, Guide, Settings, check, is_who
 from dit_jax.vae.autoencoder import Autoencoder
 from dit_jax.weights.load import Loaded
 
+GENERATORS = 16  # that a Model keeps; one of a small network takes 10 MB on CPU
 # The arguments of models.dit.DiT that go into a manifest.
 MANIFEST_ARGS = ("patch_size", "depth", "hidden_size", "num_heads", "block", "input_size", "in_channels", "num_classes")
 
@@ -141,9 +142,14 @@ class Model:
         return nnx.merge(self._graphdef, params)(x, t, y, *h)
 
     def generator(self, settings: Settings, batch_size: int) -> Generator:
-        """A Generator for these settings and at least `batch_size` images at once. An existing one is used again."""
+        """A Generator for these settings and at least `batch_size` images at once.
+
+        An existing one is used again. The GENERATORS that were used last are kept, with what they have compiled.
+        """
         for generator in self._generators:
             if generator.settings.compiled == settings.compiled and generator.batch_size >= batch_size:
+                self._generators.remove(generator)
+                self._generators.append(generator)
                 return generator
         # A mesh that splits the weights or the layers was asked for.
         split = self.mesh.shape["fsdp"] > 1 or self.mesh.shape["tensor"] > 1
@@ -158,7 +164,7 @@ class Model:
             guide=self.guide,
             whole=not split and whole_weights_fit(self.args, self.mesh, batch_size, held, self.guide),
         )
-        self._generators.append(generator)
+        self._generators = [*self._generators[1 - GENERATORS :], generator]
         return generator
 
     @property
@@ -189,17 +195,18 @@ class Model:
         *,
         start: int = 0,
         latents: bool = False,
-        progress: bool = True,
+        progress: bool | Callable[[int], None] = True,
         shown: Container[int] = (),
     ) -> Iterator[np.ndarray]:
         """Yields the samples of `labels` from index `start` on, a batch at a time. latents: yield them not decoded.
 
+        progress: whether to show a bar; or a function that is called with the number of finished steps, after each.
         shown: as in Generator.batches.
         """
         generator = self.generator(settings, min(batch_size, len(labels)))
         size, steps = generator.batch_size, len(generator.sampler)
-        bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress else None
-        generator.on_step = lambda step: bar.update(step) if bar else None
+        bar = Progress("sample", -(-(len(labels) - start) // size) * steps, "steps") if progress is True else None
+        generator.on_step = progress if callable(progress) else lambda step: bar.update(step) if bar else None
         indices, decode = np.arange(start, len(labels)), self._decoder.parts if self._decoder and not latents else None
         for images, decoded in generator.batches(self.params, labels[start:], indices, settings, decode, shown):
             if latents:
@@ -267,11 +274,13 @@ class Model:
         cfg_channels: int = 3,
         cfg_interval: str | tuple[float, float] = "",
         seed: int = 0,
-        progress: bool = True,
+        progress: bool | Callable[[int], None] = True,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (evaluations so far, the samples as they are then): from noise, at 0, to those that `sample` makes.
 
         moments: how often, with the noise and the end, at equal distances; fewer if the sampler has fewer evaluations.
+        progress: whether to show a bar; or a function that is called with the number of finished evaluations, after
+        each. An exception that it raises ends the sampling.
         The other arguments, and the arrays, are those of `sample`; all samples are made at once. Raises UserError.
         """
         labels, settings = self._request(
