@@ -48,7 +48,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["dit_jax", "dit_jax.*"]),
+    packages=[*find_packages(include=["dit_jax", "dit_jax.*"]), "dit_jax.configs"],
+    package_dir={"dit_jax.configs": "configs"},  # so that --config=configs/digits.py is there outside a checkout
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
