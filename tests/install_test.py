@@ -46,7 +46,10 @@ def test_a_wheel_is_enough(tmp_path):
 
     status, out, err = run("train", *TINY, "--config.steps=2", "--workdir=run")
     assert status == 0, err
-    assert f"--config=configs/digits.py: no such file here; the package's own is used: {site}/dit_jax/configs/digits.py" in out
+    assert (
+        f"--config=configs/digits.py: no such file here; the package's own is used: {site}/dit_jax/configs/digits.py"
+        in out
+    )
     status, _, err = run("sample", "--workdir=run", "--num=2", "--steps=2")
     assert status == 0 and (empty / "run/out/grid.png").exists(), err
     status, out, err = run("preflight", "--help")
