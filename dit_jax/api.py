@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,6 +96,8 @@ def fit(
     config: ConfigDict,
     workdir: str | os.PathLike,
     data: tuple[Shaped[np.ndarray, "n h w c"], Int[np.ndarray, " n"]] | None = None,
+    *,
+    on_log: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> Model:
     """Trains a run, or resumes it from its newest checkpoint. Returns the Model of its EMA weights.
 
@@ -103,6 +106,8 @@ def fit(
       workdir: run directory; created, or resumed if it exists.
       data: None for the source that config.data names; or (images, labels), and then config.data.source is ignored.
         Images are uint8 pictures, or float32 that is used as it is: pictures in [-1, 1], or scaled latents.
+      on_log: called every config.log_every steps with all records so far, those of metrics.jsonl: {"step": 100,
+        "loss": 0.4, ...}. What it raises ends the run, which the same call resumes.
     Raises: UserError. After a KeyboardInterrupt the same call resumes from the last checkpoint.
     """
     if not isinstance(config, ConfigDict):
@@ -120,7 +125,7 @@ def fit(
     with files.hold(workdir, "workdir"), contextlib.ExitStack() as closing:
         if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
             closing.callback(process.one_step_at_a_time())
-        train(resolved, workdir, closing, data=arrays)
+        train(resolved, workdir, closing, data=arrays, on_log=on_log)
     return load(workdir)
 
 

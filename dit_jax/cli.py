@@ -195,16 +195,42 @@ def _last_line(error):
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
+def _installed_configs():
+    """Returns the folder of the package's own configs: inside an installed package, or beside that of a checkout."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "configs")
+    return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
+
+
+def _config_file(path):
+    """Returns `path`, as in configs/sit.py:B/2, or the package's own config where only that exists.
+
+    Raises UserError if there is neither.
+    """
+    name, colon, argument = path.partition(":")
+    if os.path.isfile(name):
+        return path
+    folder, file = os.path.split(os.path.normpath(name))
+    own = os.path.join(_installed_configs(), file)
+    if folder == "configs" and os.path.isfile(own):
+        print(f"--config={path}: no such file here; the package's own is used: {own}", flush=True)
+        return own + colon + argument
+    where = f"; the package's own are in {_installed_configs()}" if os.path.isdir(_installed_configs()) else ""
+    raise UserError(f"--config={path}: no such file{where}")
+
+
 def _parse_flags(argv):
     for arg in argv[1:]:
         if any("\ud800" <= c < "\ue000" for c in arg):
             raise UserError(f"{os.fsencode(arg).decode(errors='backslashreplace')}: is not UTF-8")
-    path = "FILE"
-    for arg, following in zip(argv[1:], argv[2:] + [""]):
+    path, argv = "FILE", list(argv)
+    for i, (arg, following) in enumerate(zip(argv[1:], argv[2:] + [""]), 1):
         if arg == "--config" or arg.startswith("--config="):
-            path = arg.partition("=")[2] or following
-            if not os.path.isfile(path.split(":")[0]):
-                raise UserError(f"--config={path}: no such file")
+            path = _config_file(arg.partition("=")[2] or following)
+            if "=" in arg:
+                argv[i] = f"--config={path}"
+            else:
+                argv[i + 1 : i + 2] = [path]
         elif arg.startswith(("--config.", "--noconfig.")):
             problem = unknown_field(arg.partition("config.")[2].partition("=")[0])
             if problem:

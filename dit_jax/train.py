@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from dit_jax.runtime import ending, files, hosts, process
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.progress import say
 from dit_jax.training import setup
+from dit_jax.training.metrics import Record
 from dit_jax.training.reports import Reports, closing_measurement
 from dit_jax.training.step import to_items
 from dit_jax.training.trace import Trace
@@ -62,6 +64,7 @@ def train(
     preemption: hosts.Preemption | None = None,
     debug_nans: bool = False,
     profile: str | None = None,
+    on_log: Callable[[list[Record]], object] | None = None,
 ) -> int | None:
     """Trains a run, or resumes it from its newest checkpoint. Returns the exit status; None is success.
 
@@ -73,6 +76,7 @@ def train(
       preemption: stops the run after a step when SIGTERM comes.
       debug_nans: whether to stop at the first operation that makes a NaN.
       profile: "START:STOP", the steps to trace.
+      on_log: called after each record with all records so far.
     Raises: UserError, OSError.
     """
     if debug_nans and jax.process_count() > 1:
@@ -85,7 +89,7 @@ def train(
     first, steps = int(state.step), config["steps"]
     trace = Trace(profile, os.path.join(workdir, "profile"), first + 1, steps)
     closing.callback(trace.close)
-    reports = Reports(run, workdir, checkpoints, first, meta)
+    reports = Reports(run, workdir, checkpoints, first, meta, on_log)
     closing.callback(reports.close)
     if preemption:
         preemption.begin(lambda: f"run the same command to resume from step {checkpoints.wait_for_newest(seconds=5)}")

@@ -1,5 +1,6 @@
 """The public Python API: the pictures of the commands, without a process, a flag or a compilation more."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -263,7 +264,10 @@ def test_fit_trains_resumes_and_equals_the_command(command, run, tmp_path):
     config.mesh.data, config.sample.every, config.checkpoint.every = 4, 0, 2
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(20, 8, 8, 3), dtype=np.uint8), rng.integers(4, size=20)
-    whole = dit_jax.fit(config, str(tmp_path / "whole"), data=(images, labels))
+    logged = []
+    whole = dit_jax.fit(config, str(tmp_path / "whole"), data=(images, labels), on_log=logged.append)
+    assert [[record["step"] for record in records] for records in logged] == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+    assert logged[-1] == list(map(json.loads, (tmp_path / "whole/metrics.jsonl").read_text().splitlines()))
     config.steps = 2
     dit_jax.fit(config, str(tmp_path / "parts"), data=(images, labels))
     config.steps = 4

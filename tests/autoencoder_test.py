@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 
 import fake_hub
 import jax
@@ -166,12 +167,11 @@ def test_every_generation_of_names_is_the_same_vae(folder, tmp_path):
 
 
 def test_the_layout_of_compvis_against_diffusers_own_conversion(folder):
+    torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     flat = load_file(folder / WEIGHTS)
-    import torch
-
     theirs = convert_ldm_vae_checkpoint(
         {name: torch.tensor(a) for name, a in compvis(flat).items()}, json.loads((folder / "config.json").read_text())
     )
@@ -251,7 +251,8 @@ def test_files_that_cannot_be_read(folder, tmp_path, monkeypatch):
         (tmp_path / "cut.safetensors").write_bytes(data[:size])
         refused(tmp_path / "cut.safetensors", "cannot be read.*is it whole")
     (tmp_path / "cut.bin").write_bytes(data[:1000])
-    refused(tmp_path / "cut.bin", "cannot be read")
+    if find_spec("torch"):
+        refused(tmp_path / "cut.bin", "cannot be read")
     refused(tmp_path / "absent", "no such file or folder.*sd-vae-ft-ema")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no diffusion_pytorch_model.safetensors")

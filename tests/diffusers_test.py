@@ -16,7 +16,7 @@ from dit_jax.vae import files as vae_files, network as vae_network
 from dit_jax.weights import diffusers as layout, files, published
 
 torch = pytest.importorskip("torch")
-import diffusers  # noqa: E402
+diffusers = pytest.importorskip("diffusers")
 
 ARGS = dict(
     input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=2, num_classes=10, null_class=True

@@ -523,6 +523,7 @@ def test_a_kill_at_any_moment_changes_nothing(cache, encoded, tmp_path, monkeypa
                 break
             except Killed:
                 pass
+        gc.collect()  # closes what a killed process had open
         encoded(out)
         assert contents(out) == contents(cache)
         kill_at += 1

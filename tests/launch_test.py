@@ -1,6 +1,9 @@
 """launch/: the pod script against a stand-in gcloud and stand-in hosts, its linter; the GKE manifest; the notebook."""
 
+import ast
 import base64
+import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -11,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import nbclient
 import nbformat
@@ -20,6 +24,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, one_error
 
+import dit_jax
 from dit_jax.weights.published import published_shapes
 
 SCRIPT = ROOT / "launch/tpu_pod.sh"
@@ -817,13 +822,19 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
 
-    def run(**env):
+    def run(before="", last=None, after=(), **env):
+        """before: what the kernel has done already. last: the title of the last cell to run. after: cells after it."""
         for name, value in env.items():
             monkeypatch.setenv(name, str(value))
         book = nbformat.read(tmp_path / "launch/colab.ipynb", as_version=4)
+        book.cells += map(nbformat.v4.new_code_cell, after)
+        titles = [re.match("#@title ([^{\n]*)", cell.source) for cell in book.cells]
+        titles = [title and title[1].strip() for title in titles]
+        if last:
+            book.cells, titles = book.cells[: titles.index(last) + 1], titles[: titles.index(last) + 1]
+        book.cells.insert(0, nbformat.v4.new_code_cell(before))
         nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path / "launch")}}).execute()
-        cells = [cell for cell in book.cells if cell.cell_type == "code"]
-        return {re.match("#@title ([^{\n]*)", cell.source)[1].strip(): cell for cell in cells}
+        return {title: cell for title, cell in zip(titles, book.cells[1:]) if title}
 
     return run
 
@@ -845,29 +856,73 @@ def test_notebook_is_clean():
     assert len(sliders) == 9 and all(float(low) <= float(value) <= float(high) for _, value, low, high in sliders)
 
 
+def cell_of(title):
+    """The source of a cell of the notebook."""
+    book = nbformat.read(ROOT / "launch/colab.ipynb", as_version=4)
+    return next(cell.source for cell in book.cells if cell.source.startswith(f"#@title {title}"))
+
+
+def test_notebook_sees_what_needs_a_restart():
+    """Another version loaded than installed, of each package that it looks at; and nothing in a sound process."""
+    tree = ast.parse(cell_of("Install"))
+    kept = [
+        node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or "PACKAGES" in ast.dump(node)
+    ]
+    scope = {}
+    exec(compile(ast.Module([node for node in kept if not isinstance(node, ast.If)], []), "cell", "exec"), scope)
+    outdated, packages = scope["outdated"], scope["PACKAGES"]
+    for module in packages:
+        importlib.import_module(module)
+    assert outdated(sys.modules, importlib.metadata.version) == []
+    for module, distribution in packages.items():
+        loaded = {module: types.SimpleNamespace(__version__="2.1.3")}
+        installed = importlib.metadata.version(distribution)
+        assert outdated(loaded, importlib.metadata.version) == [(distribution, "2.1.3", installed)]
+    assert outdated({}, importlib.metadata.version) == []
+    assert scope["RestartNeeded"]("what to do")._render_traceback_() == ["what to do"]
+
+
+@pytest.mark.slow
+def test_notebook_stops_where_a_restart_is_needed(notebook, tmp_path):
+    """A kernel that has loaded another NumPy: the install's cell says so, and no cell after it runs."""
+    with pytest.raises(
+        nbclient.exceptions.CellExecutionError, match="(?s)RESTART NEEDED: .*numpy 2.1.3.*Restart session"
+    ):
+        notebook(before="import numpy; numpy.__version__ = '2.1.3'")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_notebook_trains_the_small_model_and_samples(notebook, tmp_path):
-    small = [
-        *TINY,
-        "--config.steps=4",
-        "--config.sample.every=4",
-        "--config.sample.per_class=2",
-        "--config.sample.steps=5",
-        "--config.judge.samples=20",
-    ]
-    cells = notebook(DIT_JAX_COLAB_FLAGS=shlex.join(small[1:]), DIT_JAX_COLAB_WEIGHTS="")
-    assert "cannot be had (<urlopen error" in text_of(cells["Published weights, where they can be had"])
+    changes = {"steps": 4, "batch_size": 8, "log_every": 1, "judge.samples": 20}
+    changes |= {
+        "model.depth": 2,
+        "model.hidden_size": 32,
+        "sample.every": 4,
+        "sample.per_class": 2,
+        "sample.steps": "5",
+    }
+    count = "compiled = []\njax.monitoring.register_event_duration_secs_listener(\n    lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else None)"
+    moved = re.sub("(digit|guidance|seed) = [0-9.]+", r"\1 = 4", cell_of("Digits"))  # three of its sliders
+    cells = notebook(
+        after=[
+            count,
+            moved.replace("Digits", "Moved"),
+            "#@title again\nprint(len(compiled))\njax.jit(lambda x: x + 5)(1.0)\nprint(len(compiled) > 0)",
+        ],
+        DIT_JAX_COLAB_CHANGES=json.dumps(changes),
+        DIT_JAX_COLAB_WEIGHTS="",
+    )
+    assert "The published weights cannot be had (" in text_of(cells["Published weights, where they can be had"])
     run = tmp_path / "runs/colab"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     assert json.loads((run / "report.json").read_text())["samples"] == 20
-    assert "done: step 4" in text_of(cells["Else: train the small model"])
-    loss, grid = pictures_of(cells["Its loss, and samples on the way"])
-    assert loss[0] > 400 and grid == (2 * 50 + 2, 10 * 50 + 2)  # two of each digit, six times enlarged
-    (out,) = (run / "out").iterdir()
-    with np.load(out / "samples.npz") as file:
-        assert file["arr_0"].shape == (16, 8, 8, 3) and file["arr_0"].std() > 0
-    assert json.loads((out / "manifest.json").read_text())["classes"] == "3"
-    assert pictures_of(cells["Digits"]) == [(8 * 50 + 2, 2 * 50 + 2)]
+    training = cells["Train, and watch the loss"]
+    assert "done: step 4" in text_of(training)
+    [curve] = pictures_of(training)
+    assert curve[0] > 400
+    assert pictures_of(cells["Digits, as they form"]) == [dit_jax.grid(np.zeros((16, 8, 8, 3), np.uint8), 8).size]
+    assert text_of(cells["again"]) == "0\nTrue\n"
     assert "nothing to draw" in text_of(cells["ImageNet, with the published DiT-XL/2"])
 
 
@@ -878,10 +933,8 @@ def test_notebook_takes_published_weights(notebook, tmp_path):
     rng = np.random.default_rng(0)
     flat = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in published_shapes(args).items()}
     np.savez(tmp_path / "weights.npz", **flat)
-    cells = notebook(DIT_JAX_COLAB_WEIGHTS=tmp_path / "weights.npz")
-    assert not (tmp_path / "runs/colab").exists()
-    (out,) = (tmp_path / "runs/xl2").iterdir()
-    with np.load(out / "samples.npz") as file:
-        assert file["latents"].shape == (1, 8, 8, 4) and file["latents"].std() > 0
+    cells = notebook(last="ImageNet, with the published DiT-XL/2", DIT_JAX_COLAB_WEIGHTS=tmp_path / "weights.npz")
+    assert "Published weights: weights.npz" in text_of(cells["Published weights, where they can be had"])
+    assert "latents are shown" in text_of(cells["Published weights, where they can be had"])
     cell = cells["ImageNet, with the published DiT-XL/2"]
-    assert "Latents, not pictures" in text_of(cell) and pictures_of(cell) == [(52, 52)]
+    assert "Latents, not pictures" in text_of(cell) and pictures_of(cell) == [dit_jax.grid(np.zeros((1, 8, 8, 4))).size]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from dit_jax.runtime import hosts, images as pictures
 from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.progress import Progress, duration, say, waiting
-from dit_jax.training.metrics import LOSSES, Metrics, loss_curve
+from dit_jax.training.metrics import LOSSES, Metrics, Record, loss_curve
 from dit_jax.training.setup import Run, grid_labels
 from dit_jax.weights import snapshots
 from dit_jax.weights.checkpoint import Checkpoints
@@ -32,10 +33,20 @@ class Reports:
     Args:
       first: the step after which the run starts or resumes.
       meta: of the checkpoint it resumes from (training.setup.restore_or_init).
+      on_log: called after each record with all records so far, in every process.
     Attribute: pending, the values of steps that are not read yet.
     """
 
-    def __init__(self, run: Run, workdir: str, checkpoints: Checkpoints, first: int, meta: dict[str, Any]):
+    def __init__(
+        self,
+        run: Run,
+        workdir: str,
+        checkpoints: Checkpoints,
+        first: int,
+        meta: dict[str, Any],
+        on_log: Callable[[list[Record]], object] | None = None,
+    ):
+        self.on_log = on_log
         self.run, self.workdir, self.checkpoints, self.meta = run, workdir, checkpoints, meta
         self.steps = run.config["steps"]
         self.metrics = Metrics(workdir, first)
@@ -101,6 +112,8 @@ class Reports:
             memory = f"  {record['peak_memory_gib']:.3g} GiB"
         self.metrics.write(step, record)
         self.unlogged = []
+        if self.on_log:
+            self.on_log([dict(record) for record in self.metrics.records])
         self.restart_clock(step, batches)
         self.progress.update(step, f"loss {record['loss']:.4f}, {images:.0f} img/s, MFU {record['mfu']:.0%}")
         wait = f"  waited for data {record['data_wait']:.0%}" if record["data_wait"] > 0.05 else ""
