@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 
 from dit_jax.runtime import images as pictures
 from dit_jax.runtime.errors import line_of
-from dit_jax.runtime.progress import say
+from dit_jax.runtime.progress import say, waiting
 from dit_jax.web.studio import MAX_NUM, Request, Studio
 
 WAITING = 20  # requests that may wait for their turn
@@ -187,4 +187,5 @@ def serve(page: gr.Blocks, listener: socket.socket) -> None:
         time.sleep(0.01)
     name = f"[{host}]" if ":" in host else host
     say(f"http://{name}:{port}/ (Ctrl-C ends it)")
-    thread.join()
+    with waiting(""):  # for visitors, as long as it takes
+        thread.join()
