@@ -148,8 +148,9 @@ def test_addresses_that_cannot_be_listened_on():
         port = taken.getsockname()[1]
         with pytest.raises(dit_jax.UserError, match=f"--port={port}: .*name another, or 0 for a free one"):
             bind("127.0.0.1", port)
-    with pytest.raises(dit_jax.UserError, match="--host=nowhere.invalid: "):
-        bind("nowhere.invalid", 0)
+    for host in ("nowhere.invalid", "192.0.2.1"):  # names nothing; an address that no machine has
+        with pytest.raises(dit_jax.UserError, match=f"--host={host}: .*name an address of this machine"):
+            bind(host, 0)
 
 
 def test_without_gradio_the_command_says_what_to_install(command):
