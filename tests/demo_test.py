@@ -165,7 +165,7 @@ def pictures(html_or_urls):
     return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in data])
 
 
-def test_the_outputs_of_the_page(studio):
+def test_the_outputs_of_the_page(studio, monkeypatch):
     """Without a browser: pictures with captions; a class that is HTML is shown as text, in the message as well."""
     gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[demo]'")
     from dit_jax.web import page
@@ -178,6 +178,8 @@ def test_the_outputs_of_the_page(studio):
     with pytest.raises(gradio.Error) as e:
         list(page.show(studio, "<b>", *values[1:]))
     assert "--classes=&lt;b&gt;" in e.value.message and not e.value.print_exception
+    monkeypatch.setattr(studio.model, "config", {"sample": {"sampler": "unipc", "steps": "20", "cfg_interval": "1,2"}})
+    assert studio.defaults() == Request("balanced", 16, 4.0, "1,2", "unipc", 20, 0)
     built = page.build(studio, "<runs>")
     text = str(built.get_config_file())
     assert "&lt;runs&gt;" in text and "ddpm, latents of 8 x 8 x 4, 10 classes" in text and not built.analytics_enabled
