@@ -127,8 +127,8 @@ def load_model(mesh: "Mesh") -> "Model":
     f = flags.FLAGS
     if (f.workdir is None) == (f.weights is None):
         raise UserError("give exactly one of --workdir and --weights")
-    for name in ("workdir", "guide"):
-        if f[name].value is not None and not f[name].value.strip():
+    for name, path in (("workdir", f.workdir), ("guide", f.guide)):
+        if path is not None and not path.strip():
             raise UserError(f"--{name} is empty: name a run's folder")
     if f.weights and f.step is not None:
         raise UserError("--step names a checkpoint of a run: give it with --workdir")

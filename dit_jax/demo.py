@@ -19,6 +19,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("port", 7860, "port to listen on; 0: a free one", lower_bound=0, upper_bound=65535)
     cli.parse()  # above the imports that take time
 
+import errno
 import functools
 import signal
 import socket
@@ -48,7 +49,8 @@ def main() -> None:
     )
     process.one_step_at_a_time()
     process.keep_compiled()
-    say(f"loading {f.workdir or f.weights}")
+    if f.workdir or f.weights:
+        say(f"loading {f.workdir or f.weights}")
     model = cli.load_model(sharding.make_mesh())
     # Those that were the newest: a run may go on.
     steps = {"step": model.origin.get("step"), "guide_step": model.origin.get("guide", {}).get("step")}
@@ -61,16 +63,19 @@ def main() -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that is bound to this address. Raises UserError naming the flag."""
+    here = "name an address of this machine, as 127.0.0.1"
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as e:
-        raise UserError(f"--host={host}: {e.strerror}: name an address of this machine, as 127.0.0.1") from None
+        raise UserError(f"--host={host}: {e.strerror}: {here}") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
         listener.listen()
     except OSError as e:
+        if e.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host={host}: {e.strerror}: {here}") from None
         raise UserError(f"--port={port}: {e.strerror} ({host}): name another, or 0 for a free one") from None
     return listener
 

@@ -108,15 +108,15 @@ class Studio:
     def defaults(self) -> Request:
         """The request that the page begins with: as the run makes its own grids, else as dit_jax.sample does."""
         settings = settings_of(self.model.objective, 0, None, None, 0.0, None, 3, "")
-        values = {"sampler": settings.sampler, "steps": settings.steps, "cfg_scale": settings.cfg_scale}
+        values = {key: getattr(settings, key) for key in ("sampler", "steps", "cfg_scale", "cfg_interval")}
         if self.model.config:
-            values |= {key: self.model.config["sample"][key] for key in values}
+            values |= {key: self.model.config["sample"].get(key, value) for key, value in values.items()}
         steps = str(values["steps"])
         return Request(
             classes="balanced",
             num=16,
             cfg_scale=float(values["cfg_scale"]) if self.guided else 1.0,
-            cfg_interval="",
+            cfg_interval=values["cfg_interval"] if self.guided else "",
             sampler=values["sampler"],
             steps=int(steps) if steps.isdecimal() else 50,
             seed=0,
