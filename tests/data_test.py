@@ -1,15 +1,20 @@
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import losses, save_vae, write_cache
+from conftest import ROOT, losses, one_error, save_vae, write_cache
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import dit_jax
+from dit_jax.config import dit_args, paper, resolve, with_classes
 from dit_jax.data import photographs, pipeline, sources
 from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
@@ -305,6 +310,53 @@ def test_sharding_rules():
     ):
         with pytest.raises(ValueError, match=words):
             sharding.make_mesh(**sizes)
+
+
+@pytest.mark.slow
+def test_own_pictures_by_the_names_of_their_folders(command, tmp_path):
+    """The commands of docs/own_pictures.md, made short: shapes.py, train, resume, sample, the judge of shapes."""
+    subprocess.run([sys.executable, ROOT / "examples/shapes.py"], cwd=tmp_path, check=True, timeout=60)
+    short = ["steps=12", "batch_size=8", "model.depth=1", "sample.every=12", "sample.per_class=2", "sample.steps=4"]
+    train = ["train", "--config=configs/own.py", f"--config.data.path={tmp_path}/pictures", f"--workdir={tmp_path}/run"]
+    status, out, err = command(*train, *(f"--config.{field}" for field in short))
+    assert status == 0 and "300 examples of folder:300:3:" in out, err
+    with Image.open(tmp_path / "run/samples/00000012.png") as grid:
+        assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # a row a class, enlarged
+    status, out, err = command(*train, *(f"--config.{field}" for field in (*short[1:], "steps=14")))
+    assert status == 0 and "resuming from step 12 of 14" in out, err
+
+    model = dit_jax.load(tmp_path / "run")
+    assert model.class_names == ["circle", "square", "triangle"] and model.args["num_classes"] == 3
+    settings = {"cfg_scale": 3.0, "steps": 4, "seed": 1}
+    flags = ["sample", f"--workdir={tmp_path}/run", "--num=5", *(f"--{k}={v}" for k, v in settings.items())]
+    status, _, err = command(*flags, "--classes=square,circle")
+    assert status == 0, err
+    with np.load(tmp_path / "run/out/samples.npz") as file:
+        images = file["arr_0"]
+    for classes in ("square,circle", ["square", "circle"], [1, 0, 1, 0, 1]):
+        assert_array_equal(images, model.sample(classes, 5, **settings))
+    assert (images != model.sample(["circle", "square"], 5, **settings)).any()
+    one_error(command(*flags, "--classes=circle,star"), "--classes=star", "circle, square, triangle")
+
+    judge = [sys.executable, "-m", "benchmarks.shapes", f"--workdir={tmp_path}/run", "--steps=14"]
+    done = subprocess.run(
+        [*judge, "--num=6", "--drawn=400", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"of real shapes the judge recognises ([\d.]+)%", done.stdout)[1]) > 70
+    assert "step 14: of 6 samples it recognises" in done.stdout and (tmp_path / "own_14.png").exists()
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path):
+    """model.num_classes=-1 is read from the data, where these name their classes."""
+    config = paper("DiT-S/8")
+    config.model.num_classes = -1
+    config = resolve(config)
+    with pytest.raises(ValueError, match="model.num_classes=-1: is read from the data"):
+        dit_args(config)
+    assert with_classes(config, ["a", "b"])["model"]["num_classes"] == 2 and config["model"]["num_classes"] == -1
+    with pytest.raises(ValueError, match="model.num_classes=-1: data.source='latents' names no classes; set it"):
+        with_classes(config, None)
 
 
 @pytest.mark.slow
