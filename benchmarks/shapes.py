@@ -33,7 +33,7 @@ from examples import shapes
 def drawn(per_class, seed):
     """(pictures (N, 3, S, S) in [0, 1], labels) of shapes that no run has seen."""
     rng = np.random.default_rng(seed)
-    pictures = [shapes.draw(corners, rng) for corners in shapes.CORNERS.values() for _ in range(per_class)]
+    pictures = [np.asarray(shapes.draw(corners, rng)) for corners in shapes.CORNERS.values() for _ in range(per_class)]
     return as_input(np.stack(pictures)), torch.arange(len(shapes.CORNERS)).repeat_interleave(per_class)
 
 
@@ -73,6 +73,7 @@ def main():
     classes = list(shapes.CORNERS)
     for step in map(int, f.steps):
         model = dit_jax.load(f.workdir, step=step)
+        assert model.config  # that of a run
         settings = {name: model.config["sample"][name] for name in ("sampler", "steps", "cfg_scale", "cfg_channels")}
         samples = model.sample(classes, f.num, **settings, batch_size=min(f.num, 96))
         share = recognised(network, as_input(samples), torch.arange(f.num) % len(classes))
