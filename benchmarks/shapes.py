@@ -43,6 +43,7 @@ def as_input(pictures):
 
 def fit(x, y, epochs=8):
     """A network of 4 convolutions, fitted on pictures with some noise, as samples have it."""
+    torch.set_num_threads(1)  # so small a network gains nothing by more, which wait for each other on a busy machine
     torch.manual_seed(0)
     layers, width = [], 3
     for channels in (32, 64, 64, 64):

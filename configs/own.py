@@ -1,4 +1,4 @@
-"""Pictures of your own, a folder a class: a few hundred of 32 x 32 pixels, in ten minutes on 2 cores. Copy this file.
+"""Pictures of your own, a folder a class: a few hundred of 32 x 32 pixels, in minutes on 2 cores. Copy this file.
 
 python -m dit_jax.train --config=configs/own.py --config.data.path=pictures --workdir=runs/own
 """
@@ -10,9 +10,9 @@ def get_config():
     c = paper(model="")
     c.objective = "flow"  # far ahead of the paper's "ddpm" where steps are few
     c.steps = 3000
-    c.batch_size = 16  # many small steps: as good as twice the batch with half the steps, or better
+    c.batch_size = 16  # many small steps
     c.model.update(
-        patch_size=4,  # 2 is finer, and a step takes six times as long
+        patch_size=4,  # 2 is finer, and a step takes several times as long
         depth=4,
         hidden_size=128,
         num_heads=4,

@@ -18,6 +18,7 @@ from dit_jax.config import dit_args, paper, resolve, with_classes
 from dit_jax.data import photographs, pipeline, sources
 from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
+from dit_jax.sampling.model import choose_labels
 from dit_jax.vae import files as vae_files
 
 
@@ -254,7 +255,7 @@ def test_latents_are_drawn_from_the_posterior_anew_at_each_step(tmp_path):
 
 def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
     vae = vae_files.load(str(save_vae(tmp_path / "vae", 0, (4, 8), 0.7)))
-    photographs.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
+    photographs.write_crops(str(tmp_path / "pictures"), photographs.photographs(), 4, np.random.default_rng(0))
     data = {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}
     folder, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
     assert folder.size == 16 and vae.identity["encoder"] in folder.identity
@@ -322,7 +323,9 @@ def test_own_pictures_by_the_names_of_their_folders(command, tmp_path):
     assert status == 0 and "300 examples of folder:300:3:" in out, err
     with Image.open(tmp_path / "run/samples/00000012.png") as grid:
         assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # a row a class, enlarged
-    status, out, err = command(*train, *(f"--config.{field}" for field in (*short[1:], "steps=14")))
+    status, out, err = command(
+        *train, *(f"--config.{field}" for field in (*short[1:], "steps=14", "optimizer.schedule=cosine"))
+    )
     assert status == 0 and "resuming from step 12 of 14" in out, err
 
     model = dit_jax.load(tmp_path / "run")
@@ -359,6 +362,13 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
         with_classes(config, None)
 
 
+def test_a_folder_may_be_called_like_a_number():
+    """A name goes before a number; what is no name is a number, and numbers from Python always are."""
+    names = ["1", "2024", "cat"]
+    assert choose_labels("2024,1,2,cat", 4, 3, 0, names).tolist() == [1, 0, 2, 2]
+    assert choose_labels([1, "1"], 2, 3, 0, names).tolist() == [1, 0]
+
+
 @pytest.mark.slow
 def test_the_path_of_the_docs_from_photographs_to_decoded_samples(command, tmp_path):
     """The commands of docs/own_pictures.md, made short: example, encode, train, resume, sample."""
@@ -387,7 +397,7 @@ def test_the_path_of_the_docs_from_photographs_to_decoded_samples(command, tmp_p
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     for step in (3, 6):
         with Image.open(tmp_path / f"run/samples/{step:08d}.png") as grid:
-            assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # pictures of 64 px, decoded
+            assert grid.size == (2 * 66 + 2, 7 * 66 + 2)  # pictures of 64 px, decoded
     run("sample", f"--workdir={tmp_path}/run", "--num=4", "--cfg_scale=1.5", "--steps=4", "--png")
     with np.load(tmp_path / "run/out/samples.npz") as file:
         assert file["arr_0"].shape == (4, 64, 64, 3) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 0
