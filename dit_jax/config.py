@@ -8,7 +8,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -40,7 +40,8 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
     c.model.input_size = 32  # height and width of the latents (256 px / 8) or pictures
     c.model.in_channels = 4
     c.model.learn_sigma = placeholder(bool)  # whether the head has channels of the variance; unset: if needed
-    c.model.num_classes = 1000  # 0: unconditional; labels are ignored, and every example is of the null class
+    # 0: unconditional; labels are ignored, and every example is of the null class. -1: as many as the data name.
+    c.model.num_classes = 1000
     c.model.dtype = "auto"  # compute dtype: "float32", "bfloat16"; "auto": bfloat16 where the chip has it, not on CPU
     c.model.scan = placeholder(bool)  # whether the blocks are one loop; unset: dit_jax/parallel/layout.py decides
     c.model.remat = "auto"  # what the backward pass recomputes: "none", "dots", "full"; "auto": layout.py decides
@@ -192,7 +193,6 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     "seed",
-    "model.num_classes",
     "checkpoint.keep",
     "checkpoint.keep_every",
     "sample.every",
@@ -330,6 +330,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
     return [
         (AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
+        (("model.num_classes",), lambda v: -1 <= v < math.inf, "0 or more, or -1"),
         (("accumulate",), lambda v: v is None or v >= 1, "at least 1, or unset"),
         (("optimizer.learning_rate", "optimizer.eps"), lambda v: 0 < v < math.inf, "positive"),
         (("optimizer.name",), one_of("adamw", "muon"), "adamw or muon"),
@@ -435,11 +436,28 @@ def _check_combinations(config):
             )
 
 
+def with_classes(config: dict[str, Any], class_names: Sequence[str] | None) -> dict[str, Any]:
+    """Returns the config with model.num_classes=-1 replaced by the number of the data's classes.
+
+    class_names: of the data, or None. Raises UserError if they are needed and the data have none.
+    """
+    if config["model"]["num_classes"] != -1:
+        return config
+    if class_names is None:
+        raise UserError(f"model.num_classes=-1: data.source={config['data']['source']!r} names no classes; set it")
+    return config | {"model": config["model"] | {"num_classes": len(class_names)}}
+
+
 def dit_args(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of models.dit.DiT of a config that layout.resolve_auto has returned."""
+    """Returns the arguments of models.dit.DiT of a config that layout.resolve_auto has returned.
+
+    Raises UserError if the number of classes is that of data which are not known here.
+    """
     from jax.numpy import dtype
 
     model = config["model"]
+    if model["num_classes"] == -1:
+        raise UserError("model.num_classes=-1: is read from the data of a training run; set how many classes there are")
     fields = (
         "patch_size",
         "depth",

@@ -1,9 +1,10 @@
 """Makes a small picture data set and a small VAE for it: python -m dit_jax.example --out=runs/photos
 
-With them every step of training on ImageNet can be tried. Writes OUT/pictures, crops of the three photographs that come
-with scikit-learn and matplotlib, one class folder for each photograph, and OUT/vae, an autoencoder in the published
-format, fitted to the crops in a minute or two. It replaces Stable Diffusion's VAE, which no Python package contains:
-its latents also have 4 channels and an eighth of the size, but its pictures are blurred.
+With them every step of training on ImageNet can be tried. Writes OUT/pictures, crops of the seven photographs that
+come with scikit-image, scikit-learn and matplotlib, one class folder for each photograph, and OUT/vae, an autoencoder
+in the published format, fitted to the crops in some minutes. It replaces Stable Diffusion's VAE, which no Python
+package contains: its latents also have 4 channels and an eighth of the size, but its pictures are blurred. Needs
+pip install -e '.[photos]'.
 """
 
 from dit_jax import cli  # before all else: from here on a signal is one line
@@ -22,7 +23,7 @@ import os
 import jax
 import numpy as np
 
-from dit_jax.data.photographs import write_crops
+from dit_jax.data.photographs import more_photographs, write_crops
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.images import grid, png, to_uint8
 from dit_jax.runtime.progress import say
@@ -34,7 +35,7 @@ def main() -> None:
     f = flags.FLAGS
     cli.make_workdir(f.out, "out")
     rng = np.random.default_rng(0)
-    images = write_crops(os.path.join(f.out, "pictures"), f.per_class, rng)
+    images = write_crops(os.path.join(f.out, "pictures"), more_photographs(), f.per_class, rng)
     params, scale = fit(images, f.steps, rng)
     folder = os.path.join(f.out, "vae")
     vae_files.save(folder, VAE, params, scale)

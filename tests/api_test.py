@@ -392,6 +392,8 @@ def test_examples(path, tmp_path):
         assert float(done.stdout.split()[-1]) < 0.4
     if path.stem == "own_data":
         assert (tmp_path / "runs/squares/grid.png").exists()
+    if path.stem == "shapes":
+        assert [len(list((tmp_path / "pictures" / n).iterdir())) for n in ("circle", "square", "triangle")] == [100] * 3
 
 
 def test_renamed_commands_answer_with_the_new_name(command):

@@ -1,18 +1,24 @@
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import losses, save_vae, write_cache
+from conftest import ROOT, losses, one_error, save_vae, write_cache
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+import dit_jax
+from dit_jax.config import dit_args, paper, resolve, with_classes
 from dit_jax.data import photographs, pipeline, sources
 from dit_jax.parallel import sharding
 from dit_jax.runtime import images as images_
+from dit_jax.sampling.model import choose_labels
 from dit_jax.vae import files as vae_files
 
 
@@ -249,7 +255,7 @@ def test_latents_are_drawn_from_the_posterior_anew_at_each_step(tmp_path):
 
 def test_encoding_on_the_fly_gives_the_latents_of_the_cache(tmp_path):
     vae = vae_files.load(str(save_vae(tmp_path / "vae", 0, (4, 8), 0.7)))
-    photographs.write_crops(str(tmp_path / "pictures"), 4, np.random.default_rng(0))
+    photographs.write_crops(str(tmp_path / "pictures"), photographs.photographs(), 4, np.random.default_rng(0))
     data = {"source": "folder", "path": str(tmp_path / "pictures"), "max_skipped": 0}
     folder, _ = sources.load(data, size=8, channels=4, num_classes=3, vae=vae)
     assert folder.size == 16 and vae.identity["encoder"] in folder.identity
@@ -308,6 +314,62 @@ def test_sharding_rules():
 
 
 @pytest.mark.slow
+def test_own_pictures_by_the_names_of_their_folders(command, tmp_path):
+    """The commands of docs/own_pictures.md, made short: shapes.py, train, resume, sample, the judge of shapes."""
+    subprocess.run([sys.executable, ROOT / "examples/shapes.py"], cwd=tmp_path, check=True, timeout=60)
+    short = ["steps=12", "batch_size=8", "model.depth=1", "sample.every=12", "sample.per_class=2", "sample.steps=4"]
+    train = ["train", "--config=configs/own.py", f"--config.data.path={tmp_path}/pictures", f"--workdir={tmp_path}/run"]
+    status, out, err = command(*train, *(f"--config.{field}" for field in short))
+    assert status == 0 and "300 examples of folder:300:3:" in out, err
+    with Image.open(tmp_path / "run/samples/00000012.png") as grid:
+        assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # a row a class, enlarged
+    status, out, err = command(
+        *train, *(f"--config.{field}" for field in (*short[1:], "steps=14", "optimizer.schedule=cosine"))
+    )
+    assert status == 0 and "resuming from step 12 of 14" in out, err
+
+    model = dit_jax.load(tmp_path / "run")
+    assert model.class_names == ["circle", "square", "triangle"] and model.args["num_classes"] == 3
+    settings = {"cfg_scale": 3.0, "steps": 4, "seed": 1}
+    flags = ["sample", f"--workdir={tmp_path}/run", "--num=5", *(f"--{k}={v}" for k, v in settings.items())]
+    status, _, err = command(*flags, "--classes=square,circle")
+    assert status == 0, err
+    with np.load(tmp_path / "run/out/samples.npz") as file:
+        images = file["arr_0"]
+    for classes in ("square,circle", ["square", "circle"], [1, 0, 1, 0, 1]):
+        assert_array_equal(images, model.sample(classes, 5, **settings))
+    assert (images != model.sample(["circle", "square"], 5, **settings)).any()
+    one_error(command(*flags, "--classes=circle,star"), "--classes=star", "circle, square, triangle")
+
+    judge = [sys.executable, "-m", "benchmarks.shapes", f"--workdir={tmp_path}/run", "--steps=14"]
+    done = subprocess.run(
+        [*judge, "--num=6", "--drawn=400", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"of real shapes the judge recognises ([\d.]+)%", done.stdout)[1]) > 70
+    assert "step 14: of 6 samples it recognises" in done.stdout and (tmp_path / "own_14.png").exists()
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path):
+    """model.num_classes=-1 is read from the data, where these name their classes."""
+    config = paper("DiT-S/8")
+    config.model.num_classes = -1
+    config = resolve(config)
+    with pytest.raises(ValueError, match="model.num_classes=-1: is read from the data"):
+        dit_args(config)
+    assert with_classes(config, ["a", "b"])["model"]["num_classes"] == 2 and config["model"]["num_classes"] == -1
+    with pytest.raises(ValueError, match="model.num_classes=-1: data.source='latents' names no classes; set it"):
+        with_classes(config, None)
+
+
+def test_a_folder_may_be_called_like_a_number():
+    """A name goes before a number; what is no name is a number, and numbers from Python always are."""
+    names = ["1", "2024", "cat"]
+    assert choose_labels("2024,1,2,cat", 4, 3, 0, names).tolist() == [1, 0, 2, 2]
+    assert choose_labels([1, "1"], 2, 3, 0, names).tolist() == [1, 0]
+
+
+@pytest.mark.slow
 def test_the_path_of_the_docs_from_photographs_to_decoded_samples(command, tmp_path):
     """The commands of docs/own_pictures.md, made short: example, encode, train, resume, sample."""
 
@@ -335,7 +397,7 @@ def test_the_path_of_the_docs_from_photographs_to_decoded_samples(command, tmp_p
     assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
     for step in (3, 6):
         with Image.open(tmp_path / f"run/samples/{step:08d}.png") as grid:
-            assert grid.size == (2 * 66 + 2, 3 * 66 + 2)  # pictures of 64 px, decoded
+            assert grid.size == (2 * 66 + 2, 7 * 66 + 2)  # pictures of 64 px, decoded
     run("sample", f"--workdir={tmp_path}/run", "--num=4", "--cfg_scale=1.5", "--steps=4", "--png")
     with np.load(tmp_path / "run/out/samples.npz") as file:
         assert file["arr_0"].shape == (4, 64, 64, 3) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 0

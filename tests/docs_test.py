@@ -28,7 +28,7 @@ LINK = re.compile(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)\s]+))?\)")
 # Why a block may not be run. Such a block is parsed.
 REASONS = re.compile(r"ImageNet|TPU|GPU|published weights|(an?|half an) (hour|server)|40 minutes|another folder")
 COMMANDS = [path.stem for path in (ROOT / "dit_jax").glob("*.py") if "cli.parse()" in path.read_text()]
-BENCHMARKS = "speed", "miniature", "samplers", "bounds"
+BENCHMARKS = "speed", "miniature", "samplers", "shapes", "bounds"
 MODULES = [*(f"dit_jax.{name}" for name in COMMANDS), *(f"benchmarks.{name}" for name in BENCHMARKS)]
 RENAMED = ("dit_jax.benchmark", "dit_jax.reproduce")  # named where the old name is told
 Block = namedtuple("Block", "page mark note language text")
@@ -232,15 +232,12 @@ def test_python_blocks_call_what_there_is():
 
 
 @pytest.fixture(scope="module")
-def scratch(uninterrupted, picture_folders, tmp_path_factory):
-    """A folder like a checkout, with a short run in the place of the two-minute one, and two classes of pictures."""
+def scratch(uninterrupted, tmp_path_factory):
+    """A folder like a checkout, with a short run in the place of the two-minute one."""
     folder = tmp_path_factory.mktemp("scratch")
     for name in ("dit_jax", "configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(uninterrupted, folder / "runs/digits")
-    (folder / "pictures").mkdir()
-    for ours, theirs in (("cat", "a"), ("dog", "b")):
-        (folder / "pictures" / ours).symlink_to(picture_folders / theirs)
     return folder
 
 
@@ -268,7 +265,7 @@ def test_every_block_without_a_mark_runs(scratch, monkeypatch):
                 out, err = process.communicate(timeout=200)
                 assert process.returncode == 0, (block.page, words, err)
     assert len(done) > 6
-    for name in ("three.png", "digits.png", "strip.png", "runs/own/out/grid.png", "runs/digits/unipc/grid.png"):
+    for name in ("three.png", "digits.png", "strip.png", "runs/digits/unipc/grid.png"):
         assert (scratch / name).stat().st_size > 500, name
 
 

@@ -251,7 +251,7 @@ def test_heads_that_no_array_shows_are_the_papers(tmp_path):
         ({}, "sample.cfg_scale=4.0: guidance needs classes"),
         ({"sample.cfg_scale": 1.0, "judge.samples": 9}, "judge.samples=9"),
         ({"sample.cfg_scale": 1.0, "init.which": "both"}, "init.which='both': must be ema or raw"),
-        ({"model.num_classes": -1}, "model.num_classes=-1"),
+        ({"model.num_classes": -2}, "model.num_classes=-2"),
         ({"sample.cfg_scale": 1.0}, None),
         ({"sample.every": 0}, None),
     ],

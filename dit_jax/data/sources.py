@@ -192,9 +192,9 @@ def load(
     """Returns (training examples, held-out examples or None) of the config section `data`.
 
     size, channels, num_classes: model.input_size, model.in_channels, model.num_classes; the examples are checked
-    against them. vae: the sources `folder` and `tfds` read pictures at the size that it encodes to size x size
-    latents; a latent cache must come from its encoder. examples: images and labels of the source `arrays`, in place of
-    data.path. Raises UserError naming the field.
+    against them, except that num_classes -1 fits any. vae: the sources `folder` and `tfds` read pictures at the size
+    that it encodes to size x size latents; a latent cache must come from its encoder. examples: images and labels of
+    the source `arrays`, in place of data.path. Raises UserError naming the field.
     """
     source = data["source"]
     if vae is not None and source not in ("folder", "tfds", "latents", "arrays"):
@@ -227,7 +227,7 @@ def load(
             f"data.source={source!r} has {kind} of {shape}, the model takes {(size, size, channels)}: "
             "set model.input_size and model.in_channels"
         )
-    if isinstance(train, Arrays) and num_classes:
+    if isinstance(train, Arrays) and num_classes > 0:
         low, high = int(train.y.min()), int(train.y.max())
         # The label `num_classes` is the null class: training on it would be wrong without an error.
         if low < 0 or high >= num_classes:

@@ -160,9 +160,10 @@ def network_passes(config: dict[str, Any]) -> int:
 class Run:
     """Everything that a run needs, built from its config.
 
-    config, resolved: as given, and with every "auto" decided (layout.resolve_auto). held_out: examples, or None. init,
-    step, target: of make_programs. model_input: of pipeline.model_input. generator, evaluation, decode (latents ->
-    pictures): None if the config does not ask for them. peak, peak_source: of chips.peak_flops.
+    config, resolved: as given with the number of classes, and with every "auto" decided (layout.resolve_auto).
+    held_out: examples, or None. init, step, target: of make_programs. model_input: of pipeline.model_input. generator,
+    evaluation, decode (latents -> pictures): None if the config does not ask for them. peak, peak_source: of
+    chips.peak_flops.
     """
 
     config: dict[str, Any]
@@ -236,6 +237,7 @@ def build(config: dict[str, Any], arrays: Data | None = None) -> Run:
         vae=vae,
         examples=arrays,
     )
+    config, resolved = (configs.with_classes(c, source.class_names) for c in (config, resolved))
     if data["flip"] and not source.can_flip:
         raise UserError(
             "data.flip: mirrored latents are not the latents of the mirrored picture; add images_flipped.npy, or set "
