@@ -3,13 +3,15 @@
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 from unittest import mock
 
 os.chdir(Path(__file__).parent.parent)
-with mock.patch("setuptools.setup") as setup:
+setuptools = mock.MagicMock()  # a Python of today may come without it
+with mock.patch.dict(sys.modules, setuptools=setuptools):
     runpy.run_path("setup.py")
-given = setup.call_args.kwargs
+given = setuptools.setup.call_args.kwargs
 requirements = [*given["install_requires"], *(one for extra in given["extras_require"].values() for one in extra)]
 lowest = {}
 for requirement in requirements:

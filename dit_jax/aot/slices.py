@@ -1,5 +1,7 @@
 """TPU slices for which programs are compiled without having them."""
 
+from typing import Any
+
 from dit_jax.runtime.errors import UserError, first_line
 from dit_jax.runtime.process import compile_only
 
@@ -29,7 +31,9 @@ def find_devices(topology: str) -> list:
         known = ", ".join(f"{short} = {long}" for short, long in SLICES.items())
         raise UserError(f"--topology={topology}: unknown; the known ones are {known}")
     # JAX drives both cores of a v4 chip as one device.
-    extra = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    extra: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.endswith(":1x1"):  # libtpu before 0.0.50 takes four chips a host otherwise
+        extra["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
     except Exception as e:
