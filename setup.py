@@ -65,7 +65,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6.4.5",  # tensorflow-datasets imports it and does not declare it
         "safetensors>=0.8.0",
-        "huggingface_hub>=1.0.0",  # fetches published weights
+        "huggingface_hub>=1.16.0",  # fetches published weights
         "jaxtyping>=0.3.0",
         "ml_collections>=1.0.0",
         "absl-py>=2.1.0",
