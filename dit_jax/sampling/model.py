@@ -291,7 +291,7 @@ class Model:
             raise UserError(f"moments={moments!r}: must be a whole number of at least 2")
         return self._moments(labels, settings, moments, progress)
 
-    def _moments(self, labels, settings, moments, progress=True):
+    def _moments(self, labels, settings, moments, progress: bool | Callable[[int], None] = True):
         """As `watch`, of the first samples of these labels."""
         evaluations = len(self.generator(settings, len(labels)).sampler)
         done = np.linspace(0, evaluations, min(moments, evaluations + 1)).round().astype(int).tolist()
