@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from api_test import compilations  # noqa: F401  a fixture
 from conftest import TINY, TOY, losses, one_error, records
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats

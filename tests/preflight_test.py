@@ -187,7 +187,7 @@ def test_the_train_step_costs_what_the_model_costs():
 
 @pytest.mark.slow
 def test_the_parts_of_a_batch_are_counted_and_take_less_memory():
-    changes = {"model.scan": False, "model.depth": 2, "batch_size": 512}
+    changes = {"model.scan": False, "model.depth": 1, "batch_size": 128}
     whole, parts = (estimate.estimate_run(tiny_config(accumulate=n, **changes), "v5e-1") for n in (1, 8))
     for r in (whole, parts):
         assert 0.99 < r["matrix_flops_per_device"] / r["model_flops_per_device"] < 1.05
@@ -210,7 +210,7 @@ def test_one_chip_takes_the_batch_in_parts_and_the_advice_names_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v3-8", "v4-16", "v5e-8", "v6e-8"])
+@pytest.mark.parametrize("topology", ["v3-8", "v6e-8"])
 def test_every_generation(topology):
     """Their programs are written differently."""
     r = estimate.estimate_run(tiny_config(**{"model.scan": False, "model.depth": 2}), topology)
