@@ -26,6 +26,7 @@ import numpy as np
 
 from dit_jax.aot import report
 from dit_jax.runtime import process
+from dit_jax.runtime.errors import UserError
 from dit_jax.runtime.files import write_aside
 from dit_jax.runtime.plots import plots
 from dit_jax.runtime.progress import say
@@ -90,6 +91,9 @@ def draw(results: dict[str, dict[str, Any]], path: str) -> None:
 def main():
     process.cpu_only()
     process.no_compilation_cache()
+    for name in flags.FLAGS.only:
+        if name not in (*ONE_CHIP, *report.TABLE_SLICES, "none"):
+            raise UserError(f"--only={name}: must be of {', '.join((*ONE_CHIP, *report.TABLE_SLICES))}, or none")
     results = json.loads(RESULTS.read_text())
     compile_missing(results, flags.FLAGS.only)
     page = PAGE.read_text()

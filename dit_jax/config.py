@@ -337,6 +337,7 @@ def _checks(values: dict[str, Any]) -> list[tuple[tuple[str, ...], Callable[[Any
         (("optimizer.schedule",), one_of("constant", "cosine"), "constant or cosine"),
         (floats, lambda v: abs(v) < 3.4e38, "a number of float32"),
         (("seed",), lambda v: v < 2**32, "below 2**32"),
+        (("steps", "optimizer.warmup"), lambda v: v < 2**31, "below 2**31"),
         (("judge.samples",), lambda v: v == 0 or v >= 2, "0, or at least 2"),
         (("sample.eta",), lambda v: 0 <= v <= 1, "between 0 and 1"),
         (("sample.cfg_scale", "eval.cfg_scale"), lambda v: 0 <= v <= MAX_SCALE, f"between 0 and {MAX_SCALE}"),

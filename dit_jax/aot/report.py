@@ -124,8 +124,10 @@ def table(slices: list[str], models: list[str], what: str = "train", per_device:
     unknown = [model for model in models if model not in TABLE_MODELS]
     if unknown:
         raise UserError(f"--models: unknown model {unknown[0]!r}: one of {', '.join(TABLE_MODELS)}")
+    if not models:
+        raise UserError(f"--models is empty: name some of {', '.join(TABLE_MODELS)}")
     for topology in slices:
-        find_devices(topology)
+        find_devices(topology, "table")
     columns = "slice", "model", *(TRAIN_COLUMNS if what == "train" else SAMPLE_COLUMNS)
     say(f"| {' | '.join(columns)} |")
     say("|" + len(columns) * "---|")

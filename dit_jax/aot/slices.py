@@ -21,15 +21,14 @@ _GRIDS = {
 SLICES = {f"{chip}-{number}": f"{chip}:{grid}" for chip, grids in _GRIDS.items() for number, grid in grids.items()}
 
 
-def find_devices(topology: str) -> list:
-    """Returns the compile-only devices of a slice such as "v3:8x16" or "v3-256". Raises UserError."""
+def find_devices(topology: str, flag: str = "topology") -> list:
+    """Returns the compile-only devices of a slice such as "v3:8x16" or "v3-256". Raises UserError naming the flag."""
     from jax.experimental import topologies
 
     compile_only()
     name = SLICES.get(topology, topology)
     if name not in SLICES.values():
-        known = ", ".join(f"{short} = {long}" for short, long in SLICES.items())
-        raise UserError(f"--topology={topology}: unknown; the known ones are {known}")
+        raise UserError(f"--{flag}={topology}: unknown; the known ones are {', '.join(SLICES)}, and shapes as v3:8x16")
     # JAX drives both cores of a v4 chip as one device.
     extra: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     if name.endswith(":1x1"):  # libtpu before 0.0.50 takes four chips a host otherwise
@@ -38,6 +37,6 @@ def find_devices(topology: str) -> list:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
     except Exception as e:
         raise UserError(
-            f"--topology={topology}: libtpu cannot make it ({first_line(e)}); is libtpu installed "
+            f"--{flag}={topology}: libtpu cannot make it ({first_line(e)}); is libtpu installed "
             "(pip install -e '.[preflight]')?"
         ) from None
