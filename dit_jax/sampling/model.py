@@ -56,18 +56,20 @@ def choose_labels(
 
 
 def _label(name, num_classes, class_names):
-    for label, synonyms in enumerate(class_names or ()):  # ImageNet's names are lists: "tench, Tinca tinca"
-        if isinstance(name, str) and name.strip() in (synonyms, *map(str.strip, synonyms.split(","))):
-            return label  # before numbers: a folder may be called 2024
     try:
         label = int(name) if isinstance(name, str) else operator.index(name)
     except (ValueError, TypeError):
-        few = class_names and len(class_names) <= 20
-        names = f", or names as in {', '.join(class_names if few else class_names[:3])}" if class_names else ""
-        raise UserError(f"--classes={name}: 'balanced', 'random' or numbers as in 3,7{names}") from None
-    if not 0 <= label < num_classes:
+        label = None
+    if label is not None and 0 <= label < num_classes:
+        return label
+    for named, synonyms in enumerate(class_names or ()):  # ImageNet's names are lists: "tench, Tinca tinca"
+        if isinstance(name, str) and name.strip() in (synonyms, *map(str.strip, synonyms.split(","))):
+            return named  # also a number that is none of a class: a folder may be called 2024
+    if label is not None:
         raise UserError(f"--classes: {label} is no class of this model, which has 0 to {num_classes - 1}")
-    return label
+    few = class_names and len(class_names) <= 20
+    names = f", or names as in {', '.join(class_names if few else class_names[:3])}" if class_names else ""
+    raise UserError(f"--classes={name}: 'balanced', 'random' or numbers as in 3,7{names}")
 
 
 class Model:
