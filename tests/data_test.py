@@ -369,10 +369,10 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
 
 
 def test_a_folder_may_be_called_like_a_number():
-    """A name goes before a number; what is no name is a number, and numbers from Python always are."""
+    """What can be the number of a class is that; other numbers may be names."""
     names = ["1", "2024", "cat"]
     assert choose_labels("2024,1,2,cat", 4, 3, 0, names).tolist() == [1, 1, 2, 2]
-    assert choose_labels([1, "1"], 2, 3, 0, names).tolist() == [1, 0]
+    assert choose_labels([1, "1"], 2, 3, 0, names).tolist() == [1, 1]
 
 
 @pytest.mark.slow
