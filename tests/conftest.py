@@ -68,6 +68,8 @@ def network(golden):
 
 
 ROOT = Path(__file__).parent.parent
+# Of the slow tests those that cost minutes and say little that others do not.
+long = pytest.mark.skipif(not os.environ.get("DIT_JAX_LONG"), reason="takes minutes; DIT_JAX_LONG=1 runs it")
 TINY = [
     "--config=configs/digits.py",
     "--config.batch_size=8",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, long
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -370,6 +370,7 @@ def test_every_host_gets_all_rows():
 
 
 @pytest.mark.slow
+@long
 def test_fits_a_v3_core(monkeypatch):
     """Of its blocks one, as compiling all takes minutes: the stem's maps are four times those of the largest block. The
     others' weights are added."""

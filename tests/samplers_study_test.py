@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from benchmark_test import run_command
-from conftest import ROOT, one_error
+from conftest import ROOT, long, one_error
 from reproduce_test import QUICK, numbers
 
 from benchmarks.machine import machine
@@ -221,6 +221,7 @@ def test_bad_flags(tmp_path):
 
 
 @pytest.mark.slow
+@long
 def test_the_whole_study_of_the_smallest_budget(tmp_path):
     """All of it; and a setting that is lost is sampled again, to the same result."""
     status, said, err = run_command("benchmarks.samplers", "--out", tmp_path, "--budget=tiny", code=QUICK)
