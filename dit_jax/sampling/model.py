@@ -259,8 +259,8 @@ class Model:
           progress: whether to show a bar.
         Raises: UserError naming the argument.
         """
-        labels, settings = self._request(
-            classes, num, batch_size, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval
+        labels, settings = self.request(
+            classes, num, batch_size, seed, sampler, steps, cfg_scale, cfg_interval, eta, cfg_channels
         )
         return np.concatenate(list(self.batches(labels, settings, batch_size, latents=latents, progress=progress)))
 
@@ -286,8 +286,8 @@ class Model:
         each. An exception that it raises ends the sampling.
         The other arguments, and the arrays, are those of `sample`; all samples are made at once. Raises UserError.
         """
-        labels, settings = self._request(
-            classes, num, num, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval
+        labels, settings = self.request(
+            classes, num, num, seed, sampler, steps, cfg_scale, cfg_interval, eta, cfg_channels
         )
         if not is_whole(moments) or moments < 2:
             raise UserError(f"moments={moments!r}: must be a whole number of at least 2")
@@ -299,8 +299,20 @@ class Model:
         done = np.linspace(0, evaluations, min(moments, evaluations + 1)).round().astype(int).tolist()
         return zip(done, self.batches(labels, settings, len(labels), progress=progress, shown=done))
 
-    def _request(self, classes, num, batch_size, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval):
-        """The labels and the Settings that the arguments of `sample` ask for. Raises UserError."""
+    def request(
+        self,
+        classes: str | Sequence[int | str],
+        num: int,
+        batch_size: int,
+        seed: int,
+        sampler: str | None,
+        steps: int | str | None,
+        cfg_scale: float | None,
+        cfg_interval: str | tuple[float, float],
+        eta: float = 0.0,
+        cfg_channels: int = 3,
+    ) -> tuple[Int[np.ndarray, " num"], Settings]:
+        """The labels and the Settings that the arguments of `sample` ask for. Raises UserError naming the argument."""
         if isinstance(cfg_interval, (tuple, list)):
             cfg_interval = ",".join(map(str, cfg_interval))
         settings = settings_of(self.objective, seed, sampler, steps, eta, cfg_scale, cfg_channels, cfg_interval)

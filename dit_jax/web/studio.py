@@ -206,20 +206,8 @@ class Studio:
                 raise UserError(
                     f"{name}={value}: must be a whole number of 1 to {most}; python -m dit_jax.sample makes more"
                 )
-        # Refuses the other values that are wrong. Nothing is sampled before the first moment is asked for.
-        self._watch(request)
-        settings = settings_of(
-            self.model.objective, request.seed, request.sampler, request.steps, 0.0, request.cfg_scale, 3,
-            request.cfg_interval,
-        )  # fmt: skip
-        labels = choose_labels(
-            request.classes, request.num, self.model.args["num_classes"], request.seed, self.model.class_names
-        )
+        labels, settings = self.model.request(**asdict(request), batch_size=request.num)
         return labels.tolist(), self.model.generator(settings, request.num)
-
-    def _watch(self, request, progress: Any = True):
-        arguments: dict[str, Any] = asdict(request)
-        return self.model.watch(**arguments, moments=self._moments, progress=progress)
 
     def _sample(self, work):
         """Samples in a thread of its own when its turn comes."""
@@ -243,7 +231,7 @@ class Studio:
                 work.begun = time.perf_counter()
                 if work.generator not in self._compiled:
                     say(f"compiling for {what}")
-                for frame in self._watch(request, progress):
+                for frame in self.model.watch(**asdict(request), moments=self._moments, progress=progress):
                     work.frames.put(frame)
                 say(f"{what}: {duration(time.perf_counter() - work.begun)}")
             except _Stopped:
