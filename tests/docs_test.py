@@ -264,7 +264,7 @@ def test_every_block_without_a_mark_runs(scratch, monkeypatch):
                 process = start(module.split(".")[1], *flags, *(short if "train" in module else []), cwd=scratch)
                 out, err = process.communicate(timeout=200)
                 assert process.returncode == 0, (block.page, words, err)
-    assert len(done) > 6
+    assert len(done) > 4
     for name in ("three.png", "digits.png", "strip.png", "runs/digits/unipc/grid.png"):
         assert (scratch / name).stat().st_size > 500, name
 

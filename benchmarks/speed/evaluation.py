@@ -21,7 +21,7 @@ def usual_fid(samples, mu, sigma):
     from scipy.linalg import sqrtm
 
     mean, covariance = samples.mean(0, dtype=np.float64), np.cov(samples, rowvar=False)
-    root = np.real(sqrtm(covariance @ sigma))
+    root = np.real(np.asarray(sqrtm(covariance @ sigma)))
     return float(np.square(mean - mu).sum() + np.trace(covariance + sigma - 2 * root))
 
 

@@ -374,6 +374,8 @@ def keep_compiled(shared: str | None = None) -> None:
     """
     import jax
 
+    # An entry that was cut short by a kill or a full disk is harmless: the program is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -391,8 +393,6 @@ def keep_compiled(shared: str | None = None) -> None:
             jax.config.update("jax_compilation_cache_dir", folder)
             # By default JAX keeps no program that compiles in less than a second, such as a checkpoint's fingerprints.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-            # An entry that was cut short by a kill or a full disk is harmless: the program is compiled again.
-            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_file() and not entry.stat().st_size and time.time() - entry.stat().st_mtime > 60:

@@ -25,7 +25,7 @@ from dit_jax.weights import snapshots
 def exponent(std: ArrayLike) -> Float[np.ndarray, "*shape"]:
     """The exponent gamma of the profile of relative standard deviation `std`: equation 126, algorithm 2."""
     inverse = np.asarray(std, np.float64) ** -2
-    largest = [np.roots([1, 7, 16 - i, 12 - i]).real.max() for i in inverse.flat]
+    largest = [np.roots(np.array([1, 7, 16 - i, 12 - i])).real.max() for i in inverse.flat]
     return np.reshape(largest, inverse.shape)
 
 
