@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from benchmark_test import run_command
-from conftest import ROOT, one_error
+from conftest import ROOT, long, one_error
 
 from benchmarks.machine import machine
 from benchmarks.miniature import STUDIES, compute, decisions, findings, page, run
@@ -509,6 +509,7 @@ n.MLPClassifier = lambda *a, **k: fit(*a, **k | {'max_iter': 6})
 
 
 @pytest.mark.slow
+@long
 def test_killed_and_gone_on_with_it_ends_with_the_same_results(tmp_path):
     flags = "--budget=tiny", "--study=sampling"
     killed, whole = tmp_path / "killed", tmp_path / "whole"
