@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, nhwc, one_error, save_vae
+from conftest import ROOT, long, nhwc, one_error, save_vae
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -285,6 +285,7 @@ def test_a_start_refused_is_one_line():
 
 
 @pytest.mark.slow
+@long
 def test_start_data_and_evaluation(tmp_path):
     status, stdout, err = speed(
         *TINY,
@@ -380,6 +381,7 @@ def test_targets_of_a_gpu():
 
 
 @pytest.mark.slow
+@long
 def test_the_command_beside_compiled_pytorch(tmp_path):
     """On the CPU, where PyTorch's compiler needs one of C++. Both sides say where they ran."""
     pytest.importorskip("torch")

@@ -185,7 +185,7 @@ def test_signals_at_any_moment(command, made, tmp_path, name):
     rng, start = np.random.default_rng([SEED, *name.encode()]), time.perf_counter()
     assert run(command, name, made, tmp_path / "timed")[0] == 0
     duration = time.perf_counter() - start
-    for n in range(6 * FAULTS):
+    for n in range(3 * FAULTS):
         number = SIGNALS[n % 3]
         process = run(command, name, made, tmp_path / "out", wait=False)
         line = check_ended(disturb(process, number, rng.uniform(0, duration)), ENDS[number])
