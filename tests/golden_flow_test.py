@@ -146,6 +146,20 @@ def test_losses_of_a_given_output(name):
             close(losses["loss"], z[f"{name}:{prediction}:{weight}"], 3e-6, (name, prediction, weight))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prediction_of_the_data_has_the_loss_of_its_velocity(name):
+    """JiT's, which divides by a sigma of 0.05 at least."""
+    z = flow_file("sit_losses")
+    x, noise, velocity = (nhwc(z[key]) for key in ("x1", "x0", "model_output"))
+    at = path_levels(PATHS[NAMES[name]], z["t"])
+    u, v = (column(a) for a in at.convert("velocity", "x_0").T)
+    data = u * (column(at.alpha) * x + column(at.sigma) * noise) + v * velocity
+    loss = flow_losses(Flow(NAMES[name], "x_0"), lambda x_t, t: data, x, jnp.asarray(z["t"]), noise)["loss"]
+    share = np.minimum(at.sigma / 0.05, 1) ** 2
+    assert (share == 1).any()
+    close(loss, share * z[f"{name}:velocity:none"], 1e-5, name)
+
+
 def test_losses_and_gradients(network):
     args, graphdef, params, _ = network("a")
     z = flow_file("sit_losses_net")

@@ -16,7 +16,7 @@ from train_test import tiny, wait_for
 import dit_jax
 from dit_jax.data import pipeline, sources
 from dit_jax.diffusion import catalog
-from dit_jax.diffusion.flow import Flow
+from dit_jax.diffusion.flow import FLOW_PREDICTIONS, Flow
 from dit_jax.diffusion.guidance import guide
 from dit_jax.diffusion.meanflow import MeanFlow
 from dit_jax.diffusion.objectives import DDPM
@@ -60,6 +60,7 @@ CHANGES = {
     "ddpm-min-snr": {"diffusion.min_snr": 5.0},
     "flow": {"objective": "flow"},
     "flow-gvp-score": {"objective": "flow", "flow.path": "gvp", "flow.prediction": "score"},
+    "flow-x_0": {"objective": "flow", "flow.prediction": "x_0", "sample.sampler": "euler"},
     "flow-direction": {"objective": "flow", "flow.direction": True, "flow.time": "logit_normal"},
     "meanflow": {"objective": "meanflow", "sample.sampler": "meanflow", "sample.cfg_scale": 1.0},
 }
@@ -278,7 +279,7 @@ def test_fields_that_cannot_be_are_one_line(changes, words):
         (Flow(), 25),
         *(
             pytest.param(*p, marks=pytest.mark.slow)
-            for p in ((DDPM(), 61), (Flow("gvp", "score"), 61), (MeanFlow(), 24))
+            for p in ((DDPM(), 61), (Flow("gvp", "score"), 61), (Flow("linear", "x_0"), 25), (MeanFlow(), 24))
         ),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -296,6 +297,8 @@ def test_every_sampler_brings_noise_to_the_data(objective, count):
         if objective.prediction == "score":
             return -noise / sigma
         x_0 = mean + alpha * std**2 * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        if objective.prediction == "x_0":
+            return x_0
         return float(at.d_alpha[0]) * x_0 + float(at.d_sigma[0]) * noise
 
     for name in catalog.fitting(objective):
@@ -307,12 +310,23 @@ def test_every_sampler_brings_noise_to_the_data(objective, count):
                 break
             except UserError:
                 continue
+        else:
+            assert objective.prediction == "x_0" and name in ("heun", "rk4")
+            continue
         assert len(sampler) == steps
         state = sampler.init(noise_fn := lambda j: jax.random.normal(jax.random.key(j), (64, 4, 4, 1)))
         for i in range(len(sampler)):
             state = sampler.step(model, state, i, noise_fn)
         out = np.asarray(sampler.result(state))
         assert abs(out.mean() - mean) < 0.03 and abs(out.std() - std) < 0.06, (objective, name, out.std())
+
+
+def test_every_objective_has_a_sampler_by_default():
+    for objective in (DDPM(), *(Flow(prediction=p) for p in FLOW_PREDICTIONS), MeanFlow()):
+        name, steps = catalog.default(objective)
+        assert len(catalog.make(name, objective, steps)) == int(steps)
+    with pytest.raises(UserError, match="sampler=heun: evaluates the network without noise"):
+        catalog.make("heun", Flow(prediction="x_0"), 10)
 
 
 def test_n_steps_are_n_evaluations():

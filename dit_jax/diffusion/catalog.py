@@ -200,6 +200,13 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 DEFAULTS = {"ddpm": ("ddpm", "250"), "flow": ("heun", "250"), "meanflow": ("meanflow", "1")}
 
 
+def default(objective: Objective) -> tuple[str, str]:
+    """Returns (sampler, evaluations) to use where nothing is said."""
+    if objective.prediction == "x_0":
+        return "dpmpp_2m", "250"
+    return DEFAULTS[objective.name]
+
+
 def fitting(objective: Objective) -> list[str]:
     """The names of the samplers that fit an objective."""
     return [name for name, f in SAMPLERS.items() if _fits(f, objective)]
@@ -313,8 +320,14 @@ def _multistep(objective, steps, name, final, shift, **settings):
 
 
 def _runge_kutta(objective: Flow | MeanFlow, steps, method, shift):
-    n = _published_steps(steps, per_step=len(solvers.RUNGE_KUTTA[method][1]))
+    stages, weights = solvers.RUNGE_KUTTA[method]
+    n = _published_steps(steps, per_step=len(weights))
     if isinstance(objective, Flow):
+        if objective.prediction == "x_0" and any(np.isclose(sum(stage), 1) for stage in stages):
+            raise UserError(
+                f"sampler={method}: evaluates the network without noise, where a prediction of x_0 gives no velocity; "
+                "use dpmpp_2m, unipc, euler or midpoint"
+            )
         start, end = objective.interval(objective.sample_eps)
         if shift != 1 and (start, end) != (0, 1):
             raise UserError(f"shift={shift:g}: needs a path without singular ends: a velocity on linear or gvp")

@@ -1,4 +1,5 @@
-"""Flow matching and stochastic interpolants: SiT (arXiv 2401.08740), LightningDiT's direction loss (arXiv 2501.01423).
+"""Flow matching and stochastic interpolants: SiT (arXiv 2401.08740), LightningDiT's direction loss (arXiv 2501.01423),
+JiT's prediction of the data (arXiv 2511.13720).
 
 x_t = alpha(t) x_1 + sigma(t) x_0, from noise x_0 at t = 0 to data x_1 at t = 1. The network is given t as it is.
 """
@@ -17,7 +18,8 @@ from dit_jax.diffusion.ddpm import Images, mean_flat
 from dit_jax.diffusion.levels import PATHS, Levels, path_levels
 
 WEIGHTS = ("none", "velocity", "likelihood")
-FLOW_PREDICTIONS = ("velocity", "noise", "score")
+FLOW_PREDICTIONS = ("velocity", "noise", "score", "x_0")
+LEAST_SIGMA = 0.05  # JiT divides an error of x_0 by no less
 Times = Float[Array, " b"]
 
 
@@ -25,7 +27,8 @@ Times = Float[Array, " b"]
 class Flow:
     """Flow matching on a path.
 
-    path: a key of levels.PATHS. prediction: what the network predicts, one of FLOW_PREDICTIONS. weight: of the loss of
+    path: a key of levels.PATHS. prediction: what the network predicts, one of FLOW_PREDICTIONS; x_0 is the data, x_1
+    below, by its name in levels.py. weight: of the loss of
     noise and score predictions, one of WEIGHTS. time: how t is drawn, "uniform" or "logit_normal", the sigmoid of a
     normal variable with mean time_mean and deviation time_std. time_low, time_high: only times between them are drawn.
     direction: adds LightningDiT's cosine loss.
@@ -58,7 +61,7 @@ class Flow:
 
     @property
     def _eps(self):
-        return 0.0 if self.prediction == "velocity" else 1e-3
+        return 1e-3 if self.prediction in ("noise", "score") else 0.0
 
     def interval(
         self, eps: float, stochastic: bool = False, form: str = "sigma", last_step: float = 0.0
@@ -71,9 +74,9 @@ class Flow:
         end = 1 - (last_step if stochastic and last_step else eps)
         if self.path == "vp":
             return 0.0, end
-        if self.prediction == "velocity" and not stochastic:
+        if not self._eps and not stochastic:
             return 0.0, 1.0
-        begins_late = self.prediction != "velocity" or form == "SBDM"
+        begins_late = self._eps or form == "SBDM"
         return (eps if begins_late else 0.0), end
 
     def times(self, draws: Times) -> Times:
@@ -136,7 +139,7 @@ def flow_losses(
     """Returns {loss} of each example, and {mse, direction} where there is a direction loss.
 
     The squared error of the velocity, of the noise, or of the score times sigma; SiT equations 6 and 9, and section 3.4
-    for the weights. Only the first C channels of the output count: a published network has C more, never trained.
+    for the weights. Where the data are predicted it is that of the velocity which they give (JiT, table 1). Only the first C channels of the output count: a published network has C more, never trained.
     """
     path = PATHS[flow.path]
     at = t.reshape((-1,) + (1,) * (x_1.ndim - 1))
@@ -149,6 +152,9 @@ def flow_losses(
             return dict(loss=mse)
         direction = mean_flat(1 - cosine(out, target))
         return dict(loss=mse + direction, mse=mse, direction=direction)
+    if flow.prediction == "x_0":
+        slope = (d_alpha * sigma - d_sigma * alpha) / jnp.maximum(sigma, LEAST_SIGMA)  # of the velocity by x_0
+        return dict(loss=mean_flat(jnp.square(slope * (out - x_1))))
     error = out - noise if flow.prediction == "noise" else sigma * out + noise
     # (d_alpha / alpha) sigma - d_sigma: the weight of sigma times the score in the velocity.
     weight = d_alpha / alpha * sigma - d_sigma

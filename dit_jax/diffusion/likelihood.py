@@ -26,8 +26,10 @@ def log_likelihood(
     The ODE runs from the data to the noise in `steps` equal steps of `method`, a key of solvers.RUNGE_KUTTA. The
     divergence of the velocity is Hutchinson's estimate with one draw of signs for each evaluation.
 
-    model_fn: model_fn(x_t, t), what flow.prediction says.
+    model_fn: model_fn(x_t, t), what flow.prediction says; not x_0, which gives no velocity without noise (ValueError).
     """
+    if flow.prediction == "x_0":
+        raise ValueError("a prediction of x_0 gives no velocity at the data, where the ODE begins")
     path, (start, end) = PATHS[flow.path], flow.interval(flow.sample_eps)
     stages, weights = RUNGE_KUTTA[method]
 

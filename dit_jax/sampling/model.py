@@ -341,7 +341,7 @@ def settings_of(
     cfg_interval: str,
 ) -> Settings:
     """The Settings in which what is None has the default of the objective."""
-    default_sampler, default_steps = catalog.DEFAULTS[objective.name]
+    default_sampler, default_steps = catalog.default(objective)
     sampler = default_sampler if sampler is None else sampler
     if cfg_scale is None:
         cfg_scale = 1.0 if objective.name == "meanflow" else 4.0
