@@ -139,7 +139,8 @@ def flow_losses(
     """Returns {loss} of each example, and {mse, direction} where there is a direction loss.
 
     The squared error of the velocity, of the noise, or of the score times sigma; SiT equations 6 and 9, and section 3.4
-    for the weights. Where the data are predicted it is that of the velocity which they give (JiT, table 1). Only the first C channels of the output count: a published network has C more, never trained.
+    for the weights. Where the data are predicted it is that of the velocity which they give (JiT, table 1).
+    Only the first C channels of the output count: a published network has C more, never trained.
     """
     path = PATHS[flow.path]
     at = t.reshape((-1,) + (1,) * (x_1.ndim - 1))
