@@ -1,6 +1,6 @@
 """How many samples of drawn shapes are what was asked for.
 
-    python -m benchmarks.shapes --workdir=runs/own --steps=500,1000
+    python -m benchmarks.shapes --workdir=runs/own --steps=1000,2000
 
 The run is that of docs/own_pictures.md, on the pictures of examples/shapes.py. The judge is a convolutional network in
 PyTorch, fitted on shapes that are drawn anew and tried on others. Run it from the root of a checkout.
@@ -13,7 +13,7 @@ from absl import flags
 
 if __name__ == "__main__":
     cli.define_path("workdir", None, "the run's directory, with its checkpoints", required=True)
-    flags.DEFINE_list("steps", None, "the checkpoints, as in 500,1000", required=True)
+    flags.DEFINE_list("steps", None, "the checkpoints, as in 1000,2000", required=True)
     flags.DEFINE_integer("num", 192, "samples of each checkpoint", lower_bound=3)
     flags.DEFINE_integer("drawn", 2000, "shapes of each class that the judge is fitted on", lower_bound=1)
     cli.define_path("out", None, "folder for grids own_STEP.png; none by default")

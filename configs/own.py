@@ -8,7 +8,7 @@ from dit_jax.config import paper
 
 def get_config():
     c = paper(model="")
-    c.objective = "flow"  # far ahead of the paper's "ddpm" where steps are few
+    c.objective = "flow"  # ahead of the paper's "ddpm" after some hundred steps
     c.steps = 10_000
     c.batch_size = 16  # many small steps
     c.model.update(

@@ -96,7 +96,7 @@ def define_samples(num: int, classes: str, cfg_scale: float) -> None:
     flags.DEFINE_string("cfg_interval", "", interval_help)
     sampler_help = (
         "a name of dit_jax/diffusion/catalog.py with options, as in unipc or edm:churn=20; by default ddpm, heun "
-        "for flow matching, meanflow for MeanFlow"
+        "for flow matching (dpmpp_2m where the data are predicted), meanflow for MeanFlow"
     )
     flags.DEFINE_string("sampler", None, sampler_help)
     steps_help = "evaluations of the network, for ddpm and ddim also a,b,c or ddimN; by default 250, for MeanFlow 1"

@@ -60,7 +60,7 @@ def paper(model: str = "DiT-XL/2") -> ConfigDict:
 
     c.flow = ConfigDict()  # the objective "flow": dit_jax/diffusion/flow.py
     c.flow.path = "linear"  # or "gvp", "vp"
-    c.flow.prediction = "velocity"  # or "noise", "score", "x_0": the data, for few steps in pixels
+    c.flow.prediction = "velocity"  # or "noise", "score", "x_0": the data
     c.flow.weight = "none"  # of noise and score only: or "velocity", "likelihood"
     c.flow.time = "uniform"  # how t is drawn; or "logit_normal"
     c.flow.time_mean = 0.0  # of logit_normal, before the sigmoid

@@ -321,7 +321,7 @@ def grid_of(names, size):
 
 @pytest.mark.slow
 def test_own_pictures_by_the_names_of_their_folders(command, tmp_path):
-    """The commands of docs/own_pictures.md, made short: shapes.py, train, resume, sample, the judge of shapes."""
+    """The commands of docs/own_pictures.md, made short: shapes.py, train, sample, the judge of shapes; and more steps."""
     subprocess.run([sys.executable, ROOT / "examples/shapes.py"], cwd=tmp_path, check=True, timeout=60)
     short = ["steps=12", "batch_size=8", "model.depth=1", "sample.every=12", "sample.per_class=2", "sample.steps=4"]
     train = ["train", "--config=configs/own.py", f"--config.data.path={tmp_path}/pictures", f"--workdir={tmp_path}/run"]

@@ -350,6 +350,8 @@ def test_the_command_line_is_that_of_the_published_code():
     )  # fmt: skip
     with pytest.raises(UserError, match="objective=meanflow: DiT's and SiT's train.py do not know it"):
         line("meanflow", "DiT-B/4", **{"sample.sampler": "meanflow", "sample.cfg_scale": 1.0})
+    with pytest.raises(UserError, match="flow.prediction=x_0: SiT's train.py does not know it"):
+        line("flow", "DiT-B/4", **{"flow.prediction": "x_0"})
 
 
 @pytest.mark.parametrize(

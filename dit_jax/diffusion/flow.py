@@ -1,7 +1,8 @@
 """Flow matching and stochastic interpolants: SiT (arXiv 2401.08740), LightningDiT's direction loss (arXiv 2501.01423),
 JiT's prediction of the data (arXiv 2511.13720).
 
-x_t = alpha(t) x_1 + sigma(t) x_0, from noise x_0 at t = 0 to data x_1 at t = 1. The network is given t as it is.
+x_t = alpha(t) data + sigma(t) noise, from noise at t = 0 to data at t = 1. The network is given t as it is. Data are x_1
+in this file, as in SiT's paper. The prediction "x_0" is of data too: levels.py calls them so for all objectives.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,7 @@ Times = Float[Array, " b"]
 class Flow:
     """Flow matching on a path.
 
-    path: a key of levels.PATHS. prediction: what the network predicts, one of FLOW_PREDICTIONS; x_0 is the data, x_1
-    below, by its name in levels.py. weight: of the loss of
+    path: a key of levels.PATHS. prediction: what the network predicts, one of FLOW_PREDICTIONS. weight: of the loss of
     noise and score predictions, one of WEIGHTS. time: how t is drawn, "uniform" or "logit_normal", the sigmoid of a
     normal variable with mean time_mean and deviation time_std. time_low, time_high: only times between them are drawn.
     direction: adds LightningDiT's cosine loss.

@@ -252,7 +252,7 @@ class Model:
           steps: evaluations of the network, by default 250, or 1 of a MeanFlow network; for ddpm and ddim also "a,b,c"
             or "ddimN".
           sampler: a name of diffusion.catalog.SAMPLERS with its options, as in "unipc" or "edm:churn=20". By default
-            "ddpm", "heun" for flow matching, "meanflow" for MeanFlow.
+            "ddpm", "heun" for flow matching ("dpmpp_2m" of a network that predicts the data), "meanflow" for MeanFlow.
           eta: noise of ddim; 0 is deterministic, 1 as noisy as ddpm.
           batch_size: images that go through the network at once, over all devices.
           latents: whether to return latents without decoding them.

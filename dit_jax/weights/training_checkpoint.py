@@ -27,10 +27,12 @@ def command_line(config: dict[str, Any], args: Mapping[str, Any], objective: Obj
     """The flags of DiT's or SiT's train.py for a run. What a config does not know has the default of their flag.
 
     config: resolved. args: of models.dit.DiT. model is None for a network that is none of the paper's, and data_path is
-    empty unless the run reads a folder of pictures. Raises UserError for MeanFlow, whose authors use JAX.
+    empty unless the run reads a folder of pictures. Raises UserError for what they do not know.
     """
     if isinstance(objective, MeanFlow):
         raise UserError("objective=meanflow: DiT's and SiT's train.py do not know it: leave --training out")
+    if objective.prediction == "x_0":
+        raise UserError("flow.prediction=x_0: SiT's train.py does not know it: leave --training out")
     if (name := config["optimizer"].get("name", "adamw")) != "adamw":
         raise UserError(f"optimizer.name={name}: DiT's and SiT's train.py know AdamW only: leave --training out")
     sizes = {name: size for name, size in MODELS.items() if all(args[field] == size[field] for field in size)}
