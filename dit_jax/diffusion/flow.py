@@ -1,8 +1,8 @@
 """Flow matching and stochastic interpolants: SiT (arXiv 2401.08740), LightningDiT's direction loss (arXiv 2501.01423),
 JiT's prediction of the data (arXiv 2511.13720).
 
-x_t = alpha(t) data + sigma(t) noise, from noise at t = 0 to data at t = 1. The network is given t as it is. Data are x_1
-in this file, as in SiT's paper. The prediction "x_0" is of data too: levels.py calls them so for all objectives.
+x_t = alpha(t) data + sigma(t) noise, from noise at t = 0 to data at t = 1. The network is given t as it is. Data are
+x_1 in this file, as in SiT's paper. The prediction "x_0" is of data too: levels.py calls them so for all objectives.
 """
 
 from collections.abc import Callable
